@@ -1,0 +1,1 @@
+"""Newton–Schulz building blocks: pure torch twins today, one signature for every backend."""

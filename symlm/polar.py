@@ -1,0 +1,195 @@
+"""The polar factor `U_r V_rᵀ` of a matrix: exact (SVD, QDWH), Newton–Schulz and Gram Newton–Schulz, batched."""
+
+from functools import cache
+from math import sqrt
+
+import torch
+from symlm_kernels.reference import apply_polynomial, gram, symmetric_product
+from torch import Tensor
+
+from symlm.coefficients import Triple, get_schedule
+
+RESTART = 2  # the Gram iteration forms X anew before this step: half precision loses definiteness otherwise
+
+
+def polar(
+    M: Tensor,
+    method: str = "newton_schulz",
+    *,
+    schedule: str = "polar_express",
+    steps: int = 5,
+    compute_dtype: str | torch.dtype = "float32",
+    side: str | None = None,
+) -> Tensor:
+    """Return the orthogonal polar factor of each matrix, `U_r V_rᵀ` of its thin SVD.
+
+    Shapes: (..., m, n) -> same, in M's dtype. Scale-free in M; a zero matrix gives zero, a rank-deficient one a
+    partial isometry (`svd`) or a direction of bounded spectral norm (the iterations). M is never written to.
+
+    method: `svd`, `qdwh`, `newton_schulz`, `gram_newton_schulz`, or `auto` (the iteration of fewer operations).
+    schedule, steps: coefficients of the iterations, see `symlm.coefficients.SCHEDULES`.
+    compute_dtype: dtype of the iteration, or "auto" (`fastest_dtype`); float64 input stays in float64 unless a
+        `torch.dtype` is given.
+    side: Gram matrix to form, "left" (m × m) or "right" (n × n); by default the smaller.
+
+    Source: Higham 2008, ch. 8; arXiv 2505.16932 (Polar Express); Nakatsukasa & Higham 2013 (QDWH).
+    Raises: ValueError for an unknown method, schedule or side, or for fewer than two axes; TypeError for complex M.
+    """
+    if M.ndim < 2:
+        raise ValueError(f"polar wants (..., m, n), got shape {tuple(M.shape)}")
+    if not M.is_floating_point():
+        raise TypeError(f"polar wants a real floating-point matrix, got {M.dtype}")
+    if method not in METHODS:
+        raise ValueError(f"unknown polar method {method!r}; choose one of {METHODS}")
+    if side not in (None, "left", "right"):
+        raise ValueError(f"side is 'left', 'right' or None, got {side!r}")
+    if M.numel() == 0:
+        return torch.zeros_like(M)
+    m, n = M.shape[-2:]
+    stack = M.reshape(-1, m, n)
+    exact = method in ("svd", "qdwh")
+    X = stack.to(_resolve_dtype(M, "float32" if exact else compute_dtype, exact))
+    if method == "svd":
+        return _svd(X).to(M.dtype).reshape(M.shape)
+    flipped = side == "right" or (side is None and m > n)
+    if flipped:
+        X = X.mT
+    if method == "qdwh":
+        X = _normalize(X, 1.0)
+        U = _qdwh(X.mT).mT if X.shape[-2] <= X.shape[-1] else _qdwh(X)
+    else:
+        table = get_schedule(schedule)
+        triples = table.steps(steps)
+        use_gram = method == "gram_newton_schulz" or (
+            method == "auto" and _gram_is_cheaper(*X.shape[-2:], steps)
+        )
+        iterate = _gram_newton_schulz if use_gram else _newton_schulz
+        U = iterate(_normalize(X, table.bound), triples)
+    return (U.mT if flipped else U).to(M.dtype).reshape(M.shape)
+
+
+METHODS = ("svd", "qdwh", "newton_schulz", "gram_newton_schulz", "auto")
+
+
+def operations(m: int, n: int, steps: int, method: str) -> int:
+    """Count the floating-point operations of one (m, n) polar factor; `auto` takes the smaller count.
+
+    With m <= n: Newton–Schulz `steps·(4m²n + 2m³)`; Gram Newton–Schulz 2m²n to form, restart (two) and apply,
+    and at most four m × m products a step.
+    """
+    m, n = min(m, n), max(m, n)
+    standard = steps * (4 * m * m * n + 2 * m**3)
+    if method == "newton_schulz":
+        return standard
+    products = 0
+    for k in range(steps):
+        first, last = k in (0, RESTART), k in (RESTART - 1, steps - 1)
+        products += 1 + (not first) + 2 * (not last)
+    rectangular = 2 + 2 * (steps > RESTART)
+    gram_form = rectangular * 2 * m * m * n + products * 2 * m**3
+    return gram_form if method == "gram_newton_schulz" else min(standard, gram_form)
+
+
+def _gram_is_cheaper(m: int, n: int, steps: int) -> bool:
+    return m <= n and operations(m, n, steps, "gram_newton_schulz") < operations(m, n, steps, "newton_schulz")
+
+
+@cache
+def fastest_dtype(device_type: str) -> torch.dtype:
+    """Return the dtype in which this device multiplies fastest within the error bound of the iteration.
+
+    bf16 on a GPU and on a CPU that multiplies it in hardware, else fp32: emulated bf16 is a hundred times slower.
+    """
+    if device_type != "cpu":
+        return torch.bfloat16
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
+
+
+def _resolve_dtype(M: Tensor, asked: str | torch.dtype, exact: bool) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    if M.dtype == torch.float64:
+        return torch.float64
+    if asked == "auto":
+        return fastest_dtype(M.device.type)
+    dtype = getattr(torch, asked, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"compute_dtype is 'auto' or a floating-point dtype of torch, got {asked!r}")
+    return dtype
+
+
+def _normalize(X: Tensor, bound: float) -> Tensor:
+    """Return X / (bound·‖X‖_F) for each matrix; through the largest entry, so that squares neither over- nor underflow."""
+    wide = X if X.dtype in (torch.float32, torch.float64) else X.float()
+    largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
+    Y = wide / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
+    return Y.div_(torch.where(norm > 0, norm, 1.0) * bound).to(X.dtype)
+
+
+def _newton_schulz(X: Tensor, triples: list[Triple]) -> Tensor:
+    """Iterate `X <- aX + (bA + cA²)X`, `A = XXᵀ`.  Shapes: (b, m, n), normalized -> same."""
+    for a, b, c in triples:
+        A = gram(X)
+        X = apply_polynomial(symmetric_product(A, A, A, alpha=c, beta=b), X, a)
+    return X
+
+
+def _gram_newton_schulz(X: Tensor, triples: list[Triple]) -> Tensor:
+    """Iterate on R = XXᵀ alone, collecting `Q` with `U = QX`: `Z = bR + cR²`, `Q <- (a+Z)Q`, `R <- (a+Z)R(a+Z)`.
+
+    Shapes: (b, m, n), normalized -> same. Equal to `_newton_schulz` in exact arithmetic; restarts at `RESTART`.
+    Source: Zhang, Amsel, Chen, Dao 2026, Gram Newton–Schulz.
+    """
+    for chunk in (triples[:RESTART], triples[RESTART:]):
+        if not chunk:
+            continue
+        R, Q = gram(X), None
+        for k, (a, b, c) in enumerate(chunk):
+            Z = symmetric_product(R, R, R, alpha=c, beta=b)
+            if k + 1 < len(chunk):
+                RZ = symmetric_product(R, Z, R, alpha=1.0, beta=a)
+                R = symmetric_product(Z, RZ, RZ, alpha=1.0, beta=a)
+            if Q is None:
+                Q = Z
+                Q.diagonal(dim1=-2, dim2=-1).add_(a)
+            else:
+                Q = symmetric_product(Q, Z, Q, alpha=1.0, beta=a)
+        X = torch.bmm(Q, X)
+    return X
+
+
+def _svd(X: Tensor) -> Tensor:
+    """Return `U_r V_rᵀ`, dropping singular values at rounding level.  Shapes: (b, m, n) -> same."""
+    X = _normalize(X, 1.0)
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    cutoff = max(X.shape[-2:]) * torch.finfo(X.dtype).eps * S[..., :1]
+    return (U * (S > cutoff).to(X.dtype).unsqueeze(-2)) @ Vh
+
+
+def _qdwh(X: Tensor) -> Tensor:
+    """Iterate dynamically weighted Halley on tall, normalized X.  Shapes: (b, m, n), m >= n -> same.
+
+    `X <- (b/c)X + (a − b/c) X (I + cXᵀX)^{-1}`, by QR while c is large and by Cholesky after. Directions at rounding
+    level end anywhere within the unit ball. Source: Nakatsukasa, Bai, Gygi 2010, eq. (3.5), (5.2).
+    """
+    m, n = X.shape[-2:]
+    eps = torch.finfo(X.dtype).eps
+    eye = torch.eye(n, dtype=X.dtype, device=X.device).expand(len(X), n, n)
+    lower = eps
+    while abs(lower - 1) > 10 * eps:
+        l2 = lower * lower
+        d = (4 * (1 / l2 - 1) / l2) ** (1 / 3)
+        root = sqrt(1 + d)
+        a = root + sqrt(2 - d + 2 * (2 - l2) / (l2 * root))
+        b = (a - 1) ** 2 / 4
+        c = a + b - 1
+        lower = min(1.0, lower * (a + b * l2) / (1 + c * l2))
+        if c > 100:
+            Q = torch.linalg.qr(torch.cat([sqrt(c) * X, eye], dim=-2)).Q
+            X = (b / c) * X + (a - b / c) / sqrt(c) * Q[:, :m] @ Q[:, m:].mT
+        else:
+            factor = torch.linalg.cholesky(eye + c * X.mT @ X)
+            X = (b / c) * X + (a - b / c) * torch.cholesky_solve(X.mT, factor).mT
+    return X

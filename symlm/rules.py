@@ -1,0 +1,167 @@
+"""The update rules: pure maps from a stack of matrices to directions, each declaring the symmetry it claims."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from symlm.polar import polar as polar_factor
+from symlm.scaling import nuclear_norm
+from symlm.symmetry import Symmetry, permutations, rotations, signed_permutations
+
+Polar = Callable[[Tensor], Tensor]
+DENSE = Symmetry(left=rotations, right=rotations)
+ROWS = Symmetry(left=permutations, right=rotations)
+CENTERED_ROWS = Symmetry(left=permutations, right=rotations, shift=True)
+ELEMENTS = Symmetry(left=signed_permutations, right=signed_permutations)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pure map (..., m, n) -> (..., m, n) with the symmetry it claims and its degree, `U(cM) = c^degree U(M)`.
+
+    Call it as `rule(M)`, or `rule(M, polar=f)` to choose how polar factors are computed.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    symmetry: Symmetry
+    degree: int = 0
+    stateful: bool = False
+
+    def __call__(self, M: Tensor, *, polar: Polar = polar_factor) -> Tensor:
+        if M.ndim < 2:
+            raise ValueError(f"rule {self.name!r} wants (..., m, n), got shape {tuple(M.shape)}")
+        return self.function(M, polar) if self.spectral else self.function(M)
+
+    @property
+    def spectral(self) -> bool:
+        """Tell whether the rule computes a polar factor."""
+        return "polar" in inspect.signature(self.function).parameters
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(
+    symmetry: Symmetry, degree: int = 0, stateful: bool = False
+) -> Callable[[Callable[..., Tensor]], Rule]:
+    """Register the decorated function in `RULES` under its own name."""
+
+    def register(function: Callable[..., Tensor]) -> Rule:
+        RULES[function.__name__] = Rule(function.__name__, function, symmetry, degree, stateful)
+        return RULES[function.__name__]
+
+    return register
+
+
+def get_rule(name: str) -> Rule:
+    """Return the named rule.  Raises: ValueError, listing the names."""
+    if name not in RULES:
+        raise ValueError(f"unknown rule {name!r}; choose one of {sorted(RULES)}")
+    return RULES[name]
+
+
+def unit_rows(M: Tensor) -> Tensor:
+    """Return `M_i / |M_i|`, zero rows staying zero; through each row's largest entry, so that no square overflows."""
+    largest = M.abs().amax(dim=-1, keepdim=True)
+    U = M / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.vector_norm(U, dim=-1, keepdim=True)
+    return U.div_(torch.where(norm > 0, norm, 1.0))
+
+
+def center(M: Tensor) -> Tensor:
+    """Return `(I − 11ᵀ/m) M`: the mean row is taken from every row."""
+    return M - M.mean(dim=-2, keepdim=True)
+
+
+@rule(DENSE)
+def polar(M: Tensor, polar: Polar) -> Tensor:
+    """Return `U_r V_rᵀ` of the thin SVD.  Source: Muon, Jordan et al. 2024; arXiv 2505.21799."""
+    return polar(M)
+
+
+@rule(DENSE)
+def left_spectral(M: Tensor, polar: Polar) -> Tensor:
+    """Return `(M Mᵀ)^{-1/2} M`, which is the polar factor; the Gram side that is formed is the cheaper one.
+
+    Source: arXiv 2605.18106, section 3.5.
+    """
+    return polar(M)
+
+
+@rule(DENSE)
+def right_spectral(M: Tensor, polar: Polar) -> Tensor:
+    """Return `M (Mᵀ M)^{-1/2}`, which is the polar factor; the Gram side that is formed is the cheaper one.
+
+    Source: arXiv 2605.18106, section 3.3.
+    """
+    return polar(M)
+
+
+@rule(DENSE, degree=1)
+def polargrad(M: Tensor, polar: Polar) -> Tensor:
+    """Return `ν U`, `U = polar(M)`, `ν = ⟨M, U⟩ = ‖M‖_*`.  Source: arXiv 2505.21799, eq. 5."""
+    return nuclear_norm(M, polar(M))
+
+
+@rule(ROWS)
+def row_norm(M: Tensor) -> Tensor:
+    """Scale each row to unit length, `U_i = M_i / |M_i|`.  Source: arXiv 2605.18106, section 3.3."""
+    return unit_rows(M)
+
+
+@rule(CENTERED_ROWS)
+def centered_row_norm(M: Tensor) -> Tensor:
+    """Return `C D C M`: center, scale rows to unit length, center again.  Rows have length near 1, `1ᵀU = 0`.
+
+    Source: arXiv 2605.18106, section 3.4; a shared shift of all rows is invisible to a softmax.
+    """
+    return center(unit_rows(center(M)))
+
+
+@rule(ROWS)
+def row_then_polar(M: Tensor, polar: Polar) -> Tensor:
+    """Return `polar(D M)`, D scaling rows to unit length (the hybrid with α = 0)."""
+    return polar(unit_rows(M))
+
+
+@rule(ROWS)
+def polar_then_row(M: Tensor, polar: Polar) -> Tensor:
+    """Return `D polar(M)`, D scaling rows to unit length."""
+    return unit_rows(polar(M))
+
+
+@rule(CENTERED_ROWS)
+def centered_polar(M: Tensor, polar: Polar) -> Tensor:
+    """Return `C polar(C M)`: left-spectral on the quotient by the shared shift."""
+    return center(polar(center(M)))
+
+
+@rule(CENTERED_ROWS)
+def centered_row_then_polar(M: Tensor, polar: Polar) -> Tensor:
+    """Return `C polar(C D C M)`."""
+    return center(polar(center(unit_rows(center(M)))))
+
+
+@rule(CENTERED_ROWS)
+def centered_polar_then_row(M: Tensor, polar: Polar) -> Tensor:
+    """Return `C D polar(C M)`."""
+    return center(unit_rows(polar(center(M))))
+
+
+@rule(ELEMENTS)
+def sign(M: Tensor) -> Tensor:
+    """Return the sign of every entry: the negative control that Adam stands for."""
+    return M.sign()
+
+
+@rule(ELEMENTS, stateful=True)
+def adamw(M: Tensor) -> Tensor:
+    """Return AdamW's first direction from zero state, `M / |M|` entrywise; the optimizer runs torch's own, with state.
+
+    Source: Loshchilov & Hutter, arXiv 1711.05101; degree 0 up to its absolute eps.
+    """
+    return M / torch.where(M == 0, 1.0, M.abs())

@@ -1,0 +1,40 @@
+"""From a direction to a step: the factor that a direction of shape (m, n) is multiplied by."""
+
+from collections.abc import Callable
+from math import sqrt
+
+from torch import Tensor
+
+
+def unit(m: int, n: int) -> float:
+    """Return 1: the rule's own size."""
+    return 1.0
+
+
+def rms_to_rms(m: int, n: int) -> float:
+    """Return `√(m/n)`, which gives a semi-orthogonal update RMS-to-RMS operator norm 1 (arXiv 2310.17813)."""
+    return sqrt(m / n)
+
+
+def match_adamw_rms(m: int, n: int) -> float:
+    """Return `0.2·√max(m, n)`, which gives a semi-orthogonal update AdamW's RMS 0.2 (arXiv 2502.16982, eq. 4)."""
+    return 0.2 * sqrt(max(m, n))
+
+
+def keller(m: int, n: int) -> float:
+    """Return `√max(1, m/n)` for m outputs and n inputs (Jordan et al. 2024, Muon)."""
+    return sqrt(max(1.0, m / n))
+
+
+SCALES: dict[str, Callable[[int, int], float]] = {
+    f.__name__: f for f in (unit, rms_to_rms, match_adamw_rms, keller)
+}
+
+
+def nuclear_norm(M: Tensor, U: Tensor, alpha: float = 1.0) -> Tensor:
+    """Scale a polar factor to `ν^α U`, `ν = ⟨M, U⟩`, one ν a matrix (PolarGrad, arXiv 2505.21799, eq. 5).
+
+    Shapes: (..., m, n) twice -> (..., m, n). Degree α in M; ν is taken in M's units and may overflow only where
+    the update itself does.
+    """
+    return (M * U).sum(dim=(-2, -1), keepdim=True).clamp(min=0) ** alpha * U
