@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
-from symlm.roles import Role
+from torch import Tensor, nn
+
+from symlm.roles import Role, place
 from symlm.rules import get_rule
 from symlm.scaling import SCALES
 from symlm.symmetry import Symmetry, permutations, rotations, trivial
+from symlm.views import view_of
 
 GRANULARITIES = ("whole", "heads", "transposed", "pair")
 
@@ -128,3 +133,128 @@ def get_preset(name: str) -> dict[Role, Route]:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {sorted(PRESETS)}")
     return PRESETS[name]
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float | Tensor = 0.02,
+    preset: str = "default",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Return parameter groups for `SymOptimizer`, one for each role and view, all metadata plain values.
+
+    lr: the one dial; a group's rate is `lr` times its route's multiplier.
+    overrides: `{role: {key: value}}`, absolute values for the groups of a role, e.g. `{"lm_head": {"lr": 5e-3}}`.
+    roles: ordered `{pattern: role}` for parameters that the structure does not tell, see `assign_roles`.
+
+    Raises: ValueError for lr <= 0, complex parameters, an unknown preset, role, rule, scale or view.
+    """
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
+    table = get_preset(preset)
+    settings = _check_overrides(overrides or {})
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for site, role in place(model, roles):
+        if site.parameter.is_complex():
+            raise ValueError(f"{site}: complex parameters have no route")
+        route = replace(table[role], **{k: v for k, v in settings.get(role, {}).items() if k in ROUTE_KEYS})
+        view = str(view_of(site, role, route.view))
+        group = groups.setdefault((role, view), _group(role, view, route, lr, settings.get(role, {})))
+        group["params"].append((site.name, site.parameter))
+    if not groups:
+        raise ValueError("the model has no trainable parameter")
+    return list(groups.values())
+
+
+ROUTE_KEYS = ("rule", "view", "scale")
+
+
+def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, dict[str, Any]]:
+    names = [str(role) for role in Role]
+    for role, values in overrides.items():
+        if role not in names:
+            raise ValueError(f"overrides name an unknown role {role!r}; choose one of {names}")
+        if "rule" in values:
+            get_rule(values["rule"])
+        for key, allowed in (("scale", list(SCALES)), ("view", list(GRANULARITIES))):
+            if values.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}")
+        if not values.get("lr", 1.0) > 0:
+            raise ValueError(f"overrides[{role!r}]: lr must be positive, got {values['lr']}")
+    return {Role(role): dict(values) for role, values in overrides.items()}
+
+
+def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    free = {key: value for key, value in settings.items() if key not in ROUTE_KEYS}
+    return {
+        "params": [],
+        "lr": lr * route.lr,
+        "role": str(role),
+        "view": view,
+        "outputs": "columns" if route.view == "transposed" else "rows",
+        "rule": route.rule,
+        "scale": route.scale,
+        "weight_decay_multiplier": route.weight_decay,
+        **free,
+    }
+
+
+@dataclass(frozen=True)
+class RoutedParameter:
+    """One line of `describe_routing`: what a parameter is and what updates it."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    view: str
+    rule: str
+    scale: str
+    lr_multiplier: float
+    why: str
+
+
+class Routing(list[RoutedParameter]):
+    """The routed parameters, a list; printed, one line for each role and view."""
+
+    def __str__(self) -> str:
+        lines: dict[tuple[str, ...], list[int]] = {}
+        for row in self:
+            multiplier = f"{row.lr_multiplier:g}"
+            key = (row.role, row.view, row.rule, row.scale, multiplier, row.why)
+            count = lines.setdefault(key, [0, 0])
+            count[0] += 1
+            count[1] += prod(row.shape)
+        head = ("role", "tensors", "parameters", "view", "rule", "scale", "lr ×", "why")
+        body = [
+            (key[0], str(tensors), f"{count:,}", *key[1:]) for key, (tensors, count) in lines.items()
+        ]
+        widths = [max(len(cells[k]) for cells in (head, *body)) for k in range(len(head))]
+        right = (1, 2, 6)
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if k in right else cell.ljust(width)
+                for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ).rstrip()
+            for cells in (head, tuple("-" * width for width in widths), *body)
+        )
+
+
+def describe_routing(
+    model: nn.Module, preset: str = "default", roles: Mapping[str, str] | None = None
+) -> Routing:
+    """Return which update each parameter gets, and why; print it for the table.  Raises: as `param_groups`."""
+    table = get_preset(preset)
+    return Routing(
+        RoutedParameter(
+            site.name,
+            str(role),
+            tuple(site.parameter.shape),
+            str(view_of(site, role, table[role].view)),
+            table[role].rule,
+            table[role].scale,
+            table[role].lr,
+            table[role].why,
+        )
+        for site, role in place(model, roles)
+    )
