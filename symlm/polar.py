@@ -165,7 +165,7 @@ def _svd(X: Tensor) -> Tensor:
     X = _normalize(X, 1.0)
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
     cutoff = max(X.shape[-2:]) * torch.finfo(X.dtype).eps * S[..., :1]
-    return (U * (S > cutoff).to(X.dtype).unsqueeze(-2)) @ Vh
+    return (U * (cutoff < S).to(X.dtype).unsqueeze(-2)) @ Vh
 
 
 def _qdwh(X: Tensor) -> Tensor:

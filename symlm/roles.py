@@ -173,4 +173,8 @@ def _classify(site: Site, ends: _EndMatrices) -> Role | None:
 def _is_router(site: Site, owner: str) -> bool:
     if owner.lower().endswith("router"):
         return True
-    return isinstance(site.module, nn.Linear) and hasattr(site.parent, "experts") and site.leaf in ("gate", "router")
+    return (
+        isinstance(site.module, nn.Linear)
+        and hasattr(site.parent, "experts")
+        and site.leaf in ("gate", "router")
+    )

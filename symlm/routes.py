@@ -79,13 +79,21 @@ ROUTES: dict[Role, Route] = make_table(
     {
         Role.EMBEDDING: Route("row_norm", scale="unit", lr=25.0, weight_decay=0.0, why="a row is a token"),
         Role.TIED_EMBEDDING: Route(
-            "row_norm", scale="unit", lr=1.0, weight_decay=0.0, why="a row is a token; tied, so no shared shift"
+            "row_norm",
+            scale="unit",
+            lr=1.0,
+            weight_decay=0.0,
+            why="a row is a token; tied, so no shared shift",
         ),
         Role.LM_HEAD: Route(
             "centered_row_norm", scale="unit", lr=0.5, weight_decay=0.0, why="softmax ignores a shared shift"
         ),
         Role.ROUTER: Route(
-            "centered_row_norm", scale="unit", lr=0.5, weight_decay=0.0, why="top-k softmax ignores a shared shift"
+            "centered_row_norm",
+            scale="unit",
+            lr=0.5,
+            weight_decay=0.0,
+            why="top-k softmax ignores a shared shift",
         ),
         Role.ATTENTION_Q: _HEADS,
         Role.ATTENTION_K: _HEADS,
@@ -179,13 +187,17 @@ def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, d
             get_rule(values["rule"])
         for key, allowed in (("scale", list(SCALES)), ("view", list(GRANULARITIES))):
             if values.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}")
+                raise ValueError(
+                    f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}"
+                )
         if not values.get("lr", 1.0) > 0:
             raise ValueError(f"overrides[{role!r}]: lr must be positive, got {values['lr']}")
     return {Role(role): dict(values) for role, values in overrides.items()}
 
 
-def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+def _group(
+    role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]
+) -> dict[str, Any]:
     free = {key: value for key, value in settings.items() if key not in ROUTE_KEYS}
     return {
         "params": [],
@@ -226,9 +238,7 @@ class Routing(list[RoutedParameter]):
             count[0] += 1
             count[1] += prod(row.shape)
         head = ("role", "tensors", "parameters", "view", "rule", "scale", "lr ×", "why")
-        body = [
-            (key[0], str(tensors), f"{count:,}", *key[1:]) for key, (tensors, count) in lines.items()
-        ]
+        body = [(key[0], str(tensors), f"{count:,}", *key[1:]) for key, (tensors, count) in lines.items()]
         widths = [max(len(cells[k]) for cells in (head, *body)) for k in range(len(head))]
         right = (1, 2, 6)
         return "\n".join(

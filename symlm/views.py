@@ -61,8 +61,10 @@ class MatrixView:
             known = prod(lengths[name] for name in axis if name in lengths)
             unknown = [name for name in axis if name not in lengths]
             if length % known or len(unknown) > 1 or (not unknown and known != length):
-                raise ValueError(f"view {self} does not divide shape {tuple(shape)}: axis {axis} has {length}")
-            lengths.update({name: length // known for name in unknown})
+                raise ValueError(
+                    f"view {self} does not divide shape {tuple(shape)}: axis {axis} has {length}"
+                )
+            lengths.update(dict.fromkeys(unknown, length // known))
         return lengths
 
     def shape(self, stored_shape: tuple[int, ...]) -> tuple[int, int, int]:

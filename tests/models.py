@@ -1,0 +1,41 @@
+"""Tiny real transformers models."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "tie_word_embeddings": False,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+EXTRA = {
+    "qwen3": {"head_dim": 8},
+    "llama": {},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+}
+
+
+def tiny(kind="qwen3", dtype=torch.float32, seed=0, **changes):
+    config = AutoConfig.for_model(kind, **{**SIZES, **EXTRA[kind], **changes})
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+
+
+def tokens(seed=0, shape=(4, 16), vocab=64):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train(model, optimizer, steps, first=0, move=lambda x: x):
+    for k in range(first, first + steps):
+        x = move(tokens(k))
+        optimizer.zero_grad()
+        model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()

@@ -1,0 +1,14 @@
+"""Every tolerance of the suite, with the reason for its size."""
+
+EXACT = 1e-12  # float64: rounding of a few hundred additions, relative
+MUST_FAIL = 0.05  # relative change that a broken symmetry shows at least
+RUN = 1e-8  # float64 after five training steps of a network
+FP32 = 2e-6  # fp32 rounding of one update, relative
+BF16_POLAR = 0.03  # two bf16 Newton–Schulz iterations that round in different places, relative
+EXACT_POLAR_FP32 = 1e-4  # fp32 direct methods at condition 100
+
+
+def relative(a, b):
+    """Return |a − b| / |b|, with |b| taken as 1 where b is zero."""
+    size = b.norm().item()
+    return (a - b).norm().item() / (size or 1.0)

@@ -1,0 +1,46 @@
+"""The watched quantities against cases done by hand."""
+
+import pytest
+import torch
+from models import tiny, train
+
+import symlm
+from symlm.diagnostics import logit_metrics, polar_error, router_metrics, update_rms
+
+
+def test_polar_error_of_known_matrices():
+    assert polar_error(torch.eye(4, 7)).item() == 0
+    assert polar_error(2 * torch.eye(4)).item() == pytest.approx(3.0)
+
+
+def test_update_rms_is_the_step_that_was_made():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    train(model, opt, 2)
+    before = model.lm_head.weight.detach().clone()
+    bias = model.model.norm.weight.detach().clone()
+    train(model, opt, 1)
+    rms = update_rms(opt)
+    assert rms["lm_head"] == pytest.approx(
+        (model.lm_head.weight - before).square().mean().sqrt().item(), rel=1e-3
+    )
+    assert rms["vector"] > 0
+    assert not torch.equal(bias, model.model.norm.weight)
+
+
+def test_router_metrics_by_hand():
+    logits = torch.log(torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]]))
+    metrics = router_metrics(logits, top_k=1)
+    assert metrics["load_balancing_loss"].item() == pytest.approx(4 * 0.7)
+    assert metrics["load_cv"].item() == pytest.approx(3**0.5)
+    assert metrics["load_entropy"].item() == pytest.approx(0)
+    assert metrics["dead_expert_fraction"].item() == pytest.approx(0.75)
+    assert metrics["top_expert_load"].item() == 1
+    assert metrics["z_loss"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_logit_metrics_by_hand():
+    metrics = logit_metrics(torch.tensor([[3.0, 5.0]]))
+    assert metrics["rms"].item() == pytest.approx(17**0.5)
+    assert metrics["centered_rms"].item() == pytest.approx(1)
+    assert metrics["max_abs"].item() == 5

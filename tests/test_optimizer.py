@@ -1,0 +1,239 @@
+"""SymOptimizer as one torch optimizer: parity, resume, low precision, bad gradients, and the whole stack's symmetry."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import tiny, tokens, train
+from numerics import BF16_POLAR, FP32, RUN, relative
+from torch import nn
+
+import symlm
+from symlm.optimizer import stochastic_round
+
+OPTIONS = {"polar_method": "svd"}
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(model, neurons, vocabulary, heads):
+    """Permute a Qwen3's MLP neurons, tokens and key-value heads (with their query heads), leaving its function."""
+    d = model.config.head_dim
+    ratio = model.config.num_attention_heads // model.config.num_key_value_heads
+    kv = torch.cat([torch.arange(h * d, (h + 1) * d) for h in heads])
+    q = torch.cat([torch.arange(h * ratio * d, (h + 1) * ratio * d) for h in heads])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                projection.weight.copy_(projection.weight[neurons])
+            layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, neurons])
+            layer.self_attn.q_proj.weight.copy_(layer.self_attn.q_proj.weight[q])
+            layer.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj.weight[:, q])
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight.copy_(projection.weight[kv])
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[vocabulary])
+        model.lm_head.weight.copy_(model.lm_head.weight[vocabulary])
+    return model
+
+
+@pytest.mark.parametrize("preset", ["default", "paper-hybrid", "muon"])
+def test_training_commutes_with_the_models_symmetries(preset):
+    neurons, vocabulary = torch.randperm(48), torch.randperm(64)
+    heads = torch.tensor([1, 0])
+    renamed = torch.argsort(vocabulary)
+    plain = tiny(dtype=torch.float64)
+    other = moved(copy.deepcopy(plain), neurons, vocabulary, heads)
+    first, second = (symlm.SymOptimizer(m, preset=preset) for m in (plain, other))
+    train(plain, first, 2)
+    train(other, second, 2, move=lambda x: renamed[x])
+    train(plain, first, 3, first=2)
+    train(other, second, 3, first=2, move=lambda x: renamed[x])
+    moved(plain, neurons, vocabulary, heads)
+    for name, W in weights(plain).items():
+        assert relative(weights(other)[name], W) < RUN, name
+
+
+def test_shift_of_the_head_changes_nothing_but_the_shift():
+    plain = tiny(dtype=torch.float64)
+    other = copy.deepcopy(plain)
+    shift = torch.randn(32, dtype=torch.float64)
+    with torch.no_grad():
+        other.lm_head.weight.add_(shift)
+    for model in (plain, other):
+        train(model, symlm.SymOptimizer(model), 5)
+    assert relative(other.lm_head.weight - shift, plain.lm_head.weight) < RUN
+
+
+def test_vectors_and_the_adamw_preset_are_torch_adamw():
+    ours, theirs = tiny(), tiny()
+    opt = symlm.SymOptimizer(ours, lr=1e-3, preset="adamw", weight_decay=0.1)
+    reference = torch.optim.AdamW(
+        theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    train(ours, opt, 20)
+    train(theirs, reference, 20)
+    for name, W in weights(theirs).items():
+        assert relative(weights(ours)[name], W) < FP32, name
+
+
+def test_the_muon_rule_is_torch_muon():
+    torch.manual_seed(0)
+    ours = nn.Linear(24, 40, bias=False)
+    theirs = copy.deepcopy(ours)
+    opt = symlm.SymOptimizer(
+        ours,
+        preset="muon",
+        roles={"weight": "matrix"},
+        nesterov=True,
+        weight_decay=0.1,
+        schedule="muon",
+        polar_method="newton_schulz",
+        compute_dtype="bfloat16",
+    )
+    reference = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    start = ours.weight.detach().clone()
+    for k in range(20):
+        x = torch.randn(16, 24, generator=torch.Generator().manual_seed(k))
+        for model, optimizer in ((ours, opt), (theirs, reference)):
+            optimizer.zero_grad()
+            (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+    assert relative(ours.weight - start, theirs.weight - start) < BF16_POLAR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": True, "momentum_dtype": "bfloat16"}, {"rounding": "compensated"}]
+)
+def test_a_saved_run_goes_on_bit_for_bit(dtype, options):
+    whole, half = tiny(dtype=dtype), tiny(dtype=dtype)
+    train(whole, symlm.SymOptimizer(whole, **options), 6)
+    opt = symlm.SymOptimizer(half, **options)
+    train(half, opt, 3)
+    file = io.BytesIO()
+    torch.save({"model": half.state_dict(), "optimizer": opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = tiny(dtype=dtype, seed=5)
+    resumed.load_state_dict(saved["model"])
+    opt = symlm.SymOptimizer(resumed, **options)
+    opt.load_state_dict(saved["optimizer"])
+    train(resumed, opt, 3, first=3)
+    for name, W in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], W), name
+
+
+def test_pickle_schedulers_hooks_and_closures_work():
+    model = tiny()
+    opt = pickle.loads(pickle.dumps(symlm.SymOptimizer(model)))
+    assert opt.param_groups[0]["rule"] == "row_norm"
+    opt = symlm.SymOptimizer(model)
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, 0.5, 1.0, 4)
+    assert all(g["lr"] == pytest.approx(0.5 * g["initial_lr"]) for g in opt.param_groups)
+    calls = []
+    opt.register_step_post_hook(lambda *_: calls.append(1))
+    x = tokens()
+
+    def closure():
+        opt.zero_grad()
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        return loss
+
+    losses = [opt.step(closure).item() for _ in range(5)]
+    scheduler.step()
+    assert losses[-1] < losses[0]
+    assert len(calls) == 5
+
+
+def test_lr_as_a_tensor_is_the_same_run():
+    a, b = tiny(), tiny()
+    train(a, symlm.SymOptimizer(a, lr=0.01), 3)
+    train(b, symlm.SymOptimizer(b, lr=torch.tensor(0.01, dtype=torch.float64)), 3)
+    for name, W in weights(a).items():
+        assert relative(weights(b)[name], W) < FP32, name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_gradients_change_nothing(bad):
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    train(model, opt, 2)
+    before = weights(model)
+    momenta = [s.clone() for state in opt.state.values() for s in state.values()]
+    opt.zero_grad()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    model.lm_head.weight.grad[3, 4] = bad
+    opt.step()
+    assert opt.skipped_steps == 1
+    assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+    after = [s for state in opt.state.values() for s in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(momenta, after, strict=True))
+    strict = symlm.SymOptimizer(model, nonfinite="raise")
+    with pytest.raises(FloatingPointError, match=r"\['lm_head.weight'\]"):
+        strict.step()
+
+
+def test_missing_and_zero_gradients_are_harmless():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    before = weights(model)
+    opt.step()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.lm_head.weight.grad = None
+    opt.step()
+    assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+    assert len(opt.state) == len(before)
+
+
+def test_bf16_steps_below_half_an_ulp_are_kept_on_average():
+    x = torch.full((200_000,), 1.0 + 2**-10)
+    rounded = stochastic_round(x, seed=1).double()
+    assert abs(rounded.mean().item() - (1 + 2**-10)) < 5e-5
+    assert torch.equal(stochastic_round(x, 1), stochastic_round(x, 1))
+    assert not torch.equal(stochastic_round(x, 1), stochastic_round(x, 2))
+    assert stochastic_round(torch.tensor([torch.inf, -0.0, 2.0]), 0).tolist() == [torch.inf, -0.0, 2.0]
+
+
+def test_gradients_are_not_written_to():
+    model = tiny()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    symlm.SymOptimizer(model, nesterov=True).step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_clipping_is_not_felt_by_rules_of_degree_zero():
+    a, b = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    for model, factor in ((a, 1.0), (b, 1e-3)):
+        opt = symlm.SymOptimizer(model)
+        (factor * model(input_ids=tokens(), labels=tokens()).loss).backward()
+        opt.step()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert relative(weights(b)[name], weights(a)[name]) < 1e-10
+
+
+def test_bad_input_is_named():
+    model = tiny()
+    with pytest.raises(TypeError, match="pass the model, or symlm.param_groups"):
+        symlm.SymOptimizer(model.parameters())
+    with pytest.raises(ValueError, match="did you mean 'momentum'"):
+        symlm.SymOptimizer(model, momentun=0.9)
+    with pytest.raises(ValueError, match="did you mean 'lr'"):
+        symlm.SymOptimizer(model, overrides={"lm_head": {"lrr": 0.9}})
+    with pytest.raises(ValueError, match="lr must be positive"):
+        symlm.SymOptimizer(model, lr=-1.0)
+    with pytest.raises(ValueError, match="unknown polar_method 'ns'"):
+        symlm.SymOptimizer(model, polar_method="ns")
+    with pytest.raises(ValueError, match="complex parameters"):
+        symlm.SymOptimizer(nn.Linear(2, 2, dtype=torch.complex64))
+    sparse = nn.Embedding(8, 4, sparse=True)
+    opt = symlm.SymOptimizer(sparse)
+    sparse(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        opt.step()

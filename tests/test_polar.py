@@ -1,0 +1,115 @@
+"""Each polar method against the SVD in float64, its singular-value range and its edges."""
+
+import pytest
+import torch
+from numerics import EXACT, EXACT_POLAR_FP32, relative
+
+from symlm.coefficients import SCHEDULES
+from symlm.polar import METHODS, fastest_dtype, operations, polar
+
+
+def spectrum(m, n, smallest, seed=0):
+    """Return a matrix whose singular values run from 1 to `smallest` of the Frobenius norm, logarithmically."""
+    generator = torch.Generator().manual_seed(seed)
+    r = min(m, n)
+    U = torch.linalg.qr(torch.randn(m, r, dtype=torch.float64, generator=generator)).Q
+    V = torch.linalg.qr(torch.randn(n, r, dtype=torch.float64, generator=generator)).Q
+    S = torch.logspace(0, torch.tensor(smallest).log10().item(), r, dtype=torch.float64)
+    return (U * S) @ V.mT, U @ V.mT
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (8, 8), (1, 9), (9, 1), (1, 1)])
+@pytest.mark.parametrize("method", ["svd", "qdwh"])
+def test_exact_methods_give_the_polar_factor(method, shape):
+    M, U = spectrum(*shape, 1e-2)
+    assert relative(polar(M, method), U) < 1e-11
+    assert relative(polar(M.float(), method).double(), U) < EXACT_POLAR_FP32
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 30), (8, 8)])
+def test_long_schedules_converge_to_the_polar_factor(shape):
+    M, U = spectrum(*shape, 1e-2)
+    assert relative(polar(M, schedule="polar_express_long", steps=10), U) < 1e-7
+    assert relative(polar(M, schedule="newton_schulz", steps=40), U) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "smallest", "low", "high"),
+    [
+        ("muon", 5, 1e-2, 0.68, 1.13),
+        ("muon", 5, 1e-3, 0.47, 1.20),
+        ("polar_express", 5, 1e-3, 0.859, 1.141),
+        ("polar_express_long", 5, 1e-2, 0.846, 1.124),
+        ("polar_express_long", 8, 1e-3, 0.9999, 1.0001),
+    ],
+)
+@pytest.mark.parametrize("method", ["newton_schulz", "gram_newton_schulz"])
+def test_singular_values_end_in_their_range(schedule, steps, smallest, low, high, method):
+    diagonal = torch.logspace(0, torch.tensor(smallest).log10().item(), 200, dtype=torch.float64)
+    diagonal = torch.cat([diagonal, torch.ones(1, dtype=torch.float64) * 0])
+    M = torch.diag(diagonal / diagonal.norm())
+    keep = torch.diag(M) >= smallest
+    S = torch.diag(polar(M, method, schedule=schedule, steps=steps))[keep]
+    assert S.min() > low - 0.01
+    assert S.max() < high + 0.01
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16), (5, 3, 40)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
+def test_gram_iteration_is_newton_schulz(shape, schedule, steps):
+    M = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    arguments = {"schedule": schedule, "steps": steps}
+    assert relative(polar(M, "gram_newton_schulz", **arguments), polar(M, **arguments)) < EXACT
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", ["newton_schulz", "gram_newton_schulz"])
+def test_either_gram_side_gives_the_same_matrix(side, method):
+    M, _ = spectrum(12, 7, 1e-1)
+    assert relative(polar(M, method, side=side), polar(M, method)) < EXACT
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_edges_are_defined(method, dtype):
+    deficient = torch.outer(torch.arange(1.0, 6.0), torch.arange(1.0, 9.0))
+    M = torch.stack([torch.zeros(5, 8), deficient, torch.eye(5, 8)]).to(dtype)
+    before = M.clone()
+    U = polar(M, method)
+    assert torch.equal(M, before)
+    assert U.dtype == dtype
+    assert U[0].eq(0).all()
+    assert torch.linalg.matrix_norm(U.double(), 2).max() < 1.3
+    assert polar(torch.zeros(0, 4), method).shape == (0, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_scale_is_ignored(method, factor):
+    M = spectrum(6, 9, 1e-1)[0].float()
+    assert relative(polar(M * factor, method), polar(M, method)) < EXACT_POLAR_FP32
+
+
+def test_bad_arguments_name_themselves():
+    M = torch.eye(3)
+    with pytest.raises(ValueError, match="unknown polar method 'qr'"):
+        polar(M, "qr")
+    with pytest.raises(ValueError, match="unknown schedule 'moun'"):
+        polar(M, schedule="moun")
+    with pytest.raises(ValueError, match="side is"):
+        polar(M, side="top")
+    with pytest.raises(TypeError, match="real floating-point"):
+        polar(M.to(torch.complex64))
+
+
+def test_auto_takes_the_cheaper_iteration():
+    assert operations(1024, 3072, 5, "auto") == operations(3072, 1024, 5, "gram_newton_schulz")
+    assert operations(64, 64, 5, "auto") == operations(64, 64, 5, "newton_schulz")
+
+
+def test_auto_dtype_is_not_emulated_on_a_cpu():
+    flags = torch.cpu.get_capabilities()
+    native = flags.get("avx512_bf16") or flags.get("amx_bf16")
+    assert fastest_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
+    assert fastest_dtype("cuda") == torch.bfloat16

@@ -1,0 +1,63 @@
+"""The table cannot lie."""
+
+from dataclasses import replace
+
+import pytest
+from models import tiny
+
+import symlm
+from symlm.routes import ROUTES, Route, make_table
+
+
+@pytest.mark.parametrize(
+    ("role", "rule"),
+    [("embedding", "adamw"), ("lm_head", "row_norm"), ("router", "row_norm"), ("attention_q", "row_norm")],
+)
+def test_a_claim_that_is_too_small_is_refused(role, rule):
+    role = symlm.Role(role)
+    routes = {**ROUTES, role: replace(ROUTES[role], rule=rule)}
+    with pytest.raises(ValueError, match=f"route of {role}: its symmetry"):
+        make_table(routes)
+    assert make_table(routes, baseline=True) == routes
+
+
+def test_incomplete_and_misspelt_tables_are_refused():
+    with pytest.raises(ValueError, match="no route for"):
+        make_table({})
+    with pytest.raises(ValueError, match="view 'rows' is one of"):
+        make_table({**ROUTES, symlm.Role.MATRIX: Route("polar", view="rows")})
+
+
+def test_the_table_is_printed_and_is_data():
+    routing = symlm.describe_routing(tiny("qwen3_moe"))
+    text = str(routing)
+    assert "centered_row_norm" in text
+    assert "b (p m) n -> (b p) m n, p=2" in text
+    assert {row.name for row in routing} == {name for name, _ in tiny("qwen3_moe").named_parameters()}
+
+
+def test_groups_hold_plain_values_and_scaled_rates():
+    groups = symlm.param_groups(tiny(), lr=0.1, overrides={"lm_head": {"lr": 5e-3}})
+    rates = {group["role"]: group["lr"] for group in groups}
+    assert rates["lm_head"] == 5e-3
+    assert rates["embedding"] == pytest.approx(0.1 * ROUTES[symlm.Role.EMBEDDING].lr)
+    plain = (str, int, float)
+    assert all(
+        isinstance(v, plain) and type(v) in plain for g in groups for k, v in g.items() if k != "params"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "defualt"}, "unknown preset 'defualt'"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"overrides": {"head": {"lr": 1.0}}}, "unknown role 'head'"),
+        ({"overrides": {"lm_head": {"rule": "rownorm"}}}, "unknown rule 'rownorm'"),
+        ({"overrides": {"lm_head": {"lr": -1.0}}}, "lr must be positive"),
+        ({"overrides": {"lm_head": {"scale": "big"}}}, "unknown scale 'big'"),
+    ],
+)
+def test_bad_arguments_name_themselves(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        symlm.param_groups(tiny(), **arguments)

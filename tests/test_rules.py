@@ -1,0 +1,116 @@
+"""Every rule is held to its symmetry claim, to the next larger group's refusal, to its formula and to its degree."""
+
+import pytest
+import torch
+from numerics import EXACT, MUST_FAIL, relative
+
+from symlm.polar import polar
+from symlm.rules import RULES
+from symlm.symmetry import Symmetry, act
+
+SHAPES = [(12, 7), (7, 12), (9, 9)]
+
+
+def matrix(shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def violation(rule, symmetry, M):
+    """Return the largest relative departure of U from the claim over a few group elements."""
+    worst = 0.0
+    for seed in range(4):
+        L, R = symmetry.sample(*M.shape[-2:], torch.Generator().manual_seed(seed))
+        worst = max(worst, relative(rule(act(M, L, R)), act(rule(M), L, R)))
+    if symmetry.shift:
+        shift = matrix((1, M.shape[-1]), seed=9)
+        worst = max(worst, relative(rule(M + shift), rule(M)), rule(M).sum(-2).norm().item())
+    return worst
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_rule_keeps_the_symmetry_it_claims(rule, shape):
+    assert violation(rule, rule.symmetry, matrix(shape)) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("rule", "larger"),
+    [(rule, larger) for rule in RULES.values() for larger in rule.symmetry.larger()],
+    ids=lambda value: value.name if hasattr(value, "name") else str(value),
+)
+def test_rule_breaks_the_next_larger_symmetry(rule, larger):
+    if rule.symmetry.shift and larger.left > rule.symmetry.left:
+        larger = Symmetry(larger.left, larger.right)  # signs and rotations move the vector of ones
+    assert violation(rule, larger, matrix((12, 7))) > MUST_FAIL
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("factor", [7.0, 1e-30, 1e30])
+def test_rule_has_its_degree(rule, factor):
+    M = matrix((12, 7))
+    assert relative(rule(factor * M) / factor**rule.degree, rule(M)) < EXACT
+
+
+def exact(M):
+    U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U @ Vh
+
+
+def D(M):
+    return M / M.norm(dim=-1, keepdim=True)
+
+
+def C(M):
+    return M - M.mean(0)
+
+
+FORMULAS = {
+    "polar": exact,
+    "left_spectral": exact,
+    "right_spectral": exact,
+    "polargrad": lambda M: torch.linalg.svdvals(M).sum() * exact(M),
+    "row_norm": D,
+    "centered_row_norm": lambda M: C(D(C(M))),
+    "row_then_polar": lambda M: exact(D(M)),
+    "polar_then_row": lambda M: D(exact(M)),
+    "centered_polar": lambda M: exact(C(M)),
+    "centered_row_then_polar": lambda M: C(exact(C(D(C(M))))),
+    "centered_polar_then_row": lambda M: C(D(exact(C(M)))),
+    "sign": torch.sign,
+    "adamw": torch.sign,
+}
+
+
+def test_every_rule_has_a_formula_here():
+    assert set(FORMULAS) == set(RULES)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_rule_is_its_formula(name):
+    M = matrix((12, 7), seed=3)
+    assert relative(RULES[name](M, polar=lambda X: polar(X, "svd")), FORMULAS[name](M)) < EXACT
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rule_leaves_its_input_alone_and_sends_zero_to_zero(rule, dtype):
+    M = matrix((3, 5, 4)).to(dtype)
+    M[1], M[2, 0] = 0, 0
+    before = M.clone()
+    U = rule(M)
+    assert torch.equal(M, before)
+    assert U.isfinite().all()
+    assert U[1].eq(0).all()
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_rule_survives_fp32_extremes(rule, factor):
+    M = matrix((12, 7)).float()
+    U = rule(M * factor) / factor**rule.degree
+    assert relative(U, rule(M)) < 1e-4
+
+
+def test_rule_refuses_a_vector():
+    with pytest.raises(ValueError, match=r"wants \(\.\.\., m, n\)"):
+        RULES["row_norm"](torch.ones(3))
