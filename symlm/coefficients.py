@@ -31,9 +31,7 @@ def _safe(triples: tuple[Triple, ...], factor: float) -> tuple[Triple, ...]:
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "muon": Schedule(
-        ((3.4445, -4.7750, 2.0315),), 1.0, "Jordan et al. 2024, Muon: quintic tuned for slope at zero"
-    ),
+    "muon": Schedule(((3.4445, -4.7750, 2.0315),), 1.0, "Jordan et al. 2024, Muon: quintic tuned for slope at zero"),
     "polar_express": Schedule(
         (
             (8.156554524902461, -22.48329292557795, 15.878769915207462),

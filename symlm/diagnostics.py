@@ -42,10 +42,8 @@ def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
 def _update(group: dict[str, Any], state: dict[str, Any], shape: tuple[int, ...]) -> Tensor:
     if get_rule(group["rule"]).stateful:
         t = max(float(state["step"]), 1.0)
-        first, second = (
-            state["exp_avg"] / (1 - group["betas"][0] ** t),
-            state["exp_avg_sq"] / (1 - group["betas"][1] ** t),
-        )
+        first = state["exp_avg"] / (1 - group["betas"][0] ** t)
+        second = state["exp_avg_sq"] / (1 - group["betas"][1] ** t)
         return group["lr"] * first / (second.sqrt() + group["eps"])
     _, m, n = MatrixView.parse(group["view"]).shape(shape)
     size = SCALES[group["scale"]](*((n, m) if group["outputs"] == "columns" else (m, n)))

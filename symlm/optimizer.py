@@ -137,9 +137,7 @@ class SymOptimizer(torch.optim.Optimizer):
                 momentum_dtype = getattr(torch, group["momentum_dtype"]) if dtype == torch.float32 else dtype
                 keys = ("exp_avg", "exp_avg_sq") if stateful else ("momentum",)
                 kind = dtype if stateful else momentum_dtype
-                state = {
-                    key: torch.zeros_like(p, dtype=kind, memory_format=torch.preserve_format) for key in keys
-                }
+                state = {key: torch.zeros_like(p, dtype=kind, memory_format=torch.preserve_format) for key in keys}
                 if stateful:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 if p.dtype != dtype and group["rounding"] == "compensated":
@@ -151,9 +149,7 @@ class SymOptimizer(torch.optim.Optimizer):
 
         On a CPU the answer is read, since reading costs nothing there; on a GPU the step goes on and masks itself.
         """
-        named = [
-            (name, p.grad) for group in self.param_groups for name, p in _named(group) if p.grad is not None
-        ]
+        named = [(name, p.grad) for group in self.param_groups for name, p in _named(group) if p.grad is not None]
         for name, gradient in named:
             if gradient.is_sparse:
                 raise RuntimeError(f"{name} has a sparse gradient; build its nn.Embedding with sparse=False")
@@ -223,9 +219,7 @@ def _check_group(group: dict[str, Any]) -> None:
     view = MatrixView.parse(group["view"])
     for name, p in _named(group):
         if p.is_complex() or p.dtype == torch.float16:
-            raise ValueError(
-                f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)"
-            )
+            raise ValueError(f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)")
         if p.numel():
             view.shape(tuple(p.shape))
 

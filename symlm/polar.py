@@ -61,7 +61,7 @@ def polar(
         table = get_schedule(schedule)
         triples = table.steps(steps)
         use_gram = method == "gram_newton_schulz" or (
-            method == "auto" and _gram_is_cheaper(*X.shape[-2:], steps)
+            method == "auto" and _gram_is_cheaper(X.shape[-2], X.shape[-1], steps)
         )
         iterate = _gram_newton_schulz if use_gram else _newton_schulz
         U = iterate(_normalize(X, table.bound), triples)
@@ -120,7 +120,7 @@ def _resolve_dtype(M: Tensor, asked: str | torch.dtype, exact: bool) -> torch.dt
 
 
 def _normalize(X: Tensor, bound: float) -> Tensor:
-    """Return X / (bound·‖X‖_F) for each matrix; through the largest entry, so that squares neither over- nor underflow."""
+    """Return X / (bound·‖X‖_F) for each matrix; through the largest entry, so that no square overflows."""
     wide = X if X.dtype in (torch.float32, torch.float64) else X.float()
     largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
     Y = wide / torch.where(largest > 0, largest, 1.0)
@@ -156,7 +156,7 @@ def _gram_newton_schulz(X: Tensor, triples: list[Triple]) -> Tensor:
                 Q.diagonal(dim1=-2, dim2=-1).add_(a)
             else:
                 Q = symmetric_product(Q, Z, Q, alpha=1.0, beta=a)
-        X = torch.bmm(Q, X)
+        X = X if Q is None else torch.bmm(Q, X)
     return X
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Role(StrEnum):
@@ -41,7 +41,7 @@ class Site:
 
     @property
     def leaf(self) -> str:
-        """The last name that tells the projection: `q_proj` of `...q_proj.weight`, `down_proj` of `...experts.down_proj`."""
+        """The name that tells the projection: `q_proj` of `...q_proj.weight`, `down_proj` of `...down_proj`."""
         *path, own = self.name.split(".")
         return path[-1] if own in ("weight", "bias") and path else own
 
@@ -126,7 +126,7 @@ class _EndMatrices:
 
     def __init__(self, model: nn.Module) -> None:
         self.input = _weight(model, "get_input_embeddings")
-        self.output = _weight(model, "get_output_embeddings")
+        self.output: Tensor | None = _weight(model, "get_output_embeddings")
         tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         if self.output is None and tables:
             shape = max((table.weight.shape for table in tables), key=lambda shape: shape[0])
@@ -173,8 +173,4 @@ def _classify(site: Site, ends: _EndMatrices) -> Role | None:
 def _is_router(site: Site, owner: str) -> bool:
     if owner.lower().endswith("router"):
         return True
-    return (
-        isinstance(site.module, nn.Linear)
-        and hasattr(site.parent, "experts")
-        and site.leaf in ("gate", "router")
-    )
+    return isinstance(site.module, nn.Linear) and hasattr(site.parent, "experts") and site.leaf in ("gate", "router")

@@ -62,7 +62,8 @@ def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Rol
         claim = get_rule(route.rule).symmetry
         if route.view not in GRANULARITIES or route.scale not in SCALES:
             raise ValueError(
-                f"route of {role}: view {route.view!r} is one of {GRANULARITIES}, scale {route.scale!r} of {list(SCALES)}"
+                f"route of {role}: view {route.view!r} is one of {GRANULARITIES}, "
+                f"scale {route.scale!r} of {list(SCALES)}"
             )
         if not baseline and not SYMMETRIES[role] <= claim:
             raise ValueError(
@@ -187,17 +188,13 @@ def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, d
             get_rule(values["rule"])
         for key, allowed in (("scale", list(SCALES)), ("view", list(GRANULARITIES))):
             if values.get(key, allowed[0]) not in allowed:
-                raise ValueError(
-                    f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}"
-                )
+                raise ValueError(f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}")
         if not values.get("lr", 1.0) > 0:
             raise ValueError(f"overrides[{role!r}]: lr must be positive, got {values['lr']}")
     return {Role(role): dict(values) for role, values in overrides.items()}
 
 
-def _group(
-    role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     free = {key: value for key, value in settings.items() if key not in ROUTE_KEYS}
     return {
         "params": [],
@@ -250,9 +247,7 @@ class Routing(list[RoutedParameter]):
         )
 
 
-def describe_routing(
-    model: nn.Module, preset: str = "default", roles: Mapping[str, str] | None = None
-) -> Routing:
+def describe_routing(model: nn.Module, preset: str = "default", roles: Mapping[str, str] | None = None) -> Routing:
     """Return which update each parameter gets, and why; print it for the table.  Raises: as `param_groups`."""
     table = get_preset(preset)
     return Routing(

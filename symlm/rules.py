@@ -13,7 +13,7 @@ from symlm.symmetry import Symmetry, permutations, rotations, signed_permutation
 
 Polar = Callable[[Tensor], Tensor]
 DENSE = Symmetry(left=rotations, right=rotations)
-ROWS = Symmetry(left=permutations, right=rotations)
+ROWS = Symmetry(left=signed_permutations, right=rotations)
 CENTERED_ROWS = Symmetry(left=permutations, right=rotations, shift=True)
 ELEMENTS = Symmetry(left=signed_permutations, right=signed_permutations)
 
@@ -45,9 +45,7 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(
-    symmetry: Symmetry, degree: int = 0, stateful: bool = False
-) -> Callable[[Callable[..., Tensor]], Rule]:
+def rule(symmetry: Symmetry, degree: int = 0, stateful: bool = False) -> Callable[[Callable[..., Tensor]], Rule]:
     """Register the decorated function in `RULES` under its own name."""
 
     def register(function: Callable[..., Tensor]) -> Rule:

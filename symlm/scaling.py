@@ -26,9 +26,7 @@ def keller(m: int, n: int) -> float:
     return sqrt(max(1.0, m / n))
 
 
-SCALES: dict[str, Callable[[int, int], float]] = {
-    f.__name__: f for f in (unit, rms_to_rms, match_adamw_rms, keller)
-}
+SCALES: dict[str, Callable[[int, int], float]] = {f.__name__: f for f in (unit, rms_to_rms, match_adamw_rms, keller)}
 
 
 def nuclear_norm(M: Tensor, U: Tensor, alpha: float = 1.0) -> Tensor:

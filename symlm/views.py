@@ -61,9 +61,7 @@ class MatrixView:
             known = prod(lengths[name] for name in axis if name in lengths)
             unknown = [name for name in axis if name not in lengths]
             if length % known or len(unknown) > 1 or (not unknown and known != length):
-                raise ValueError(
-                    f"view {self} does not divide shape {tuple(shape)}: axis {axis} has {length}"
-                )
+                raise ValueError(f"view {self} does not divide shape {tuple(shape)}: axis {axis} has {length}")
             lengths.update(dict.fromkeys(unknown, length // known))
         return lengths
 

@@ -1,6 +1,7 @@
 """Tiny real transformers models."""
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES = {
@@ -26,7 +27,25 @@ EXTRA = {
 def tiny(kind="qwen3", dtype=torch.float32, seed=0, **changes):
     config = AutoConfig.for_model(kind, **{**SIZES, **EXTRA[kind], **changes})
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
+    return _without_fp32_islands(model) if dtype == torch.float64 else model
+
+
+def _without_fp32_islands(model):
+    """Give a float64 model norms that stay in float64: transformers' own compute in fp32."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model
+
+
+def loss_of(model, x):
+    """Return the next-token cross-entropy in the model's own dtype: transformers' own casts logits to fp32."""
+    logits = model(input_ids=x).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
 
 
 def tokens(seed=0, shape=(4, 16), vocab=64):
@@ -37,5 +56,5 @@ def train(model, optimizer, steps, first=0, move=lambda x: x):
     for k in range(first, first + steps):
         x = move(tokens(k))
         optimizer.zero_grad()
-        model(input_ids=x, labels=x).loss.backward()
+        loss_of(model, x).backward()
         optimizer.step()

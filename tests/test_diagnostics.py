@@ -21,9 +21,7 @@ def test_update_rms_is_the_step_that_was_made():
     bias = model.model.norm.weight.detach().clone()
     train(model, opt, 1)
     rms = update_rms(opt)
-    assert rms["lm_head"] == pytest.approx(
-        (model.lm_head.weight - before).square().mean().sqrt().item(), rel=1e-3
-    )
+    assert rms["lm_head"] == pytest.approx((model.lm_head.weight - before).square().mean().sqrt().item(), rel=1e-3)
     assert rms["vector"] > 0
     assert not torch.equal(bias, model.model.norm.weight)
 
