@@ -1,0 +1,158 @@
+"""Text to packed token blocks: the embedded corpus, local files, Hugging Face datasets, pre-tokenized shards."""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "symlm"
+END = "<|endoftext|>"
+EMBEDDED = "stdlib"
+MAGICS = {20240520: 1, 20240801: 1, 20260317: 2}  # llm.c GPT-2, llm.c Llama 3, and the paper's; with their versions
+
+
+def stdlib_documents() -> list[str]:
+    """Return the source files of the running Python's standard library, in the order of their names."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
+    return [path.read_text(encoding="utf-8", errors="replace") for path in files]
+
+
+def is_validation(document: str) -> bool:
+    """Put one document in 32 aside, by its own text, so that the split never moves."""
+    return hashlib.sha256(document.encode()).digest()[0] < 8
+
+
+def bpe_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the documents, or take the cached one of the same text and size."""
+    digest = hashlib.sha256("".join(documents).encode()).hexdigest()[:16]
+    path = CACHE / f"bpe-{vocab_size}-{digest}.json"
+    if not path.exists():
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=[END], show_progress=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        tokenizer.save(str(temporary))
+        temporary.replace(path)
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, bos_token=END, pad_token=END)
+
+
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Return each document's tokens with the end token behind it."""
+    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
+
+
+class Packed(Dataset):
+    """Blocks of `length` tokens from documents laid end to end, their order drawn anew each epoch from the seed."""
+
+    def __init__(self, documents: list[np.ndarray], length: int, samples: int | None, seed: int) -> None:
+        self.documents, self.length, self.seed, self.epoch = documents, length, seed, -1
+        self.blocks = sum(map(len, documents)) // length
+        if self.blocks < 1:
+            raise ValueError(f"the dataset has {sum(map(len, documents))} tokens, less than one block of {length}")
+        self.samples = samples or self.blocks
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        epoch, block = divmod(index, self.blocks)
+        if epoch != self.epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+            self.stream, self.epoch = np.concatenate([self.documents[k] for k in order]), epoch
+        return torch.from_numpy(self.stream[block * self.length :][: self.length].astype(np.int64))
+
+
+class PackedStream(IterableDataset):
+    """The same of a streamed Hugging Face dataset."""
+
+    def __init__(self, stream, column: str, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self.stream, self.column, self.tokenizer, self.length = stream, column, tokenizer, length
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        rest: list[int] = []
+        for row in self.stream:
+            if self.column not in row:
+                raise KeyError(f"the dataset has no column {self.column!r}, but {sorted(row)}")
+            rest += tokenize([row[self.column]], self.tokenizer)[0].tolist()
+            while len(rest) >= self.length:
+                yield torch.tensor(rest[: self.length])
+                rest = rest[self.length :]
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Map a `.bin` shard: 256 int32 (magic, version, tokens, bytes a token), then the tokens.
+
+    Raises: ValueError with the shard's name and what is wrong with it.
+    """
+    size = path.stat().st_size
+    if size < 1024:
+        raise ValueError(f"{path}: truncated, {size} bytes are less than its header of 1024")
+    magic, version, count, width = (int(x) for x in np.fromfile(path, dtype=np.int32, count=4))
+    if MAGICS.get(magic) is None:
+        raise ValueError(f"{path}: magic number {magic} is none of {sorted(MAGICS)}")
+    width = width if version == 2 else {20240520: 2, 20240801: 4}.get(magic, 2)
+    if width not in (2, 4):
+        raise ValueError(f"{path}: {width} bytes a token, expected 2 or 4")
+    if size != 1024 + count * width:
+        raise ValueError(f"{path}: the header promises {count} tokens of {width} bytes, the file holds {size - 1024}")
+    return np.memmap(path, dtype=np.uint16 if width == 2 else np.uint32, mode="r", offset=1024, shape=(count,))
+
+
+def read_documents(path: str, column: str) -> list[str]:
+    """Read local `.txt`, `.jsonl` or `.parquet` files, a folder of them, or one."""
+    from datasets import load_dataset
+
+    root = Path(path)
+    files = sorted(str(f) for f in (root.rglob("*") if root.is_dir() else [root]) if f.is_file())
+    kinds = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    documents: list[str] = []
+    for file in files:
+        kind = kinds.get(Path(file).suffix)
+        if kind == "text":
+            documents.append(Path(file).read_text(encoding="utf-8"))
+        elif kind:
+            documents += load_dataset(kind, data_files=file, split="train")[column]
+    if not documents:
+        raise ValueError(f"{path}: no .txt, .md, .jsonl, .json or .parquet document there")
+    return documents
+
+
+def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None, Dataset, Dataset]:
+    """Return the tokenizer, the training set of `samples` blocks and the fixed validation set of a `DataConfig`."""
+    root = Path(data.dataset)
+    shards = sorted(root.glob("*.bin")) if root.is_dir() else [root] if root.suffix == ".bin" else []
+    named = AutoTokenizer.from_pretrained(data.tokenizer) if data.tokenizer else None
+    if shards:
+        tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int32)
+        documents = np.array_split(tokens, max(2, len(tokens) // 65_536))
+        train, held = documents[1:], documents[:1]
+        return named, Packed(train, data.length, samples, seed), _validation(held, data)
+    if data.dataset != EMBEDDED and not root.exists():
+        from datasets import load_dataset
+
+        if named is None:
+            raise ValueError("a Hugging Face dataset needs data.tokenizer, a name or a path")
+        stream = load_dataset(data.dataset, data.subset, split="train", streaming=True)
+        held = tokenize([row[data.column] for row in stream.take(data.held_out)], named)
+        shuffled = stream.skip(data.held_out).shuffle(seed=seed, buffer_size=1000)
+        return named, PackedStream(shuffled, data.column, named, data.length), _validation(held, data)
+    texts = stdlib_documents() if data.dataset == EMBEDDED else read_documents(data.dataset, data.column)
+    tokenizer = named or bpe_tokenizer([t for t in texts if not is_validation(t)] or texts, data.vocab_size)
+    held = [t for t in texts if is_validation(t)] or texts[:1]
+    train = tokenize([t for t in texts if not is_validation(t)] or texts, tokenizer)
+    return tokenizer, Packed(train, data.length, samples, seed), _validation(tokenize(held, tokenizer), data)
+
+
+def _validation(documents: list[np.ndarray], data) -> Packed:
+    whole = Packed(documents, data.length, None, seed=0)
+    whole.samples = min(whole.blocks, data.validation_blocks)
+    return whole

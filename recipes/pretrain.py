@@ -1,0 +1,312 @@
+"""Pretrain a language model from scratch with symlm:  accelerate launch recipes/pretrain.py --config file.yaml"""
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import corpus
+import report
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from jsonargparse import ArgumentParser
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import symlm
+
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-tiny": {
+        "model_type": "qwen3",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@dataclass
+class DataConfig:
+    """dataset: "stdlib" (embedded), a local file or folder (text, JSONL, Parquet, .bin shards), or a Hub name."""
+
+    dataset: str = corpus.EMBEDDED
+    subset: str | None = None
+    column: str = "text"
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    length: int = 256
+    validation_blocks: int = 128
+    held_out: int = 500
+
+
+@dataclass
+class ModelConfig:
+    """preset: a key of MODELS; config: a Hugging Face config, name or path, instead."""
+
+    preset: str = "qwen3-tiny"
+    config: str | None = None
+    compile: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class OptimizerConfig:
+    """As `symlm.SymOptimizer`: one dial, a table by name, absolute values by role."""
+
+    lr: float = 0.02
+    preset: str = "default"
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig:
+    """schedule: "linear" (warm-up, constant, then linear to zero over `decay` of the steps) or "cosine"."""
+
+    steps: int = 400
+    batch: int = 8
+    accumulate: int = 1
+    schedule: str = "linear"
+    warmup: int = 10
+    decay: float = 0.4
+    clip: float | None = None
+    mixed_precision: str = "no"
+    seed: int = 42
+    validate_every: int = 50
+    log_every: int = 10
+    save_every: int = 100
+    keep: int = 2
+    tracker: str = "tensorboard"
+
+
+@dataclass
+class RunConfig:
+    """One run; its name is its folder under `runs`."""
+
+    name: str = "default"
+    out: str = "runs"
+    resume: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, whose error for an unknown key names the nearest one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        known = [action.dest for action in self._actions]
+        words = [word.strip("'\"`-.,[]").split("=")[0] for word in str(message).split()]
+        near = [match for word in words if word not in known for match in get_close_matches(word, known, 1, 0.75)]
+        super().error(f"{message}\nDid you mean {near[0]!r}?" if near else message, ex)
+
+
+def parse() -> RunConfig:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(RunConfig, None)
+    arguments = parser.parse_args()
+    del arguments["config"]
+    return parser.instantiate_classes(arguments) and RunConfig(
+        **{key: value for key, value in vars(parser.instantiate_classes(arguments)).items()}
+    )
+
+
+def build_model(config: ModelConfig, vocabulary: int | None, end: int | None) -> PreTrainedModel:
+    if config.config:
+        hf = AutoConfig.from_pretrained(config.config)
+    elif config.preset in MODELS:
+        hf = AutoConfig.for_model(**MODELS[config.preset])
+        hf.vocab_size = vocabulary or hf.vocab_size
+        hf.bos_token_id = hf.eos_token_id = hf.pad_token_id = end
+    else:
+        raise ValueError(f"unknown model preset {config.preset!r}; choose one of {sorted(MODELS)}")
+    if vocabulary and vocabulary > hf.vocab_size:
+        raise ValueError(f"the tokenizer has {vocabulary} tokens, the model's vocabulary only {hf.vocab_size}")
+    model = AutoModelForCausalLM.from_config(hf)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, train.warmup))
+        left = (train.steps - step) / train.steps
+        if train.schedule == "cosine":
+            return warm * 0.5 * (1 - math.cos(math.pi * left))
+        return warm * min(1.0, left / max(train.decay, 1e-9))
+
+    if train.schedule not in ("linear", "cosine"):
+        raise ValueError(f"unknown schedule {train.schedule!r}; choose 'linear' or 'cosine'")
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerator) -> float:
+    """Return the mean next-token loss over the validation set; the labels are shifted once, by the model."""
+    model.eval()
+    losses = [accelerator.gather_for_metrics(model(input_ids=x, labels=x).loss.repeat(len(x))) for x in loader]
+    model.train()
+    return torch.cat(losses).mean().item()
+
+
+class Checkpoints:
+    """Complete checkpoints `step-N` in a folder: written under another name, renamed when whole, the newest kept."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def list(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+
+    def save(self, accelerator: Accelerator, step: int) -> None:
+        temporary = self.folder / "unfinished"
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            target = self.folder / f"step-{step}"
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            for old in self.list()[: -self.keep]:
+                shutil.rmtree(old)
+
+    def load(self, accelerator: Accelerator) -> int:
+        if not self.list():
+            return 0
+        accelerator.load_state(str(self.list()[-1]))
+        return int(self.list()[-1].name.split("-")[1])
+
+
+def open_folder(config: RunConfig) -> Path:
+    """Make the run's folder, or check that the one to resume holds this very configuration."""
+    folder = Path(config.out) / config.name
+    resolved = {key: value for key, value in asdict(config).items() if key != "resume"}
+    path = folder / "config.json"
+    if config.resume and path.exists():
+        before = json.loads(path.read_text())
+        changed = [key for key in resolved if before.get(key) != resolved[key]]
+        if changed:
+            raise ValueError(
+                f"{folder} was run with another configuration ({changed}); resume with {path}'s, or rename"
+            )
+    elif config.resume:
+        raise ValueError(f"{folder} holds no run to resume")
+    else:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(resolved, indent=1))
+    return folder
+
+
+def main() -> None:
+    config = parse()
+    train = config.train
+    accelerator = Accelerator(
+        mixed_precision=train.mixed_precision,
+        log_with=None if train.tracker == "none" else train.tracker,
+        project_dir=str(Path(config.out) / config.name),
+        step_scheduler_with_optimizer=False,
+    )
+    folder = open_folder(config)
+    set_seed(train.seed)
+
+    batches = train.steps * train.accumulate
+    samples = batches * train.batch * accelerator.num_processes
+    tokenizer, data, validation = corpus.load(config.data, train.seed, samples)
+    model = build_model(config.model, tokenizer and len(tokenizer), tokenizer and tokenizer.eos_token_id)
+    accelerator.print(symlm.describe_routing(model, config.optimizer.preset))
+    optimizer = symlm.SymOptimizer(
+        model, config.optimizer.lr, config.optimizer.preset, config.optimizer.overrides, **config.optimizer.options
+    )
+    schedule = build_schedule(optimizer, train)
+    if config.model.compile:
+        model = torch.compile(model)
+    loader = DataLoader(data, batch_size=train.batch, shuffle=False, drop_last=True)
+    held = DataLoader(validation, batch_size=train.batch)
+    model, prepared, loader, held = accelerator.prepare(model, optimizer, loader, held)
+    accelerator.register_for_checkpointing(schedule)
+
+    checkpoints = Checkpoints(folder / "checkpoints", train.keep)
+    first = checkpoints.load(accelerator) if config.resume else 0
+    rows = [row for row in report.read_metrics(folder) if row["step"] <= first] if first else []
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if accelerator.log_with:
+        accelerator.init_trackers("tensorboard")
+    stream = iter(accelerator.skip_first_batches(loader, first * train.accumulate) if first else loader)
+    per_step = train.batch * train.accumulate * config.data.length * accelerator.num_processes
+    vocabulary = accelerator.unwrap_model(model).config.vocab_size
+    with tqdm(
+        total=train.steps * per_step,
+        initial=first * per_step,
+        unit="tok",
+        unit_scale=True,
+        disable=not accelerator.is_main_process,
+    ) as bar:
+        for step in range(first + 1, train.steps + 1):
+            loss = torch.zeros((), device=accelerator.device)
+            for _ in range(train.accumulate):
+                x = next(stream, None)
+                if x is None:
+                    raise ValueError(f"the dataset ended at step {step} of {train.steps}: use fewer steps")
+                if x.max() >= vocabulary or x.min() < 0:
+                    raise ValueError(f"token {int(x.max())} is out of the model's vocabulary of {vocabulary}")
+                part = model(input_ids=x, labels=x).loss / train.accumulate
+                accelerator.backward(part)
+                loss += part.detach()
+            if train.clip:
+                accelerator.clip_grad_norm_(model.parameters(), train.clip)
+            prepared.step()
+            schedule.step()
+            prepared.zero_grad()
+            bar.update(per_step)
+            row: dict[str, float] = {"step": step, "tokens": step * per_step}
+            if step % train.log_every == 0 or step == train.steps:
+                row["train/loss"] = loss.item()
+                row |= {f"update_rms/{k}": v for k, v in symlm.diagnostics.update_rms(optimizer).items()}
+                bar.set_postfix(loss=f"{row['train/loss']:.3f}")
+            if step % train.validate_every == 0 or step == train.steps:
+                row["val/loss"] = evaluate(model, held, accelerator)
+            if len(row) > 2 and accelerator.is_main_process:
+                with (folder / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                accelerator.log(row, step=step)
+            if step % train.save_every == 0 or step == train.steps:
+                checkpoints.save(accelerator, step)
+    finish(accelerator, model, tokenizer, folder)
+
+
+def finish(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Save the model in Hugging Face's format, draw the report and print a sample."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        plain.save_pretrained(folder / "model")
+        pictures = report.draw([folder], folder)
+        final = report.read_metrics(folder)[-1]
+        print(f"validation loss {final['val/loss']:.4f} after {final['tokens']:,} tokens")
+        print("\n".join(str(path) for path in (folder / "model", folder / "metrics.jsonl", *pictures)))
+        if tokenizer:
+            tokenizer.save_pretrained(folder / "model")
+            prompt = tokenizer("def ", return_tensors="pt", return_token_type_ids=False).to(plain.device)
+            sample = plain.generate(**prompt, max_new_tokens=60, do_sample=True, temperature=0.8)
+            print("sample:\n" + tokenizer.decode(sample[0]))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

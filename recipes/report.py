@@ -1,0 +1,60 @@
+"""Draw `metrics.jsonl` of one run, or of several side by side:  python recipes/report.py runs/a runs/b"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Read a run's metrics, one object a line; a last line cut short by a kill is left out."""
+    rows = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Return the tokens and values at which a key was written."""
+    points = [(row["tokens"], row[key]) for row in rows if key in row]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def draw(runs: list[Path], out: Path) -> list[Path]:
+    """Write loss.png for all runs, and update_rms.png for the first."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for number, run in enumerate(runs):
+        rows, color = read_metrics(run), f"C{number}"
+        axes.plot(*series(rows, "train/loss"), color=color, alpha=0.3, lw=0.8)
+        axes.plot(*series(rows, "val/loss"), color=color, marker="o", ms=3, label=run.name)
+    axes.set(xlabel="tokens", ylabel="loss (nats a token)", title="validation (marked) and training (faint) loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    paths = [out / "loss.png", out / "update_rms.png"]
+    figure.savefig(paths[0], dpi=130)
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    rows = read_metrics(runs[0])
+    for key in sorted({key for row in rows for key in row if key.startswith("update_rms/")}):
+        axes.plot(*series(rows, key), label=key.removeprefix("update_rms/"))
+    axes.set(
+        xlabel="tokens", ylabel="RMS of one step's update", yscale="log", title=f"update size by role, {runs[0].name}"
+    )
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(paths[1], dpi=130)
+    plt.close("all")
+    return paths
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    found = [Path(argument) for argument in sys.argv[1:]]
+    print("\n".join(str(path) for path in draw(found, found[0])))
