@@ -115,11 +115,8 @@ def parse() -> RunConfig:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RunConfig, None)
-    arguments = parser.parse_args()
-    del arguments["config"]
-    return parser.instantiate_classes(arguments) and RunConfig(
-        **{key: value for key, value in vars(parser.instantiate_classes(arguments)).items()}
-    )
+    values = vars(parser.instantiate(parser.parse_args()))
+    return RunConfig(**{key: value for key, value in values.items() if key != "config"})
 
 
 def build_model(config: ModelConfig, vocabulary: int | None, end: int | None) -> PreTrainedModel:
