@@ -1,0 +1,105 @@
+"""The recipe as a process: it learns, survives SIGKILL bit for bit, and refuses what it cannot do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+SCRIPT = Path(__file__).parents[1] / "recipes" / "pretrain.py"
+SMALL = {
+    "train.steps": 12,
+    "train.batch": 2,
+    "train.validate_every": 6,
+    "train.save_every": 2,
+    "train.log_every": 3,
+    "data.length": 64,
+    "data.validation_blocks": 4,
+    "data.vocab_size": 400,
+    "train.tracker": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for k in range(40):
+        (folder / f"{k:02}.txt").write_text(f"document {k}: " + "the quick brown fox jumps. " * (20 + k))
+    return folder
+
+
+def command(text, out, *more):
+    fields = [f"--{key}={value}" for key, value in SMALL.items()]
+    return [sys.executable, str(SCRIPT), *fields, f"--data.dataset={text}", f"--out={out}", *more]
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    done = run(text, out)
+    assert done.returncode == 0, done.stderr
+    return out / "default", done.stdout
+
+
+def test_a_run_leaves_its_report(whole):
+    folder, printed = whole
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validation = [row["val/loss"] for row in rows if "val/loss" in row]
+    assert validation[-1] < validation[0]
+    assert rows[-1]["step"] == 12
+    assert rows[-1]["tokens"] == 12 * 2 * 64
+    assert rows[-1]["update_rms/lm_head"] >= 0
+    assert all((folder / name).stat().st_size > 5000 for name in ("loss.png", "update_rms.png"))
+    assert "centered_row_norm" in printed
+    assert "sample:" in printed
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-10", "step-12"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_a_killed_run_resumes_bit_for_bit(text, whole, tmp_path):
+    process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "default" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "default" / "model").exists()
+    done = run(text, tmp_path, "--resume=true")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (tmp_path / "default", whole[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (tmp_path / "default" / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--train.stepz=3", "Did you mean 'train.steps'?"),
+        ("--optimizer.preset=defualt", "unknown preset 'defualt'"),
+        ("--model.preset=qwen", "unknown model preset 'qwen'"),
+        ("--resume=true", "holds no run to resume"),
+        ("--data.length=100000", "less than one block"),
+    ],
+)
+def test_bad_input_is_named(text, tmp_path, argument, message):
+    done = run(text, tmp_path, argument)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_resuming_another_configuration_is_refused(text, whole):
+    done = run(text, whole[0].parent, "--resume=true", "--train.clip=1.0")
+    assert "was run with another configuration (['train'])" in done.stderr
