@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "symlm"
@@ -152,7 +152,8 @@ def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None,
     return tokenizer, Packed(train, data.length, samples, seed), _validation(tokenize(held, tokenizer), data)
 
 
-def _validation(documents: list[np.ndarray], data) -> Packed:
+def _validation(documents: list[np.ndarray], data) -> Dataset:
+    """Take blocks evenly over all held-out documents, so that no single long one speaks for the rest."""
     whole = Packed(documents, data.length, None, seed=0)
-    whole.samples = min(whole.blocks, data.validation_blocks)
-    return whole
+    count = min(whole.blocks, data.validation_blocks)
+    return Subset(whole, np.linspace(0, whole.blocks - 1, count, dtype=int).tolist())
