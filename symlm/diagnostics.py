@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.optimizer import SymOptimizer, _directions
+from symlm.optimizer import SymOptimizer, directions
 from symlm.rules import get_rule
 from symlm.scaling import SCALES
 from symlm.views import MatrixView
@@ -47,7 +47,8 @@ def _update(group: dict[str, Any], state: dict[str, Any], shape: tuple[int, ...]
         return group["lr"] * first / (second.sqrt() + group["eps"])
     _, m, n = MatrixView.parse(group["view"]).shape(shape)
     size = SCALES[group["scale"]](*((n, m) if group["outputs"] == "columns" else (m, n)))
-    return group["lr"] * size * _directions(group, [state["momentum"]])[0]
+    U = torch.cat([part for _, (part,) in directions(group, [state["momentum"]])])
+    return group["lr"] * size * U
 
 
 @torch.no_grad()

@@ -122,9 +122,10 @@ def _resolve_dtype(M: Tensor, asked: str | torch.dtype, exact: bool) -> torch.dt
 def _normalize(X: Tensor, bound: float) -> Tensor:
     """Return X / (bound·‖X‖_F) for each matrix; through the largest entry, so that no square overflows."""
     wide = X if X.dtype in (torch.float32, torch.float64) else X.float()
-    largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
+    axes = (-2, -1)
+    largest = torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True))
     Y = wide / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
+    norm = torch.linalg.vector_norm(Y, dim=axes, keepdim=True)
     return Y.div_(torch.where(norm > 0, norm, 1.0) * bound).to(X.dtype)
 
 

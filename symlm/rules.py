@@ -1,8 +1,9 @@
 """The update rules: pure maps from a stack of matrices to directions, each declaring the symmetry it claims."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,29 @@ class Rule:
     symmetry: Symmetry
     degree: int = 0
     stateful: bool = False
+    row_map: Callable[[Tensor], Tensor] | None = None  # the rule, between its centerings, where rows do not mix
 
     def __call__(self, M: Tensor, *, polar: Polar = polar_factor) -> Tensor:
         if M.ndim < 2:
             raise ValueError(f"rule {self.name!r} wants (..., m, n), got shape {tuple(M.shape)}")
         return self.function(M, polar) if self.spectral else self.function(M)
+
+    def blocks(self, M: Tensor, elements: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, U[rows]) in blocks of about `elements`, so that a vocabulary's temporaries stay in cache.
+
+        Shapes: (m, n) -> (rows, n). A centered rule passes over M twice more, for the two means.
+        Raises: ValueError for a rule that mixes rows.
+        """
+        if self.row_map is None:
+            raise ValueError(f"rule {self.name!r} mixes rows: it has no blocks")
+        size = max(1, elements // M.shape[-1])
+        rows = [slice(start, start + size) for start in range(0, len(M), size)]
+        if not self.symmetry.shift:
+            yield from ((block, self.row_map(M[block])) for block in rows)
+            return
+        shift = M.mean(dim=0)
+        mean = torch.stack([self.row_map(M[block] - shift).sum(dim=0) for block in rows]).sum(dim=0) / len(M)
+        yield from ((block, self.row_map(M[block] - shift).sub_(mean)) for block in rows)
 
     @property
     def spectral(self) -> bool:
@@ -45,11 +64,11 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(symmetry: Symmetry, degree: int = 0, stateful: bool = False) -> Callable[[Callable[..., Tensor]], Rule]:
+def rule(symmetry: Symmetry, **properties: Any) -> Callable[[Callable[..., Tensor]], Rule]:
     """Register the decorated function in `RULES` under its own name."""
 
     def register(function: Callable[..., Tensor]) -> Rule:
-        RULES[function.__name__] = Rule(function.__name__, function, symmetry, degree, stateful)
+        RULES[function.__name__] = Rule(function.__name__, function, symmetry, **properties)
         return RULES[function.__name__]
 
     return register
@@ -105,13 +124,13 @@ def polargrad(M: Tensor, polar: Polar) -> Tensor:
     return nuclear_norm(M, polar(M))
 
 
-@rule(ROWS)
+@rule(ROWS, row_map=unit_rows)
 def row_norm(M: Tensor) -> Tensor:
     """Scale each row to unit length, `U_i = M_i / |M_i|`.  Source: arXiv 2605.18106, section 3.3."""
     return unit_rows(M)
 
 
-@rule(CENTERED_ROWS)
+@rule(CENTERED_ROWS, row_map=unit_rows)
 def centered_row_norm(M: Tensor) -> Tensor:
     """Return `C D C M`: center, scale rows to unit length, center again.  Rows have length near 1, `1ᵀU = 0`.
 

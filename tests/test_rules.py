@@ -114,3 +114,18 @@ def test_rule_survives_fp32_extremes(rule, factor):
 def test_rule_refuses_a_vector():
     with pytest.raises(ValueError, match=r"wants \(\.\.\., m, n\)"):
         RULES["row_norm"](torch.ones(3))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.row_map], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("elements", [1, 40, 10**6])
+def test_blocks_of_rows_are_the_rule(rule, elements):
+    M = matrix((12, 7))
+    blocks = list(rule.blocks(M, elements))
+    assert torch.cat([U for _, U in blocks]).shape == M.shape
+    assert all(relative(U, rule(M)[rows]) < EXACT for rows, U in blocks)
+    assert len(blocks) == {1: 12, 40: 3, 10**6: 1}[elements]
+
+
+def test_rule_that_mixes_rows_has_no_blocks():
+    with pytest.raises(ValueError, match="mixes rows"):
+        next(RULES["polar"].blocks(matrix((12, 7)), 10))
