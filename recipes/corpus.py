@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "symlm"
 END = "<|endoftext|>"
 EMBEDDED = "stdlib"
+BUFFER = 1024  # blocks through which a stream is shuffled
 MAGICS = {20240520: 1, 20240801: 1, 20260317: 2}  # llm.c GPT-2, llm.c Llama 3, and the paper's; with their versions
 
 
@@ -51,13 +52,18 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[n
 
 
 class Packed(Dataset):
-    """Blocks of `length` tokens from documents laid end to end, their order drawn anew each epoch from the seed."""
+    """Blocks of `length` tokens from arrays laid end to end, drawn in an order of the seed, anew each epoch.
 
-    def __init__(self, documents: list[np.ndarray], length: int, samples: int | None, seed: int) -> None:
-        self.documents, self.length, self.seed, self.epoch = documents, length, seed, -1
-        self.blocks = sum(map(len, documents)) // length
+    Blocks of one batch come from all over the corpus; neighbours of one document would teach far less. Arrays may be
+    mapped files: a block is read when it is asked for. What an array has beyond its last whole block is left out.
+    """
+
+    def __init__(self, arrays: list[np.ndarray], length: int, samples: int | None, seed: int | None) -> None:
+        self.arrays, self.length, self.seed, self.epoch = arrays, length, seed, -1
+        self.ends = np.cumsum([len(array) // length for array in arrays])
+        self.blocks = int(self.ends[-1])
         if self.blocks < 1:
-            raise ValueError(f"the dataset has {sum(map(len, documents))} tokens, less than one block of {length}")
+            raise ValueError(f"the dataset has {sum(map(len, arrays))} tokens, less than one block of {length}")
         self.samples = samples or self.blocks
 
     def __len__(self) -> int:
@@ -65,19 +71,33 @@ class Packed(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         epoch, block = divmod(index, self.blocks)
-        if epoch != self.epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
-            self.stream, self.epoch = np.concatenate([self.documents[k] for k in order]), epoch
-        return torch.from_numpy(self.stream[block * self.length :][: self.length].astype(np.int64))
+        if self.seed is not None:
+            if epoch != self.epoch:
+                self.order, self.epoch = np.random.default_rng((self.seed, epoch)).permutation(self.blocks), epoch
+            block = int(self.order[block])
+        k = int(np.searchsorted(self.ends, block, side="right"))
+        start = (block - (int(self.ends[k - 1]) if k else 0)) * self.length
+        return torch.from_numpy(self.arrays[k][start : start + self.length].astype(np.int64))
 
 
 class PackedStream(IterableDataset):
-    """The same of a streamed Hugging Face dataset."""
+    """The same of a streamed Hugging Face dataset, whose blocks are shuffled through a buffer."""
 
-    def __init__(self, stream, column: str, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self.stream, self.column, self.tokenizer, self.length = stream, column, tokenizer, length
+    def __init__(self, stream, column: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> None:
+        self.stream, self.column, self.tokenizer, self.length, self.seed = stream, column, tokenizer, length, seed
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        buffer: list[torch.Tensor] = []
+        random = np.random.default_rng(self.seed)
+        for block in self._blocks():
+            buffer.append(block)
+            if len(buffer) == BUFFER:
+                k = int(random.integers(BUFFER))
+                buffer[k], buffer[-1] = buffer[-1], buffer[k]
+                yield buffer.pop()
+        yield from (buffer[k] for k in random.permutation(len(buffer)))
+
+    def _blocks(self) -> Iterator[torch.Tensor]:
         rest: list[int] = []
         for row in self.stream:
             if self.column not in row:
@@ -129,31 +149,45 @@ def read_documents(path: str, column: str) -> list[str]:
 def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None, Dataset, Dataset]:
     """Return the tokenizer, the training set of `samples` blocks and the fixed validation set of a `DataConfig`."""
     root = Path(data.dataset)
-    shards = sorted(root.glob("*.bin")) if root.is_dir() else [root] if root.suffix == ".bin" else []
     named = AutoTokenizer.from_pretrained(data.tokenizer) if data.tokenizer else None
-    if shards:
-        tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int32)
-        documents = np.array_split(tokens, max(2, len(tokens) // 65_536))
-        train, held = documents[1:], documents[:1]
+    if paths := sorted(root.glob("*.bin")) if root.is_dir() else [root] if root.suffix == ".bin" else []:
+        train, held = _split_shards(paths, data.validation_blocks * data.length)
         return named, Packed(train, data.length, samples, seed), _validation(held, data)
     if data.dataset != EMBEDDED and not root.exists():
-        from datasets import load_dataset
-
-        if named is None:
-            raise ValueError("a Hugging Face dataset needs data.tokenizer, a name or a path")
-        stream = load_dataset(data.dataset, data.subset, split="train", streaming=True)
-        held = tokenize([row[data.column] for row in stream.take(data.held_out)], named)
-        shuffled = stream.skip(data.held_out).shuffle(seed=seed, buffer_size=1000)
-        return named, PackedStream(shuffled, data.column, named, data.length), _validation(held, data)
+        return _stream(data, named, seed)
     texts = stdlib_documents() if data.dataset == EMBEDDED else read_documents(data.dataset, data.column)
-    tokenizer = named or bpe_tokenizer([t for t in texts if not is_validation(t)] or texts, data.vocab_size)
-    held = [t for t in texts if is_validation(t)] or texts[:1]
-    train = tokenize([t for t in texts if not is_validation(t)] or texts, tokenizer)
+    held = [t for t in texts if is_validation(t)]
+    rest = [t for t in texts if not is_validation(t)]
+    if not held or not rest:
+        raise ValueError(f"{data.dataset}: {len(texts)} documents are too few to set one in 32 aside for validation")
+    tokenizer = named or bpe_tokenizer(rest, data.vocab_size)
+    train = [np.concatenate(tokenize(rest, tokenizer))]
     return tokenizer, Packed(train, data.length, samples, seed), _validation(tokenize(held, tokenizer), data)
+
+
+def _split_shards(paths: list[Path], tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Hold out the shards with `val` in their names, else the first `tokens` of the first shard."""
+    held = [read_shard(path) for path in paths if "val" in path.name]
+    train = [read_shard(path) for path in paths if "val" not in path.name]
+    if not train:
+        raise ValueError(f"{[str(path) for path in paths]} are all for validation, by their names")
+    return ([train[0][tokens:], *train[1:]], [train[0][:tokens]]) if not held else (train, held)
+
+
+def _stream(data, tokenizer: PreTrainedTokenizerBase | None, seed: int):
+    from datasets import load_dataset
+
+    if tokenizer is None:
+        raise ValueError(f"{data.dataset!r} is no local path; a Hub dataset needs data.tokenizer, a name or a path")
+    stream = load_dataset(data.dataset, data.subset, split="train", streaming=True)
+    held = tokenize([row[data.column] for row in stream.take(data.held_out)], tokenizer)
+    shuffled = stream.skip(data.held_out).shuffle(seed=seed, buffer_size=1000)
+    train = PackedStream(shuffled, data.column, tokenizer, data.length, seed)
+    return tokenizer, train, _validation(held, data)
 
 
 def _validation(documents: list[np.ndarray], data) -> Dataset:
     """Take blocks evenly over all held-out documents, so that no single long one speaks for the rest."""
-    whole = Packed(documents, data.length, None, seed=0)
+    whole = Packed([np.concatenate(documents)], data.length, None, seed=None)
     count = min(whole.blocks, data.validation_blocks)
     return Subset(whole, np.linspace(0, whole.blocks - 1, count, dtype=int).tolist())

@@ -1,9 +1,12 @@
 """Packing, the split, and shards that are refused by name."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from corpus import Packed, is_validation, read_shard
+from corpus import Packed, PackedStream, is_validation, load, read_shard
+from datasets import Dataset
 
 
 def shard(path, tokens, version=1, count=None):
@@ -29,13 +32,57 @@ def test_bad_shards_are_refused_by_name(tmp_path):
         read_shard(tmp_path / "c.bin")
 
 
-def test_packing_keeps_every_token_once_an_epoch_and_reorders_documents():
-    documents = [np.arange(10 * k, 10 * k + 10, dtype=np.int32) for k in range(8)]
-    data = Packed(documents, 20, samples=8, seed=1)
+def test_packing_gives_every_block_once_an_epoch_in_another_order():
+    arrays = [np.arange(0, 43, dtype=np.int32), np.arange(43, 83, dtype=np.int32)]
+    data = Packed(arrays, 20, samples=8, seed=1)
     epochs = [torch.cat([data[4 * e + k] for k in range(4)]) for e in range(2)]
-    assert all(sorted(epoch.tolist()) == list(range(80)) for epoch in epochs)
+    assert all(sorted(epoch.tolist()) == [*range(40), *range(43, 83)] for epoch in epochs)
     assert not torch.equal(*epochs)
-    assert torch.equal(data[0], Packed(documents, 20, samples=8, seed=1)[0])
+    assert torch.equal(data[0], Packed(arrays, 20, samples=8, seed=1)[0])
+
+
+def test_a_stream_gives_every_block_once_and_far_from_its_neighbours():
+    class Counter:
+        eos_token_id = 0
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+    rows = [{"text": " ".join(str(20 * k + j) for j in range(1, 20))} for k in range(3000)]
+    blocks = torch.stack(list(PackedStream(rows, "text", Counter(), 20, seed=1)))
+    assert sorted(blocks[:, 0].tolist()) == [20 * k + 1 for k in range(3000)]
+    assert (blocks[1:, 0] - blocks[:-1, 0]).abs().float().mean() > 20 * 200
+    with pytest.raises(KeyError, match=r"no column 'body', but \['text'\]"):
+        next(iter(PackedStream(rows, "body", Counter(), 20, seed=1)))
+
+
+def test_validation_shards_are_known_by_name_or_cut_from_the_first(tmp_path):
+    data = SimpleNamespace(dataset=str(tmp_path), tokenizer=None, length=4, validation_blocks=2)
+    shard(tmp_path / "a_train.bin", range(40))
+    _, train, held = load(data, seed=0, samples=8)
+    assert torch.cat(list(held)).tolist() == list(range(8))
+    assert sorted(torch.cat([train[k] for k in range(8)]).tolist()) == list(range(8, 40))
+    shard(tmp_path / "a_val.bin", range(100, 140))
+    _, train, held = load(data, seed=0, samples=10)
+    assert torch.cat(list(held)).min() == 100
+    assert sorted(torch.cat([train[k] for k in range(10)]).tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_local_files_are_read(tmp_path, suffix):
+    texts = [f"document {k} tells of many things and of {k * k}" for k in range(80)]
+    if suffix == "txt":
+        for k, text in enumerate(texts):
+            (tmp_path / f"{k:03}.txt").write_text(text)
+    else:
+        rows = Dataset.from_dict({"text": texts})
+        getattr(rows, {"jsonl": "to_json", "parquet": "to_parquet"}[suffix])(tmp_path / f"a.{suffix}")
+    data = SimpleNamespace(
+        dataset=str(tmp_path), tokenizer=None, column="text", vocab_size=300, length=8, validation_blocks=2
+    )
+    tokenizer, train, held = load(data, seed=0, samples=4)
+    assert "document" in tokenizer.decode(torch.cat([train[k] for k in range(4)]))
+    assert len(held) == 2
 
 
 def test_a_dataset_shorter_than_a_block_is_refused():
