@@ -56,8 +56,9 @@ def floor_seconds(optimizer: symlm.SymOptimizer, device: str, runs: int) -> tupl
     for group in optimizer.param_groups:
         view, spectral = MatrixView.parse(group["view"]), RULES[group["rule"]].spectral
         for p in group["params"]:
-            b, m, n = view.shape(tuple(p.shape))
-            flops += b * operations(m, n, group["steps"], "auto") if spectral else 0
+            for part_view, part in view.sections(p):
+                b, m, n = part_view.shape(tuple(part.shape))
+                flops += b * operations(m, n, group["steps"], "auto") if spectral else 0
             size += 5 * p.element_size() * prod(p.shape)
     A = torch.randn(2048, 2048, device=device, dtype=fastest_dtype(device))
     big = torch.randn(2**26, device=device)

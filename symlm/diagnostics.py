@@ -1,13 +1,13 @@
 """What to watch: polar error, the size of updates by role, router load and logits.  Nothing here writes to a model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from symlm.optimizer import SymOptimizer, directions
+from symlm.optimizer import SymOptimizer, directions, scale_of
 from symlm.rules import get_rule
-from symlm.scaling import SCALES
 from symlm.views import MatrixView
 
 
@@ -33,22 +33,23 @@ def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
             if not state or not p.numel():
                 continue
             role = group["role"]
-            square = _update(group, state, tuple(p.shape)).double().square().sum()
+            square = torch.stack([part.double().square().sum() for part in updates(group, state)]).sum()
             squares[role] = squares.get(role, torch.zeros_like(square)) + square
             counts[role] = counts.get(role, 0) + p.numel()
     return {role: float((squares[role] / counts[role]).sqrt()) for role in squares}
 
 
-def _update(group: dict[str, Any], state: dict[str, Any], shape: tuple[int, ...]) -> Tensor:
+def updates(group: dict[str, Any], state: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the parts `ηsU` of a parameter's update, recomputed from its state."""
     if get_rule(group["rule"]).stateful:
         t = max(float(state["step"]), 1.0)
         first = state["exp_avg"] / (1 - group["betas"][0] ** t)
         second = state["exp_avg_sq"] / (1 - group["betas"][1] ** t)
-        return group["lr"] * first / (second.sqrt() + group["eps"])
-    _, m, n = MatrixView.parse(group["view"]).shape(shape)
-    size = SCALES[group["scale"]](*((n, m) if group["outputs"] == "columns" else (m, n)))
-    U = torch.cat([part for _, (part,) in directions(group, [state["momentum"]])])
-    return group["lr"] * size * U
+        yield group["lr"] * first / (second.sqrt() + group["eps"])
+        return
+    for view, M in MatrixView.parse(group["view"]).sections(state["momentum"]):
+        size = group["lr"] * scale_of(group, view, tuple(M.shape))
+        yield from (size * U for _, (U,) in directions(group, view, [M]))
 
 
 @torch.no_grad()

@@ -47,6 +47,16 @@ class Member:
     master: Tensor
 
 
+@dataclass
+class Section:
+    """A parameter, or one block of a fused one, with the view that makes it matrices."""
+
+    view: MatrixView
+    gradient: Tensor
+    momentum: Tensor
+    master: Tensor
+
+
 class SymOptimizer(torch.optim.Optimizer):
     """Update every parameter by the rule of its role: `M <- βM + (1−β)G`, `W <- (1 − ηλ)W − η·s·U(M)`.
 
@@ -119,9 +129,9 @@ class SymOptimizer(torch.optim.Optimizer):
             if get_rule(group["rule"]).stateful:
                 _adamw_step(group, members, finite)
                 continue
-            for batch in _batches(members):
+            for batch in _batches(_sections(group, members)):
                 momenta = _update_momentum(group, batch, finite)
-                for rows, U in directions(group, momenta):
+                for rows, U in directions(group, batch[0].view, momenta):
                     _apply(group, batch, rows, U, finite)
             for member in members:
                 _store(group, member, finite)
@@ -229,15 +239,24 @@ def _named(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
     return zip(names, group["params"], strict=True)
 
 
-def _batches(members: list[Member]) -> Iterator[list[Member]]:
-    """Cut a group into batches of one shape, dtype and device, each within BATCH_ELEMENTS."""
-    alike: dict[tuple[Any, ...], list[Member]] = {}
+def _sections(group: dict[str, Any], members: list[Member]) -> Iterator[Section]:
+    view = MatrixView.parse(group["view"])
     for member in members:
-        p = member.parameter
-        if p.numel():
-            alike.setdefault((p.shape, p.dtype, p.device), []).append(member)
+        if member.parameter.numel():
+            tensors = (member.gradient, member.state["momentum"], member.master)
+            parts = zip(*(view.sections(tensor) for tensor in tensors), strict=True)
+            for (part_view, G), (_, M), (_, W) in parts:
+                yield Section(part_view, G, M, W)
+
+
+def _batches(sections: Iterator[Section]) -> Iterator[list[Section]]:
+    """Gather sections of one shape, dtype and device in batches, each within BATCH_ELEMENTS."""
+    alike: dict[tuple[Any, ...], list[Section]] = {}
+    for section in sections:
+        W = section.master
+        alike.setdefault((W.shape, W.dtype, W.device), []).append(section)
     for batch in alike.values():
-        size = max(1, BATCH_ELEMENTS // batch[0].parameter.numel())
+        size = max(1, BATCH_ELEMENTS // batch[0].master.numel())
         for start in range(0, len(batch), size):
             yield batch[start : start + size]
 
@@ -255,25 +274,24 @@ def _masked(gradient: Tensor, otherwise: Tensor, finite: Tensor) -> Tensor:
     return gradient if gradient.device.type == "cpu" else torch.where(finite, gradient, otherwise)
 
 
-def _update_momentum(group: dict[str, Any], batch: list[Member], finite: Tensor) -> list[Tensor]:
+def _update_momentum(group: dict[str, Any], batch: list[Section], finite: Tensor) -> list[Tensor]:
     """Phase 1: `M <- βM + (1−β)G`; return what the rule sees, M or its Nesterov look-ahead."""
     beta = group["momentum"]
     seen = []
-    for member in batch:
-        M = member.state["momentum"]
-        G = _masked(member.gradient, M, finite)
+    for section in batch:
+        M = section.momentum
+        G = _masked(section.gradient, M, finite)
         M.lerp_(G, 1 - beta)
         seen.append(G.lerp(M, beta) if group["nesterov"] else M)
     return seen
 
 
-def directions(group: dict[str, Any], momenta: list[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+def directions(group: dict[str, Any], view: MatrixView, momenta: list[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
     """Phase 2: yield rows and their `U = rule(M)`, one for each momentum of a batch of equal shapes.
 
     All rows come at once, from one stack (k·b, m, n); those of a lone matrix whose rows do not mix come by blocks.
     """
-    view, rule = MatrixView.parse(group["view"]), get_rule(group["rule"])
-    shape = tuple(momenta[0].shape)
+    rule, shape = get_rule(group["rule"]), tuple(momenta[0].shape)
     M = _wide(momenta[0])
     if rule.row_map and view == WHOLE and len(momenta) == 1:
         block_elements = CPU_BLOCK_ELEMENTS if M.device.type == "cpu" else BATCH_ELEMENTS
@@ -299,21 +317,26 @@ def _wide(M: Tensor) -> Tensor:
     return M if M.dtype == torch.float64 else M.float()
 
 
-def _apply(group: dict[str, Any], batch: list[Member], rows: slice, updates: list[Tensor], finite: Tensor) -> None:
+def _apply(group: dict[str, Any], batch: list[Section], rows: slice, updates: list[Tensor], finite: Tensor) -> None:
     """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on these rows of the fp32 master."""
-    _, m, n = MatrixView.parse(group["view"]).shape(tuple(batch[0].parameter.shape))
-    outputs, inputs = (n, m) if group["outputs"] == "columns" else (m, n)
     lr = group["lr"] if batch[0].master.device.type == "cpu" else group["lr"] * finite
     decay = group["weight_decay"] * group["weight_decay_multiplier"]
-    size = lr * SCALES[group["scale"]](outputs, inputs)
-    for member, U in zip(batch, updates, strict=True):
-        W = member.master[rows]
+    size = lr * scale_of(group, batch[0].view, tuple(batch[0].master.shape))
+    for section, U in zip(batch, updates, strict=True):
+        W = section.master[rows]
         if decay:
             W.mul_(1 - lr * decay)
         if isinstance(size, Tensor):
             W.addcmul_(U, size.to(U.dtype), value=-1)
         else:
             W.sub_(U, alpha=size)
+
+
+def scale_of(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> float:
+    """Return the scale s of a stored shape: a route's view tells which side of its matrices the outputs are."""
+    _, m, n = view.shape(shape)
+    outputs, inputs = (n, m) if group["outputs"] == "columns" else (m, n)
+    return SCALES[group["scale"]](outputs, inputs)
 
 
 def _adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:

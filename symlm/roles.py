@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 
 class Role(StrEnum):
-    """The classes of parameters that differ in symmetry; `vector` is all that is no matrix."""
+    """The classes of parameters that differ in symmetry.
+
+    `attention_qkv` is a projection that fuses several of q, k and v, `lora` a low-rank adapter's factor, and `vector`
+    all that is no matrix.
+    """
 
     EMBEDDING = "embedding"
     LM_HEAD = "lm_head"
@@ -19,10 +23,12 @@ class Role(StrEnum):
     ATTENTION_K = "attention_k"
     ATTENTION_V = "attention_v"
     ATTENTION_O = "attention_o"
+    ATTENTION_QKV = "attention_qkv"
     MLP_IN = "mlp_in"
     MLP_OUT = "mlp_out"
     EXPERT_IN = "expert_in"
     EXPERT_OUT = "expert_out"
+    LORA = "lora"
     MATRIX = "matrix"
     VECTOR = "vector"
 
@@ -45,6 +51,16 @@ class Site:
         *path, own = self.name.split(".")
         return path[-1] if own in ("weight", "bias") and path else own
 
+    @property
+    def transposed(self) -> bool:
+        """Tell whether the module stores [..., inputs, outputs], as Conv1D and some experts do."""
+        return type(self.module).__name__ == "Conv1D" or bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def fused(self) -> str | None:
+        """The order in which the parent's own code lays q, k and v in this projection, if it is a known one."""
+        return FUSED_ATTENTION.get((type(self.parent).__name__, self.leaf))
+
 
 class UnplacedParameters(ValueError):
     """Some trainable parameters fit no role; the message names each, and the way to place it."""
@@ -52,18 +68,27 @@ class UnplacedParameters(ValueError):
 
 ATTENTION = {
     "q_proj": Role.ATTENTION_Q,
+    "q_b_proj": Role.ATTENTION_Q,
     "k_proj": Role.ATTENTION_K,
     "v_proj": Role.ATTENTION_V,
-    "o_proj": Role.ATTENTION_O,
+    **dict.fromkeys(("o_proj", "out_proj", "c_proj", "dense"), Role.ATTENTION_O),
 }
-MLP = {"gate_proj": Role.MLP_IN, "up_proj": Role.MLP_IN, "down_proj": Role.MLP_OUT}
+FUSED_ATTENTION = {
+    ("Phi3Attention", "qkv_proj"): "q k v",
+    ("GPT2Attention", "c_attn"): "q k v",
+    ("GPTNeoXAttention", "query_key_value"): "heads of q k v",
+    ("DeepseekV3Attention", "kv_b_proj"): "heads of k v",
+}
+FUSED_LEAVES = ("qkv_proj", "query_key_value", "c_attn", "qkv", "Wqkv", "wqkv", "in_proj", "kv_b_proj")
+MLP = {
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h"), Role.MLP_IN),
+    **dict.fromkeys(("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h"), Role.MLP_OUT),
+}
 EXPERTS = {
-    "gate_up_proj": Role.EXPERT_IN,
-    "gate_proj": Role.EXPERT_IN,
-    "up_proj": Role.EXPERT_IN,
+    **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj"), Role.EXPERT_IN),
     "down_proj": Role.EXPERT_OUT,
 }
-FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "qkv")
+HEADS = ("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier")
 
 
 def assign_roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[str, Role]:
@@ -81,16 +106,22 @@ def place(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[
     """Return each trainable parameter's site with its role; `assign_roles` for those who need the site too."""
     patterns = {pattern: _parse_role(role) for pattern, role in (overrides or {}).items()}
     sites = list(_sites(model))
-    heads = _EndMatrices(model)
-    placed, unplaced, used = [], [], set()
+    ends = _EndMatrices(model)
+    placed: dict[int, tuple[Site, Role]] = {}
+    unplaced, used = [], set()
     for site in sites:
         matches = [pattern for pattern in patterns if fnmatchcase(site.name, pattern)]
-        used.update(matches[:1])
-        role = patterns[matches[0]] if matches else _classify(site, heads)
+        used.update(matches)
+        role = patterns[matches[0]] if matches else _classify(site, ends)
         if role is None:
             unplaced.append(site)
-        else:
-            placed.append((site, role))
+            continue
+        first, before = placed.setdefault(id(site.parameter), (site, role))
+        if before is not role:
+            raise ValueError(
+                f"one tensor has two roles: {first} is {before}, {site} is {role}; untie it, or say with overrides "
+                f"what it is, e.g. {{{first.name!r}: 'matrix', {site.name!r}: 'matrix'}}"
+            )
     dead = [pattern for pattern in patterns if pattern not in used]
     if dead:
         raise ValueError(f"overrides {dead} place no parameter; the names are like {sites[0].name!r}")
@@ -100,7 +131,7 @@ def place(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[
             f"{len(unplaced)} parameters fit no role:\n{lines}\nPlace them by name, e.g. "
             f"overrides={{{unplaced[0].name!r}: 'matrix'}}; roles are {[str(role) for role in Role]}"
         )
-    return placed
+    return list(placed.values())
 
 
 def _parse_role(role: str) -> Role:
@@ -111,12 +142,11 @@ def _parse_role(role: str) -> Role:
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:
+    """Yield every place of every trainable parameter, a tied one more than once."""
     modules = dict(model.named_modules())
-    seen = set()
     for path, module in modules.items():
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
+            if parameter.requires_grad:
                 name = f"{path}.{own}" if path else own
                 yield Site(name, parameter, module, modules.get(path.rpartition(".")[0]) if path else None)
 
@@ -133,11 +163,18 @@ class _EndMatrices:
             linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
             fitting = [linear.weight for linear in linears if linear.weight.shape == shape]
             self.output = fitting[-1] if fitting else None
+        sparse = [path for path, module in model.named_modules() if getattr(module, "sparse", None) is True]
+        if sparse:
+            raise ValueError(f"{sparse} give sparse gradients, which no rule takes: build them with sparse=False")
         self.tables = {id(table.weight) for table in tables}
+        self.root = model
 
-    def role(self, parameter: nn.Parameter) -> Role | None:
+    def role(self, site: Site) -> Role | None:
+        """Return the role of a token matrix; a linear layer at the root that is called a head is one too."""
+        parameter = site.parameter
         is_input = parameter is self.input or id(parameter) in self.tables
-        if parameter is self.output:
+        named = site.parent is self.root and site.leaf in HEADS and isinstance(site.module, nn.Linear)
+        if parameter is self.output or (named and parameter.ndim == 2 and parameter.shape[0] > 1):
             return Role.TIED_EMBEDDING if is_input else Role.LM_HEAD
         return Role.EMBEDDING if is_input else None
 
@@ -151,23 +188,34 @@ def _weight(model: nn.Module, getter: str) -> nn.Parameter | None:
 
 def _classify(site: Site, ends: _EndMatrices) -> Role | None:
     """Place one parameter, or return None; the order of the questions is the order of trust."""
-    dims, owner = site.parameter.ndim, type(site.module).__name__
-    parent = type(site.parent).__name__
-    if role := ends.role(site.parameter):
+    shape, owner = site.parameter.shape, type(site.module).__name__
+    if role := ends.role(site):
         return role
-    if dims <= 1 or site.name.endswith("bias"):
+    if len(shape) == 3 and owner.endswith("Experts"):
+        return EXPERTS.get(site.leaf)
+    if len(shape) <= 1 or site.name.endswith("bias") or (len(shape) == 2 and 1 in shape):
         return Role.VECTOR
-    if dims == 2 and _is_router(site, owner):
+    if ".lora_A." in site.name or ".lora_B." in site.name:
+        return Role.LORA
+    if len(shape) == 2 and _is_router(site, owner):
         return Role.ROUTER
-    if dims == 3:
-        return EXPERTS.get(site.leaf) if owner.endswith("Experts") else None
-    if dims != 2 or not isinstance(site.module, nn.Linear) or site.leaf in FUSED:
+    if len(shape) != 2 or not (isinstance(site.module, nn.Linear) or owner == "Conv1D"):
         return None
-    if "Attention" in parent and site.leaf in ATTENTION:
+    return _classify_linear(site)
+
+
+def _classify_linear(site: Site) -> Role | None:
+    """Place a dense projection by its block: attention, MLP, or neither."""
+    if site.fused:
+        return Role.ATTENTION_QKV
+    if site.leaf in FUSED_LEAVES:
+        return None
+    if "attention" in type(site.parent).__name__.lower() and site.leaf in ATTENTION:
         return ATTENTION[site.leaf]
-    if all(hasattr(site.parent, projection) for projection in ("up_proj", "down_proj")) and site.leaf in MLP:
+    children = {name for name, _ in site.parent.named_children()} if site.parent else set()
+    if site.leaf in MLP and {MLP.get(name) for name in children} >= {Role.MLP_IN, Role.MLP_OUT}:
         return MLP[site.leaf]
-    return Role.MATRIX
+    return None if site.leaf == "gate_up_proj" else Role.MATRIX
 
 
 def _is_router(site: Site, owner: str) -> bool:

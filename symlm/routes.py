@@ -25,10 +25,13 @@ SYMMETRIES: dict[Role, Symmetry] = {
     Role.ATTENTION_K: Symmetry(rotations, rotations),
     Role.ATTENTION_V: Symmetry(rotations, rotations),
     Role.ATTENTION_O: Symmetry(rotations, rotations),
+    Role.ATTENTION_QKV: Symmetry(rotations, rotations),
     Role.MLP_IN: Symmetry(permutations, rotations),
     Role.MLP_OUT: Symmetry(permutations, rotations),
     Role.EXPERT_IN: Symmetry(permutations, rotations),
     Role.EXPERT_OUT: Symmetry(permutations, rotations),
+    # An adapter's factors have GL(r) between them; this is its orthogonal part.
+    Role.LORA: Symmetry(rotations, rotations),
     Role.MATRIX: Symmetry(rotations, rotations),
     Role.VECTOR: Symmetry(trivial, trivial),
 }
@@ -100,10 +103,12 @@ ROUTES: dict[Role, Route] = make_table(
         Role.ATTENTION_K: _HEADS,
         Role.ATTENTION_V: _HEADS,
         Role.ATTENTION_O: _HEADS,
+        Role.ATTENTION_QKV: replace(_HEADS, why="each head of q, k and v is a matrix of its own"),
         Role.MLP_IN: Route("left_spectral", why="rows are neurons"),
         Role.MLP_OUT: _OUT,
         Role.EXPERT_IN: Route("left_spectral", why="rows are neurons, one matrix an expert"),
         Role.EXPERT_OUT: replace(_OUT, why="rows are neurons, one matrix an expert"),
+        Role.LORA: Route("polar", why="a low-rank adapter's factor"),
         Role.MATRIX: Route("polar", why="a dense matrix"),
         Role.VECTOR: _ADAMW,
     }

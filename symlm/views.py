@@ -1,4 +1,4 @@
-"""MatrixView: a stored tensor as a stack of matrices (b, m, n), by a pattern that is also its exact inverse."""
+"""MatrixView: a stored tensor as stacks of matrices (b, m, n), by a pattern that is also its exact inverse."""
 
 import re
 from dataclasses import dataclass, field
@@ -23,14 +23,17 @@ class MatrixView:
     """A rearrangement `"stored -> b m n"` in the notation of einops, without a copy where strides allow.
 
     Axes in parentheses are merged, row-major; a `1` on the right is a new axis. `sizes` gives those that the
-    stored shape does not tell. `str(view)` is plain text for a parameter group, and `MatrixView.parse` reads it.
+    stored shape does not tell. A size that is a sum names an axis of unequal blocks, each a stack of its own
+    (`sections`): fused q, k and v. `str(view)` is plain text for a parameter group; `MatrixView.parse` reads it.
 
-    >>> str(MatrixView("(h m) n -> h m n", {"h": 16}))
+    >>> str(MatrixView("(h m) n -> h m n", {"h": (16,)}))
     '(h m) n -> h m n, h=16'
+    >>> str(MatrixView("m n -> 1 m n", {"m": (64, 32, 32)}))
+    'm n -> 1 m n, m=64+32+32'
     """
 
     pattern: str
-    sizes: dict[str, int] = field(default_factory=dict, hash=False)
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     @classmethod
     def parse(cls, text: str) -> "MatrixView":
@@ -38,10 +41,12 @@ class MatrixView:
         pattern, *sizes = (part.strip() for part in text.split(","))
         if pattern.count("->") != 1:
             raise ValueError(f"a view reads 'stored -> b m n, axis=size', got {text!r}")
-        return cls(pattern, {key: int(value) for key, value in (size.split("=") for size in sizes)})
+        named = (size.split("=") for size in sizes)
+        return cls(pattern, {key: tuple(int(part) for part in value.split("+")) for key, value in named})
 
     def __str__(self) -> str:
-        return ", ".join([self.pattern, *(f"{key}={value}" for key, value in self.sizes.items())])
+        sizes = (f"{key}={'+'.join(map(str, value))}" for key, value in self.sizes.items())
+        return ", ".join([self.pattern, *sizes])
 
     @cached_property
     def _sides(self) -> tuple[list[Axis], list[Axis]]:
@@ -56,7 +61,7 @@ class MatrixView:
         stored, _ = self._sides
         if len(stored) != len(shape):
             raise ValueError(f"view {self} wants a tensor of {len(stored)} axes, got shape {tuple(shape)}")
-        lengths = {"1": 1, **self.sizes}
+        lengths = {"1": 1, **{key: sum(size) for key, size in self.sizes.items()}}
         for axis, length in zip(stored, shape, strict=True):
             known = prod(lengths[name] for name in axis if name in lengths)
             unknown = [name for name in axis if name not in lengths]
@@ -70,6 +75,20 @@ class MatrixView:
         lengths = self._lengths(stored_shape)
         b, m, n = (prod(lengths[name] for name in axis) for axis in self._sides[1])
         return b, m, n
+
+    def sections(self, stored: Tensor) -> list[tuple["MatrixView", Tensor]]:
+        """Return the blocks of unequal size, each a view of the stored tensor with the MatrixView that reads it."""
+        unequal = [key for key, size in self.sizes.items() if len(size) > 1]
+        if not unequal:
+            return [(self, stored)]
+        left, _ = self._sides
+        lengths = self._lengths(tuple(stored.shape))
+        names = [name for axis in left for name in axis]
+        split = stored
+        for k in reversed(range(len(left))):  # splitting axes never copies
+            split = split.unflatten(k, [lengths[name] for name in left[k]]) if len(left[k]) > 1 else split
+        view = MatrixView(" ".join(names) + " ->" + self.pattern.split("->")[1])
+        return [(view, part) for part in split.split(self.sizes[unequal[0]], dim=names.index(unequal[0]))]
 
     def to_matrices(self, stored: Tensor) -> Tensor:
         """Return the stack (b, m, n) of a stored tensor; a view of it where strides allow."""
@@ -97,14 +116,14 @@ STACK = MatrixView("b m n -> b m n")
 TRANSPOSED_STACK = MatrixView("b n m -> b m n")
 
 
-def row_heads(heads: int) -> MatrixView:
-    """q, k, v: `[h·head_dim, d]` as one (head_dim, d) matrix a head."""
-    return MatrixView("(h m) n -> h m n", {"h": heads})
+def row_heads(heads: int, transposed: bool = False) -> MatrixView:
+    """q, k, v, stored `[h·head_dim, d]` (or its transpose), as one (head_dim, d) matrix a head."""
+    return MatrixView(_stored("(h m)", "n", transposed) + " -> h m n", {"h": (heads,)})
 
 
-def column_heads(heads: int) -> MatrixView:
-    """o: `[d, h·head_dim]` as one (d, head_dim) matrix a head."""
-    return MatrixView("m (h n) -> h m n", {"h": heads})
+def column_heads(heads: int, transposed: bool = False) -> MatrixView:
+    """o, stored `[d, h·head_dim]` (or its transpose), as one (d, head_dim) matrix a head."""
+    return MatrixView(_stored("m", "(h n)", transposed) + " -> h m n", {"h": (heads,)})
 
 
 def gate_up(transposed: bool, concatenated: bool, paired: bool) -> MatrixView:
@@ -112,25 +131,35 @@ def gate_up(transposed: bool, concatenated: bool, paired: bool) -> MatrixView:
 
     `transposed` stores `[E, d, 2r]`, else `[E, 2r, d]`; `concatenated` puts all gates first, else they alternate.
     """
-    neurons = "(p m)" if concatenated else "(m p)"
-    stored = f"b n {neurons}" if transposed else f"b {neurons} n"
-    return MatrixView(f"{stored} -> {'b m (p n)' if paired else '(b p) m n'}", {"p": 2})
+    stored = _stored("(p m)" if concatenated else "(m p)", "n", transposed)
+    return MatrixView(f"b {stored} -> {'b m (p n)' if paired else '(b p) m n'}", {"p": (2,)})
 
 
 def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
     """Return the view of a parameter where it stands: its storage from its module, its split from the route.
 
     granularity: "whole", "heads" (attention), "transposed" (neurons of a down projection as rows) or "pair"
-    (gate and up of an expert's neuron in one row). Raises: ValueError when head counts do not divide the projection.
+    (gate and up of a neuron in one row). Raises: ValueError when head counts do not divide the projection.
     """
     tensor = site.parameter
     if role is Role.VECTOR or tensor.ndim < 2:
         return VECTOR if tensor.ndim == 1 else _rows_as_vectors(tensor.ndim)
     if tensor.ndim == 3:
         return _expert_view(site, role, granularity)
+    if role is Role.ATTENTION_QKV:
+        return _fused_view(site, granularity)
+    if site.leaf == "gate_up_proj":
+        stored = _stored("(p m)", "n", site.transposed)
+        return MatrixView(f"{stored} -> {'1 m (p n)' if granularity == 'pair' else 'p m n'}", {"p": (2,)})
+    if site.leaf == "kv_a_proj_with_mqa":
+        return MatrixView("m n -> 1 m n", {"m": _sizes(site, "kv_lora_rank", "qk_rope_head_dim")})
     if granularity == "heads":
         return _head_view(site, role)
-    return TRANSPOSED if granularity == "transposed" else WHOLE
+    return TRANSPOSED if (granularity == "transposed") != site.transposed else WHOLE
+
+
+def _stored(outputs: str, inputs: str, transposed: bool) -> str:
+    return f"{inputs} {outputs}" if transposed else f"{outputs} {inputs}"
 
 
 def _rows_as_vectors(ndim: int) -> MatrixView:
@@ -138,20 +167,57 @@ def _rows_as_vectors(ndim: int) -> MatrixView:
     return MatrixView(f"{' '.join(axes)} -> 1 1 ({' '.join(axes)})")
 
 
+HEAD_DIMS = {
+    Role.ATTENTION_Q: ("qk_head_dim", "head_dim", "head_size"),
+    Role.ATTENTION_O: ("v_head_dim", "head_dim", "head_size"),
+}
+
+
+def head_dim(site: Site, role: Role) -> int:
+    """Return the width of a head as its attention module tells it.  Raises: ValueError when it does not."""
+    for name in HEAD_DIMS.get(role, ("head_dim", "head_size")):
+        value = getattr(site.parent, name, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(f"{site}: {type(site.parent).__name__} has no head_dim; route {role} with view 'whole'")
+
+
 def _head_view(site: Site, role: Role) -> MatrixView:
-    columns = role is Role.ATTENTION_O
-    width = site.parameter.shape[1 if columns else 0]
-    head_dim = getattr(site.parent, "head_dim", None)
-    if not isinstance(head_dim, int):
-        raise ValueError(f"{site}: its attention module has no head_dim; route it as a whole: view 'whole'")
-    if width % head_dim:
-        raise ValueError(f"{site}: head_dim {head_dim} does not divide its {width} head channels")
-    return (column_heads if columns else row_heads)(width // head_dim)
+    columns, width = role is Role.ATTENTION_O, head_dim(site, role)
+    channels = site.parameter.shape[int(columns != site.transposed)]
+    if channels % width:
+        raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
+    return (column_heads if columns else row_heads)(channels // width, site.transposed)
+
+
+def _fused_view(site: Site, granularity: str) -> MatrixView:
+    """Split a fused projection in the order that `site.fused` names: per head, or q, k and v one after the other."""
+    whole = granularity != "heads"
+    if site.fused == "heads of k v":
+        sizes = {"h": _sizes(site, "num_heads"), "m": _sizes(site, "qk_nope_head_dim", "v_head_dim")}
+        return MatrixView(f"(h m) n -> {'1 (h m) n' if whole else 'h m n'}", sizes)
+    channels, width = site.parameter.shape[int(site.transposed)], head_dim(site, Role.ATTENTION_QKV)
+    if channels % width:
+        raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
+    if site.fused == "heads of q k v":
+        stack = "p (h m) n" if whole else "(h p) m n"
+        return MatrixView(f"{_stored('(h p m)', 'n', site.transposed)} -> {stack}", {"p": (3,), "m": (width,)})
+    if not whole:
+        return row_heads(channels // width, site.transposed)
+    groups = getattr(site.parent, "num_key_value_groups", 1)  # query heads for each head of k and v
+    kv_channels = channels // (groups + 2)
+    blocks = (groups * kv_channels, kv_channels, kv_channels)
+    if sum(blocks) != channels:
+        raise ValueError(f"{site}: {channels} channels are no q, k, v with {groups} query heads for one of k and v")
+    return MatrixView(f"{_stored('m', 'n', site.transposed)} -> 1 m n", {"m": blocks})
+
+
+def _sizes(site: Site, *names: str) -> tuple[int, ...]:
+    return tuple(int(getattr(site.parent, name)) for name in names)
 
 
 def _expert_view(site: Site, role: Role, granularity: str) -> MatrixView:
-    transposed = bool(getattr(site.module, "is_transposed", False))
     if role is Role.EXPERT_IN and site.leaf == "gate_up_proj":
         concatenated = bool(getattr(site.module, "is_concatenated", True))
-        return gate_up(transposed, concatenated, paired=granularity == "pair")
-    return TRANSPOSED_STACK if transposed != (granularity == "transposed") else STACK
+        return gate_up(site.transposed, concatenated, paired=granularity == "pair")
+    return TRANSPOSED_STACK if site.transposed != (granularity == "transposed") else STACK

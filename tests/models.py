@@ -16,18 +16,44 @@ SIZES = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
 EXTRA = {
     "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, **MOE},
+    "qwen2_moe": {"shared_expert_intermediate_size": 24, **MOE},
+    "gemma3_text": {"head_dim": 8, "tie_word_embeddings": True},
     "llama": {},
-    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "mistral": {},
+    "mixtral": LOCAL,
+    "olmo2": {},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+    "gpt_oss": {"head_dim": 8, **LOCAL},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 6,
+        "n_group": 2,
+        "topk_group": 1,
+        **ROUTED,
+    },
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32, "n_inner": 48},
+    "gpt_neox": {},
+    "granitemoe": LOCAL,
+    "glm4_moe": {"head_dim": 8, **ROUTED},
 }
 
 
 def tiny(kind="qwen3", dtype=torch.float32, seed=0, **changes):
     config = AutoConfig.for_model(kind, **{**SIZES, **EXTRA[kind], **changes})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
+    attention = "eager" if kind == "gpt_oss" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     return _without_fp32_islands(model) if dtype == torch.float64 else model
 
 

@@ -1,0 +1,256 @@
+"""Every architecture is placed whole, in its right layout; what peers misroute is placed right."""
+
+import pytest
+import torch
+from models import EXTRA, loss_of, tiny, tokens, train
+from numerics import EXACT, RUN, relative
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+import symlm
+from symlm.roles import UnplacedParameters, place
+from symlm.views import view_of
+
+ATTENTION = {f"self_attn.{p}_proj": f"attention_{p}" for p in "qkvo"}
+DENSE = {"mlp.gate_proj": "mlp_in", "mlp.up_proj": "mlp_in", "mlp.down_proj": "mlp_out"}
+EXPERTS = {"mlp.gate": "router", "mlp.experts.gate_up_proj": "expert_in", "mlp.experts.down_proj": "expert_out"}
+SHARED = {f"mlp.shared_experts.{leaf.split('.')[1]}": role for leaf, role in DENSE.items()}
+EXPECTED = {  # the roles of the last layer's matrices
+    "qwen3": ATTENTION | DENSE,
+    "llama": ATTENTION | DENSE,
+    "mistral": ATTENTION | DENSE,
+    "olmo2": ATTENTION | DENSE,
+    "gemma3_text": ATTENTION | DENSE,
+    "qwen3_moe": ATTENTION | EXPERTS,
+    "mixtral": ATTENTION | EXPERTS,
+    "olmoe": ATTENTION | EXPERTS,
+    "qwen2_moe": ATTENTION
+    | EXPERTS
+    | {f"mlp.shared_expert.{leaf.split('.')[1]}": role for leaf, role in DENSE.items()}
+    | {"mlp.shared_expert_gate": "vector"},
+    "gpt_oss": ATTENTION
+    | {"mlp.router": "router", "mlp.experts.gate_up_proj": "expert_in", "mlp.experts.down_proj": "expert_out"}
+    | {"mlp.experts.gate_up_proj_bias": "vector", "mlp.experts.down_proj_bias": "vector"},
+    "deepseek_v3": {
+        "self_attn.q_a_proj": "matrix",
+        "self_attn.q_b_proj": "attention_q",
+        "self_attn.kv_a_proj_with_mqa": "matrix",
+        "self_attn.kv_b_proj": "attention_qkv",
+        "self_attn.o_proj": "attention_o",
+    }
+    | EXPERTS
+    | SHARED,
+    "glm4_moe": ATTENTION | EXPERTS | SHARED,
+    "granitemoe": ATTENTION | {f"block_sparse_moe.{k.split('.', 1)[1]}": role for k, role in EXPERTS.items()},
+    "phi3": {
+        "self_attn.qkv_proj": "attention_qkv",
+        "self_attn.o_proj": "attention_o",
+        "mlp.gate_up_proj": "mlp_in",
+        "mlp.down_proj": "mlp_out",
+    },
+    "gpt2": {
+        "attn.c_attn": "attention_qkv",
+        "attn.c_proj": "attention_o",
+        "mlp.c_fc": "mlp_in",
+        "mlp.c_proj": "mlp_out",
+    },
+    "gpt_neox": {
+        "attention.query_key_value": "attention_qkv",
+        "attention.dense": "attention_o",
+        "mlp.dense_h_to_4h": "mlp_in",
+        "mlp.dense_4h_to_h": "mlp_out",
+    },
+}
+EXPECTED["granitemoe"]["block_sparse_moe.router"] = EXPECTED["granitemoe"].pop("block_sparse_moe.gate")
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+def test_every_parameter_of_every_architecture_has_its_role(kind):
+    model = tiny(kind)
+    roles = {name: str(role) for name, role in symlm.assign_roles(model).items()}
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim > 1}
+    assert set(roles) == {name for name, _ in model.named_parameters()}
+    ends = {"embedding", "lm_head"} if kind != "gemma3_text" else {"tied_embedding"}
+    named = {name.removesuffix(".weight").split(".1.", 1)[1]: roles[name] for name in matrices if ".1." in name}
+    assert named == EXPECTED[kind]
+    assert {roles[name] for name in matrices if ".0." not in name and ".1." not in name} == ends
+
+
+@pytest.mark.parametrize("preset", symlm.PRESETS)
+@pytest.mark.parametrize("kind", EXTRA)
+def test_every_architecture_trains_and_every_matrix_moves(kind, preset):
+    model = tiny(kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = symlm.SymOptimizer(model, lr=1e-3, preset=preset)
+    x = tokens()
+    model(input_ids=x, labels=x).loss.backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        if p.grad is not None and p.grad.any():
+            assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("kind", [k for k in EXTRA if k not in ("gpt2", "gpt_neox")])
+def test_orientation_agrees_with_the_models_own_tensor_parallel_plan(kind):
+    """A column-parallel projection makes heads or neurons, a row-parallel one takes them."""
+    model = tiny(kind)
+    plan = model.config.base_model_tp_plan or {}
+    makes = {"attention_q", "attention_k", "attention_v", "attention_qkv", "mlp_in"}
+    checked = 0
+    for site, role in place(model):
+        name = ".".join("*" if part.isdigit() else part for part in site.name.split(".")[1:-1])
+        style = plan.get(name, "")
+        if role in (*makes, "attention_o", "mlp_out") and style.startswith(("colwise", "rowwise")):
+            assert (role in makes) == style.startswith("colwise"), site
+            checked += 1
+    assert checked or kind in ("gpt_oss", "granitemoe")  # without a plan for these projections
+
+
+def sections(model, leaf):
+    """Return the head matrices of layer 0's projection, views of its storage: [(heads, rows, columns), ...]."""
+    site, role = next((s, r) for s, r in place(model) if s.leaf == leaf and ".0." in s.name)
+    parts = view_of(site, role, "heads").sections(site.parameter.detach())
+    return [view.to_matrices(part) for view, part in parts]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused", "out"), [("gpt2", "c_attn", "c_proj"), ("gpt_neox", "query_key_value", "dense"), ("phi3", "", "")]
+)
+def test_fused_blocks_are_where_the_models_own_code_has_them(kind, fused, out):
+    """Symmetries of the loss that hold for the right blocks alone: q·s with k/s, and v·g with o·g⁻¹, one head."""
+    model = tiny(kind, torch.float64, initializer_range=0.2).eval()
+    loss = loss_of(model, tokens()).item()
+    (heads,) = sections(model, fused or "qkv_proj")
+    (o,) = sections(model, out or "o_proj")
+    if kind == "gpt_neox":  # head by head: q, k, v of the first, then of the second
+        q, k, v = heads[0:1], heads[1:2], heads[2:3]
+    elif kind == "gpt2":  # all q, all k, all v
+        q, k, v = heads[0:1], heads[4:5], heads[8:9]
+    else:  # two query heads share the first of two key and value heads
+        q, k, v = heads[0:2], heads[4:5], heads[6:7]
+    q *= 3
+    k /= 3
+    g = torch.randn(8, 8, dtype=torch.float64)
+    v.copy_(g @ v)
+    o[: len(q)] = o[: len(q)] @ torch.linalg.inv(g)
+    assert abs(loss_of(model, tokens()).item() - loss) < 1e-6  # transformers' softmax is fp32
+    q *= 1.5
+    assert abs(loss_of(model, tokens()).item() - loss) > 1e-4
+
+
+def test_low_rank_attention_is_split_between_keys_and_values():
+    model = tiny("deepseek_v3", torch.float64, first_k_dense_replace=2)
+    loss = loss_of(model, tokens()).item()
+    k, v = sections(model, "kv_b_proj")
+    (o,) = sections(model, "o_proj")
+    assert (k.shape, v.shape, o.shape) == ((4, 8, 10), (4, 6, 10), (4, 32, 6))
+    g = torch.randn(6, 6, dtype=torch.float64)
+    v[2] = g @ v[2]
+    o[2] = o[2] @ torch.linalg.inv(g)
+    assert abs(loss_of(model, tokens()).item() - loss) < 1e-6
+
+
+def unfused(phi3):
+    """Return the Mistral model that computes what a Phi-3 model computes, with the same weights."""
+    twin = tiny("mistral", torch.float64, sliding_window=None, rms_norm_eps=1e-5)
+    state = dict(phi3.state_dict())
+    for name in [name for name in state if "qkv_proj" in name or "gate_up_proj" in name]:
+        W = state.pop(name)
+        if "qkv_proj" in name:
+            parts = zip(("q_proj", "k_proj", "v_proj"), W.split([32, 16, 16]), strict=True)
+            state |= {name.replace("qkv_proj", own): part for own, part in parts}
+        else:
+            parts = zip(("gate_proj", "up_proj"), W.chunk(2), strict=True)
+            state |= {name.replace("gate_up_proj", own): part for own, part in parts}
+    twin.load_state_dict(state)
+    return twin
+
+
+@pytest.mark.parametrize("preset", ["default", "muon"])
+def test_a_fused_model_and_its_unfused_twin_take_the_same_steps(preset):
+    fused = tiny("phi3", torch.float64, sliding_window=None)
+    twin = unfused(fused)
+    assert abs(loss_of(fused, tokens()).item() - loss_of(twin, tokens()).item()) < EXACT
+    for model in (fused, twin):
+        train(model, symlm.SymOptimizer(model, preset=preset, polar_method="svd"), 3)
+    again = unfused(fused)
+    for (name, W), (_, V) in zip(twin.named_parameters(), again.named_parameters(), strict=True):
+        assert relative(V, W) < RUN, name
+
+
+class Peers(nn.Module):
+    """Names that peers misroute by substring."""
+
+    def __init__(self, head="output"):
+        super().__init__()
+        self.tokens = nn.Embedding(50, 8)
+        self.embedding_proj = nn.Linear(8, 8, bias=False)
+        self.router_norm = nn.LayerNorm(8)
+        setattr(self, head, nn.Linear(8, 50 if head != "score" else 3, bias=False))
+
+
+@pytest.mark.parametrize("head", ["output", "embed_out", "score"])
+def test_names_that_peers_misroute(head):
+    roles = symlm.assign_roles(Peers(head))
+    assert roles[f"{head}.weight"] == "lm_head"
+    assert roles["embedding_proj.weight"] == "matrix"
+    assert roles["router_norm.weight"] == "vector"
+    assert roles["tokens.weight"] == "embedding"
+
+
+def test_a_classifier_of_transformers_has_a_head():
+    config = tiny("llama").config
+    config.num_labels = 3
+    assert symlm.assign_roles(AutoModelForSequenceClassification.from_config(config))["score.weight"] == "lm_head"
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head_dim = 4
+        self.c_attn = nn.Linear(8, 24, bias=False)
+        self.c_proj = nn.Linear(8, 8, bias=False)
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c_fc = nn.Linear(8, 32)
+        self.c_proj = nn.Linear(32, 8)
+
+
+class NanoGPT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(50, 8), nn.Embedding(16, 8)
+        self.attn, self.mlp = CausalSelfAttention(), MLP()
+        self.lm_head = nn.Linear(8, 50, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+def test_a_plain_module_is_placed_as_far_as_structure_tells():
+    with pytest.raises(
+        UnplacedParameters, match=r"1 parameters fit no role:\n  attn.c_attn.weight \[24, 8\] in Linear"
+    ):
+        symlm.assign_roles(NanoGPT())
+    overrides = {"*.c_attn.weight": "attention_qkv"}
+    roles = {name: str(role) for name, role in symlm.assign_roles(NanoGPT(), overrides).items()}
+    assert roles == {
+        "wte.weight": "tied_embedding",
+        "wpe.weight": "embedding",
+        "attn.c_attn.weight": "attention_qkv",
+        "attn.c_proj.weight": "attention_o",
+        "mlp.c_fc.weight": "mlp_in",
+        "mlp.c_fc.bias": "vector",
+        "mlp.c_proj.weight": "mlp_out",
+        "mlp.c_proj.bias": "vector",
+    }
+    groups = symlm.param_groups(NanoGPT(), roles=overrides)
+    assert {group["view"] for group in groups if group["role"] == "attention_qkv"} == {"(h m) n -> h m n, h=6"}
+
+
+def test_first_pattern_wins():
+    roles = symlm.assign_roles(NanoGPT(), {"attn.*": "matrix", "*.c_attn.weight": "vector", "mlp.c_fc.bias": "vector"})
+    assert roles["attn.c_attn.weight"] == "matrix"
+    assert roles["attn.c_proj.weight"] == "matrix"
