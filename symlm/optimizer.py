@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from symlm.coefficients import get_schedule
 from symlm.polar import METHODS, polar
 from symlm.routes import param_groups
-from symlm.rules import get_rule
+from symlm.rules import PROMISES, Rule, get_rule
 from symlm.scaling import SCALES
 from symlm.views import WHOLE, MatrixView
 
@@ -91,6 +91,9 @@ class SymOptimizer(torch.optim.Optimizer):
                 _refuse_unknown(f"overrides[{role!r}] key", key, {**DEFAULTS, **dict.fromkeys(_ROUTED)})
         if isinstance(params, nn.Module):
             params = param_groups(params, lr, preset, overrides, roles)
+            for group in params:
+                for key in set(options) - set((overrides or {}).get(group["role"], ())):
+                    group.pop(key, None)  # said here: it comes before what the preset would have
         elif preset != "default" or overrides or roles:
             raise ValueError("preset, overrides and roles belong to symlm.param_groups when groups are given")
         super().__init__(params, {"lr": lr, **DEFAULTS, **options})
@@ -136,6 +139,31 @@ class SymOptimizer(torch.optim.Optimizer):
             for member in members:
                 _store(group, member, finite)
         return loss
+
+    @torch.no_grad()
+    def verify(self, matrices: int = 4) -> "Verification":
+        """Check that every route's rule really ran, from what the last step left: no step is made, nothing changes.
+
+        Directions are computed again from the momenta, and held to what their rules promise: unit rows, zero column
+        sums, singular values near 1 (`symlm.rules.PROMISES`). matrices: how many of each parameter are looked at.
+
+        Returns the checks, a table when printed. Raises: RuntimeError, naming what no step has reached and what
+        broke its promise.
+        """
+        checks, failures = Verification(), []
+        for group in self.param_groups:
+            rule = get_rule(group["rule"])
+            for name, p in _named(group):
+                state = self.state.get(p, {})
+                if not state or group.get("step", 0) < 1:
+                    failures.append(f"{name} ({group['role']}): no step has reached it")
+                elif p.numel() and not rule.stateful:
+                    for promise, departure in _departures(group, rule, state["momentum"], matrices).items():
+                        checks.append(Check(name, group["role"], rule.name, promise, departure))
+        failures += [str(check) for check in checks if not check.kept]
+        if failures:
+            raise RuntimeError("the optimizer did not do what its table says:\n  " + "\n  ".join(failures))
+        return checks
 
     def _create_state(self) -> None:
         """Give every parameter its state at once, so that all ranks and checkpoints agree on the keys."""
@@ -330,6 +358,50 @@ def _apply(group: dict[str, Any], batch: list[Section], rows: slice, updates: li
             W.addcmul_(U, size.to(U.dtype), value=-1)
         else:
             W.sub_(U, alpha=size)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise of one parameter's rule, and how far the last step's direction is from it."""
+
+    name: str
+    role: str
+    rule: str
+    promise: str
+    departure: float
+
+    @property
+    def kept(self) -> bool:
+        """Tell whether the departure is within the promise's bound."""
+        return self.departure <= PROMISES[self.promise]
+
+    def __str__(self) -> str:
+        bound = PROMISES[self.promise]
+        return f"{self.name} ({self.role}, {self.rule}): {self.promise} off by {self.departure:.2g}, bound {bound:g}"
+
+
+class Verification(list[Check]):
+    """The checks of `SymOptimizer.verify`, a list; printed, the worst of each role."""
+
+    def __str__(self) -> str:
+        worst: dict[tuple[str, str, str], float] = {}
+        for check in self:
+            key = (check.role, check.rule, check.promise)
+            worst[key] = max(worst.get(key, 0.0), check.departure)
+        return "\n".join(
+            f"{role:16} {rule:20} {promise:18} off by at most {departure:.1e} (bound {PROMISES[promise]:g})"
+            for (role, rule, promise), departure in worst.items()
+        )
+
+
+def _departures(group: dict[str, Any], rule: Rule, momentum: Tensor, matrices: int) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for view, M in MatrixView.parse(group["view"]).sections(momentum):
+        U = torch.cat([part for _, (part,) in directions(group, view, [M])])
+        stacks = [view.to_matrices(_wide(tensor))[:matrices] for tensor in (M, U)]
+        for promise, departure in rule.departures(*stacks).items():
+            worst[promise] = max(worst.get(promise, 0.0), departure)
+    return worst
 
 
 def scale_of(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> float:

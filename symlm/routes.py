@@ -1,7 +1,7 @@
 """THE table: which view, rule, scale and rate each role gets. A row that claims too much is refused at import."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -39,7 +39,10 @@ SYMMETRIES: dict[Role, Symmetry] = {
 
 @dataclass(frozen=True)
 class Route:
-    """One row of the table: `lr` and `weight_decay` multiply the optimizer's own; `why` is for the reader."""
+    """One row of the table: `lr` and `weight_decay` multiply the optimizer's own; `why` is for the reader.
+
+    `options` are the optimizer's own, as this route wants them; what the user gives comes first.
+    """
 
     rule: str
     view: str = "whole"
@@ -47,6 +50,7 @@ class Route:
     lr: float = 1.0
     weight_decay: float = 1.0
     why: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 Table = Mapping[Role, Route]
@@ -116,29 +120,84 @@ ROUTES: dict[Role, Route] = make_table(
 
 
 _ENDS = (Role.EMBEDDING, Role.TIED_EMBEDDING, Role.LM_HEAD)
+_MLP = (Role.MLP_IN, Role.MLP_OUT, Role.EXPERT_IN, Role.EXPERT_OUT)
 _INNER = tuple(role for role in Role if role not in (*_ENDS, Role.ROUTER, Role.VECTOR))
+_NESTEROV = {"nesterov": True}
+
+
+def _changed(table: Table, roles: tuple[Role, ...], **changes: Any) -> dict[Role, Route]:
+    return {role: replace(table[role], **changes) for role in roles}
+
+
+# arXiv 2605.18106, the Qwen3 runs (code, README): Muon a head and for the MLP, rows for tokens, base rate 2e-2.
+_PAPER_ROW = make_table(
+    {
+        **ROUTES,
+        **_changed(ROUTES, _INNER, options=_NESTEROV),
+        **_changed(ROUTES, _MLP, rule="polar", view="whole", options=_NESTEROV, why="Muon, whole"),
+        Role.EMBEDDING: Route("row_norm", scale="unit", lr=25.0, weight_decay=0.0, why="a row is a token"),
+        Role.LM_HEAD: Route("centered_row_norm", scale="unit", lr=0.25, weight_decay=0.0, why="softmax, shared shift"),
+        Role.ROUTER: Route("centered_row_norm", scale="unit", lr=0.0375, weight_decay=0.0, why="a row is an expert"),
+        Role.VECTOR: Route("adamw", scale="unit", lr=2.5, why="no matrix: elementwise"),
+    }
+)
+# Rows first, then the polar factor, alpha = 0: alpha = 1 makes a step of norm sqrt(m) to sqrt(m n), and its published
+# rates are bound to a defect of the code.
+_PAPER_HYBRID = make_table(
+    {
+        **_PAPER_ROW,
+        **_changed(_PAPER_ROW, _ENDS, rule="row_then_polar", why="hybrid, alpha = 0"),
+        **_changed(ROUTES, _MLP, rule="row_then_polar", why="hybrid, alpha = 0; rows are neurons"),
+        Role.LM_HEAD: replace(_PAPER_ROW[Role.LM_HEAD], rule="centered_row_then_polar", why="hybrid, alpha = 0"),
+    }
+)
+_MUON: dict[Role, Route] = {
+    **dict.fromkeys(_INNER, Route("polar", options=_NESTEROV, why="Muon: hidden matrices, whole")),
+    **dict.fromkeys((*_ENDS, Role.ROUTER, Role.VECTOR), _ADAMW),
+}
+_SCION_SIGN = Route("sign", scale="inverse_inputs", lr=60.0, why="Scion: sign norm, radius 3000 against 50")
 
 PRESETS: dict[str, dict[Role, Route]] = {
     "default": ROUTES,
-    # arXiv 2605.18106, the hybrid arm with alpha = 0: rows first, then the polar factor.
-    "paper-hybrid": make_table(
-        {
-            **ROUTES,
-            Role.EMBEDDING: Route("row_then_polar", lr=25.0, weight_decay=0.0, why="hybrid, alpha = 0"),
-            Role.TIED_EMBEDDING: Route("row_then_polar", lr=1.0, weight_decay=0.0, why="hybrid, alpha = 0"),
-            Role.LM_HEAD: Route("centered_row_then_polar", lr=0.5, weight_decay=0.0, why="hybrid, alpha = 0"),
-        }
+    "paper-row": _PAPER_ROW,
+    "paper-hybrid": _PAPER_HYBRID,
+    "paper-left-router": make_table(
+        {**_PAPER_ROW, Role.ROUTER: replace(_PAPER_ROW[Role.ROUTER], rule="centered_polar", why="left-spectral")}
+    ),
+    "paper-row-adamw-router": make_table(
+        {**_PAPER_ROW, Role.ROUTER: replace(_ADAMW, lr=0.0375, why="the paper's router baseline")}, baseline=True
     ),
     # Jordan et al. 2024: every hidden matrix whole, AdamW for the rest.
-    "muon": make_table(
+    "muon": make_table(_MUON, baseline=True),
+    # Lau, Long & Su, arXiv 2505.21799: as Muon, times the nuclear norm.
+    "polargrad": make_table(
+        {**_MUON, **dict.fromkeys(_INNER, Route("polargrad", scale="unit", why="polar factor times nuclear norm"))},
+        baseline=True,
+    ),
+    # Pethick et al., arXiv 2502.07529: operator norms by layer, beta = 0.9, base rate 50 · 4e-4.
+    "scion": make_table(
         {
-            **dict.fromkeys(_INNER, Route("polar", why="Muon: hidden matrices, whole")),
-            **dict.fromkeys((*_ENDS, Role.ROUTER, Role.VECTOR), _ADAMW),
+            **dict.fromkeys(_INNER, Route("polar", scale="rms_to_rms", options={"momentum": 0.9}, why="spectral norm")),
+            **dict.fromkeys(
+                (Role.TIED_EMBEDDING, Role.LM_HEAD, Role.ROUTER), replace(_SCION_SIGN, options={"momentum": 0.9})
+            ),
+            Role.EMBEDDING: Route(
+                "row_norm", scale="row_rms", options={"momentum": 0.9}, why="column norm, transposed"
+            ),
+            Role.VECTOR: Route("row_norm", scale="row_rms", options={"momentum": 0.9}, why="RMS norm of a bias"),
         },
         baseline=True,
     ),
     # Loshchilov & Hutter, arXiv 1711.05101: one rule for everything.
     "adamw": make_table({role: replace(_ADAMW, lr=1.0, weight_decay=1.0) for role in Role}, baseline=True),
+    # The default's rules, every update's RMS at 0.2 as Liu et al. (arXiv 2502.16982) match Muon: takes AdamW's rate.
+    "adamw-compatible": make_table(
+        {
+            **_changed(ROUTES, _INNER, scale="match_adamw_rms"),
+            **_changed(ROUTES, (*_ENDS, Role.ROUTER), scale="match_adamw_rms_of_rows", lr=1.0),
+            Role.VECTOR: replace(_ADAMW, lr=1.0),
+        }
+    ),
 }
 
 
@@ -210,6 +269,7 @@ def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: di
         "rule": route.rule,
         "scale": route.scale,
         "weight_decay_multiplier": route.weight_decay,
+        **route.options,
         **free,
     }
 

@@ -19,6 +19,15 @@ CENTERED_ROWS = Symmetry(left=permutations, right=rotations, shift=True)
 ELEMENTS = Symmetry(left=signed_permutations, right=signed_permutations)
 
 
+PROMISES = {  # the departure that rounding, or five Newton–Schulz steps, may leave
+    "unit rows": 1e-3,
+    "zero column sums": 1e-3,
+    "singular values": 0.35,
+    "spectral norm": 0.35,
+    "signs": 1e-3,
+}
+
+
 @dataclass(frozen=True)
 class Rule:
     """A pure map (..., m, n) -> (..., m, n) with the symmetry it claims and its degree, `U(cM) = c^degree U(M)`.
@@ -54,6 +63,30 @@ class Rule:
         shift = M.mean(dim=0)
         mean = torch.stack([self.row_map(M[block] - shift).sum(dim=0) for block in rows]).sum(dim=0) / len(M)
         yield from ((block, self.row_map(M[block] - shift).sub_(mean)) for block in rows)
+
+    def departures(self, M: Tensor, U: Tensor) -> dict[str, float]:
+        """Return how far U is from what the rule promises of `rule(M)`, by promise; see `PROMISES` for the bounds.
+
+        Shapes: (b, m, n) twice. Rows and matrices that are zero promise nothing. Reads the device, and takes SVDs.
+        """
+        M, U = M.double(), U.double()
+        found = {}
+        if self.row_map is not None and not self.symmetry.shift:
+            lengths = U.norm(dim=-1)
+            found["unit rows"] = (lengths - 1)[M.norm(dim=-1) > 0].abs()
+        if self.symmetry.shift:
+            found["zero column sums"] = U.sum(dim=-2).abs() / U.abs().sum(dim=-2).clamp(min=1e-300)
+        if self.symmetry == DENSE:
+            L, S, Rh = torch.linalg.svd(M, full_matrices=False)
+            size = S.sum(dim=-1, keepdim=True) if self.degree else torch.ones_like(S[..., :1])
+            own = (L.mT @ U @ Rh.mT).diagonal(dim1=-2, dim2=-1) / size.clamp(min=1e-300)
+            found["singular values"] = (own - 1)[1e-2 * S.norm(dim=-1, keepdim=True) < S].abs()
+        elif self.spectral and self.name.endswith("polar"):
+            norms = torch.linalg.matrix_norm(U, ord=2)
+            found["spectral norm"] = (norms - 1)[norms > 0].abs()
+        if self.symmetry == ELEMENTS:
+            found["signs"] = (U.abs() - 1)[M != 0].abs()
+        return {promise: float(values.max()) for promise, values in found.items() if values.numel()}
 
     @property
     def spectral(self) -> bool:

@@ -26,7 +26,39 @@ def keller(m: int, n: int) -> float:
     return sqrt(max(1.0, m / n))
 
 
-SCALES: dict[str, Callable[[int, int], float]] = {f.__name__: f for f in (unit, rms_to_rms, match_adamw_rms, keller)}
+def row_rms(m: int, n: int) -> float:
+    """Return `√n`, which gives a row of unit length RMS 1: a token's vector moves alike at every width."""
+    return sqrt(n)
+
+
+def inverse_row_rms(m: int, n: int) -> float:
+    """Return `1/√n`: a unit row, so scaled, changes a logit of inputs with RMS 1 by at most 1 at every width."""
+    return 1 / sqrt(n)
+
+
+def match_adamw_rms_of_rows(m: int, n: int) -> float:
+    """Return `0.2·√n`, which gives rows of unit length AdamW's RMS 0.2."""
+    return 0.2 * sqrt(n)
+
+
+def inverse_inputs(m: int, n: int) -> float:
+    """Return `1/n`, Scion's size of a sign update of n inputs (arXiv 2502.07529, table 3)."""
+    return 1 / n
+
+
+SCALES: dict[str, Callable[[int, int], float]] = {
+    f.__name__: f
+    for f in (
+        unit,
+        rms_to_rms,
+        match_adamw_rms,
+        keller,
+        row_rms,
+        inverse_row_rms,
+        match_adamw_rms_of_rows,
+        inverse_inputs,
+    )
+}
 
 
 def nuclear_norm(M: Tensor, U: Tensor, alpha: float = 1.0) -> Tensor:

@@ -1,8 +1,10 @@
 """The watched quantities against cases done by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from models import tiny, train
+from models import EXTRA, tiny, tokens, train
 
 import symlm
 from symlm.diagnostics import logit_metrics, polar_error, router_metrics, update_rms
@@ -24,6 +26,37 @@ def test_update_rms_is_the_step_that_was_made():
     assert rms["lm_head"] == pytest.approx((model.lm_head.weight - before).square().mean().sqrt().item(), rel=1e-3)
     assert rms["vector"] > 0
     assert not torch.equal(bias, model.model.norm.weight)
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+@pytest.mark.parametrize("preset", symlm.PRESETS)
+def test_verify_finds_every_promise_kept(preset, kind):
+    model = tiny(kind)
+    opt = symlm.SymOptimizer(model, lr=1e-3, preset=preset)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    opt.step()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    checks = opt.verify()
+    assert {check.role for check in checks} == {g["role"] for g in opt.param_groups if g["rule"] != "adamw"}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_verify_names_what_did_not_run(monkeypatch):
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    with pytest.raises(RuntimeError, match=r"embed_tokens.weight \(embedding\): no step has reached it"):
+        opt.verify()
+    train(model, opt, 1)
+    assert "off by at most" in str(opt.verify())
+    monkeypatch.setitem(
+        symlm.rules.RULES, "left_spectral", replace(symlm.rules.RULES["left_spectral"], function=fallback)
+    )
+    with pytest.raises(RuntimeError, match=r"gate_proj.weight \(mlp_in, left_spectral\): singular values off by"):
+        opt.verify()
+
+
+def fallback(M, polar):
+    return M.sign()
 
 
 def test_router_metrics_by_hand():
