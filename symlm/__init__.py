@@ -1,6 +1,6 @@
 """Symmetry-compatible optimizers for pretraining language models."""
 
-from symlm import diagnostics, polar, rules
+from symlm import diagnostics, hf, polar, rules
 from symlm.optimizer import SymOptimizer
 from symlm.roles import Role, assign_roles
 from symlm.routes import PRESETS, ROUTES, describe_routing, param_groups
@@ -13,6 +13,7 @@ __all__ = [
     "assign_roles",
     "describe_routing",
     "diagnostics",
+    "hf",
     "param_groups",
     "polar",
     "rules",

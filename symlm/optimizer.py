@@ -256,7 +256,7 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"group {role}: lr and weight_decay are not negative, 0 <= momentum < 1")
     view = MatrixView.parse(group["view"])
     for name, p in _named(group):
-        if p.is_complex() or p.dtype == torch.float16:
+        if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)")
         if p.numel():
             view.shape(tuple(p.shape))

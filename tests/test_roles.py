@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import tiny
+from models import tiny, train
 from torch import nn
 
 import symlm
@@ -75,3 +75,50 @@ def test_heads_that_do_not_divide_are_named():
     model.model.layers[1].self_attn.head_dim = 7
     with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.*head_dim 7 does not divide its 32"):
         symlm.param_groups(model)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.down_proj.weight = self.up_proj.weight
+
+
+def test_a_tensor_with_two_roles_is_refused():
+    with pytest.raises(ValueError, match=r"two roles: up_proj.weight .* is mlp_in, down_proj.weight .* is mlp_out"):
+        symlm.assign_roles(Twice())
+    assert symlm.assign_roles(Twice(), {"*": "matrix"}) == {"up_proj.weight": "matrix"}
+
+
+def test_a_tensor_shared_between_layers_is_one_parameter():
+    model = tiny()
+    model.model.layers[1] = model.model.layers[0]
+    assert not any("layers.1." in name for name in symlm.assign_roles(model))
+
+
+def test_sparse_embeddings_are_refused_before_training():
+    with pytest.raises(ValueError, match=r"\['wte'\] give sparse gradients.*sparse=False"):
+        symlm.assign_roles(nn.ModuleDict({"wte": nn.Embedding(50, 8, sparse=True)}))
+
+
+def test_quantized_parameters_are_left_out_or_refused():
+    model = tiny()
+    packed = torch.zeros(512, 1, dtype=torch.uint8)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(packed, requires_grad=False)
+    assert "model.layers.0.mlp.up_proj.weight" not in symlm.assign_roles(model)
+    low = model.model.layers[1].mlp.up_proj
+    low.weight = nn.Parameter(low.weight.detach().to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is torch.float8_e4m3fn: train it in float32 or"):
+        symlm.SymOptimizer(model)
+
+
+def test_adapters_have_a_role_of_their_own():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    roles = symlm.assign_roles(model)
+    assert set(map(str, roles.values())) == {"lora"}
+    assert len(roles) == 8
+    opt = symlm.SymOptimizer(model)
+    train(model, opt, 2)
+    assert opt.verify()

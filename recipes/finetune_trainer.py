@@ -1,0 +1,63 @@
+"""Go on training a causal LM on local text with the Hugging Face Trainer and symlm's one line.
+
+    python recipes/finetune_trainer.py --model runs/default/model --text README.md --output_dir runs/finetuned
+
+Every field of TrainingArguments is a flag; `--resume` goes on from the last checkpoint in the output folder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+
+import symlm
+
+
+@dataclass
+class Fields:
+    """What the Trainer's own arguments do not say."""
+
+    model: str = "runs/default/model"
+    text: str = "README.md"
+    length: int = 128
+    lr: float = 0.005
+    preset: str = "default"
+    resume: bool = False
+
+
+def blocks(path: str, tokenizer, length: int) -> Dataset:
+    """Cut a text file in blocks of `length` tokens; the model shifts the labels."""
+    tokens = tokenizer(Path(path).read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    rows = [tokens[k : k + length] for k in range(0, len(tokens) - length + 1, length)]
+    if len(rows) < 2:
+        raise ValueError(f"{path} has {len(tokens)} tokens, fewer than two blocks of {length}")
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def main() -> None:
+    fields, arguments = HfArgumentParser((Fields, TrainingArguments)).parse_args_into_dataclasses()
+    if not Path(fields.model, "config.json").exists():
+        raise SystemExit(f"{fields.model} holds no model: run `make pretrain` first, or give --model")
+    tokenizer = AutoTokenizer.from_pretrained(fields.model)
+    model = AutoModelForCausalLM.from_pretrained(fields.model)
+    data = blocks(fields.text, tokenizer, fields.length).train_test_split(0.1, seed=arguments.seed)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        optimizer_cls_and_kwargs=symlm.hf.trainer_optimizer(lr=fields.lr, preset=fields.preset),
+    )
+    print(symlm.describe_routing(model, fields.preset))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=fields.resume or None)
+    after = trainer.evaluate()["eval_loss"]
+    print(trainer.optimizer.optimizer.verify())
+    print(f"loss on held-out blocks: {before:.3f} before, {after:.3f} after")
+    trainer.save_model()
+    tokenizer.save_pretrained(arguments.output_dir)
+
+
+if __name__ == "__main__":
+    main()

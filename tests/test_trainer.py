@@ -1,0 +1,177 @@
+"""The one line in a real Trainer: training, evaluation, checkpoints, a kill, schedules, bf16, torch.compile."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from models import tiny, tokens
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import symlm
+
+ROOT = Path(__file__).parents[1]
+
+
+def data(rows=64):
+    blocks = tokens(shape=(rows, 16)).tolist()
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def trainer(folder, model=None, callbacks=None, lr=0.02, **arguments):
+    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True, "seed": 1}
+    return Trainer(
+        model or tiny(),
+        TrainingArguments(str(folder), **{**defaults, "disable_tqdm": True, **arguments}),
+        train_dataset=data(),
+        eval_dataset=data(8),
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=symlm.hf.trainer_optimizer(lr=lr),
+    )
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_one_line_trains_and_evaluates(tmp_path):
+    run = trainer(tmp_path, max_steps=30, lr_scheduler_type="constant")
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < before - 0.1
+    assert isinstance(run.optimizer.optimizer, symlm.SymOptimizer)
+    assert run.optimizer.optimizer.verify()
+
+
+def test_a_trainer_resumes_bit_for_bit(tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    first = trainer(tmp_path / "cut", save_steps=3)
+    first.add_callback(StopAt(3))
+    first.train()
+    second = trainer(tmp_path / "cut", save_steps=3)
+    second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert second.state.global_step == 6
+    assert same(weights(second.model), weights(whole.model))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [("cosine", None), ("warmup_stable_decay", {"num_decay_steps": 2, "num_stable_steps": 2})],
+)
+def test_schedules_of_the_trainer_drive_every_group(tmp_path, schedule, options):
+    seen = []
+
+    class Rates(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer, **_):
+            seen.append([group["lr"] / group["initial_lr"] for group in optimizer.param_groups])
+
+    run = trainer(
+        tmp_path, callbacks=[Rates()], lr_scheduler_type=schedule, lr_scheduler_kwargs=options, warmup_steps=2
+    )
+    run.train()
+    assert all(max(rates) - min(rates) < 1e-12 for rates in seen)
+    assert len({rates[0] for rates in seen}) > 2
+    assert {group["initial_lr"] for group in run.optimizer.param_groups} == {0.02 * m for m in (25, 1, 0.5)}
+
+
+def test_gradient_accumulation_is_one_larger_batch(tmp_path):
+    small = trainer(tmp_path / "a", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    large = trainer(tmp_path / "b", per_device_train_batch_size=4, max_grad_norm=0.0)
+    small.train()
+    large.train()
+    for name, W in weights(large.model).items():
+        assert (weights(small.model)[name] - W).norm() < 2e-3 * W.norm(), name
+
+
+def test_clipping_is_not_felt_by_rules_of_degree_0(tmp_path):
+    clipped, free = (trainer(tmp_path / str(c), max_steps=1, max_grad_norm=c) for c in (1e-3, 0.0))
+    clipped.train()
+    free.train()
+    for name, W in weights(free.model).items():
+        assert (weights(clipped.model)[name] - W).norm() < 1e-4 * W.norm(), name
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"bf16": True}, {"torch_compile": True, "max_steps": 2}], ids=["bf16", "compile"]
+)
+def test_the_trainers_modes(tmp_path, arguments):
+    model = tiny()
+    before = weights(model)
+    trainer(tmp_path, model, **arguments).train()
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
+    assert not any(torch.equal(W, before[name]) for name, W in weights(model).items())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny model with a tokenizer of its own, as `make pretrain` leaves one."""
+    from corpus import bpe_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = bpe_tokenizer([(ROOT / "README.md").read_text()], 300)
+    tiny(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def finetune(saved, out, *flags):
+    command = [sys.executable, "recipes/finetune_trainer.py", "--model", saved, "--text", "README.md"]
+    command += ["--output_dir", out, "--length", "32", "--max_steps", "8", "--save_steps", "2", "--use_cpu", "True"]
+    command += ["--per_device_train_batch_size", "2", "--report_to", "none", "--logging_steps", "1", *flags]
+    return [str(part) for part in command]
+
+
+def test_a_killed_trainer_resumes_bit_for_bit(saved, tmp_path):
+    subprocess.run(finetune(saved, tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen(
+        finetune(saved, tmp_path / "cut"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").exists():
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(
+        finetune(saved, tmp_path / "cut", "--resume", "True"), cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert "loss on held-out blocks" in done.stdout
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert same(first, second)
+    assert json.loads((tmp_path / "cut" / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
+
+
+def test_trl_takes_the_same_line(saved, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    before = weights(model)
+    text = [line for line in (ROOT / "README.md").read_text().splitlines() if len(line) > 40]
+    run = SFTTrainer(
+        model,
+        SFTConfig(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, bf16=False, max_length=32),
+        train_dataset=Dataset.from_dict({"text": text}),
+        processing_class=AutoTokenizer.from_pretrained(saved),
+        optimizer_cls_and_kwargs=symlm.hf.trainer_optimizer(lr=0.02),
+    )
+    run.train()
+    assert isinstance(run.optimizer.optimizer, symlm.SymOptimizer)
+    assert not any(torch.equal(W, before[name]) for name, W in weights(run.model).items())
