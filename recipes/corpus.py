@@ -31,6 +31,16 @@ def is_validation(document: str) -> bool:
     return hashlib.sha256(document.encode()).digest()[0] < 8
 
 
+def split(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Return the documents for training and for validation; of too few, the first, or the end of the only one."""
+    rest = [text for text in documents if not is_validation(text)]
+    held = [text for text in documents if is_validation(text)]
+    if rest and held:
+        return rest, held
+    cut = len(documents[0]) * 31 // 32
+    return (documents[1:], documents[:1]) if len(documents) > 1 else ([documents[0][:cut]], [documents[0][cut:]])
+
+
 def bpe_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the documents, or take the cached one of the same text and size."""
     digest = hashlib.sha256("".join(documents).encode()).hexdigest()[:16]
@@ -49,6 +59,33 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[n
     """Return each document's tokens with the end token behind it."""
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     return [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
+
+
+def packed_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return all documents' tokens end to end, tokenized once and kept in the cache, mapped from there."""
+    digest = hashlib.sha256("".join([*documents, *sorted(tokenizer.get_vocab())]).encode()).hexdigest()[:16]
+    path = CACHE / f"tokens-{digest}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(temporary, np.concatenate(tokenize(documents, tokenizer)))
+        temporary.replace(path)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+class Collate:
+    """Stack blocks to a batch, after a look at every token.  Raises: ValueError for one out of the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, blocks: list[torch.Tensor]) -> torch.Tensor:
+        batch = torch.stack(blocks)
+        smallest, largest = (int(x) for x in torch.aminmax(batch))
+        if smallest < 0 or largest >= self.vocabulary:
+            bad = smallest if smallest < 0 else largest
+            raise ValueError(f"token {bad} of the data is out of the model's vocabulary of {self.vocabulary}")
+        return batch
 
 
 class Packed(Dataset):
@@ -156,13 +193,10 @@ def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None,
     if data.dataset != EMBEDDED and not root.exists():
         return _stream(data, named, seed)
     texts = stdlib_documents() if data.dataset == EMBEDDED else read_documents(data.dataset, data.column)
-    held = [t for t in texts if is_validation(t)]
-    rest = [t for t in texts if not is_validation(t)]
-    if not held or not rest:
-        raise ValueError(f"{data.dataset}: {len(texts)} documents are too few to set one in 32 aside for validation")
+    rest, held = split(texts)
     tokenizer = named or bpe_tokenizer(rest, data.vocab_size)
-    train = [np.concatenate(tokenize(rest, tokenizer))]
-    return tokenizer, Packed(train, data.length, samples, seed), _validation(tokenize(held, tokenizer), data)
+    train = Packed([packed_tokens(rest, tokenizer)], data.length, samples, seed)
+    return tokenizer, train, _validation([packed_tokens(held, tokenizer)], data)
 
 
 def _split_shards(paths: list[Path], tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

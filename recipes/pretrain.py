@@ -9,29 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import corpus
+import moe
 import report
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from architectures import build_model
 from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import symlm
-
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen3-tiny": {
-        "model_type": "qwen3",
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "tie_word_embeddings": False,
-    },
-}
 
 
 @dataclass
@@ -50,10 +38,14 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """preset: a key of MODELS; config: a Hugging Face config, name or path, instead."""
+    """preset: a name in architectures.py; config: a Hugging Face config instead, by name or path.
+
+    sizes: fields of either to change.
+    """
 
     preset: str = "qwen3-tiny"
     config: str | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
     compile: bool = False
     gradient_checkpointing: bool = False
 
@@ -70,7 +62,10 @@ class OptimizerConfig:
 
 @dataclass
 class TrainConfig:
-    """schedule: "linear" (warm-up, constant, then linear to zero over `decay` of the steps) or "cosine"."""
+    """schedule: "linear" (warm-up, constant, then linear to zero over `decay` of the steps) or "cosine".
+
+    load_loss, z_loss: coefficients of the routers' auxiliary losses; the loss that is written is without them.
+    """
 
     steps: int = 400
     batch: int = 8
@@ -79,6 +74,8 @@ class TrainConfig:
     warmup: int = 10
     decay: float = 0.4
     clip: float | None = None
+    load_loss: float = 0.0
+    z_loss: float = 0.0
     mixed_precision: str = "no"
     seed: int = 42
     validate_every: int = 50
@@ -117,23 +114,6 @@ def parse() -> RunConfig:
     parser.add_class_arguments(RunConfig, None)
     values = vars(parser.instantiate(parser.parse_args()))
     return RunConfig(**{key: value for key, value in values.items() if key != "config"})
-
-
-def build_model(config: ModelConfig, vocabulary: int | None, end: int | None) -> PreTrainedModel:
-    if config.config:
-        hf = AutoConfig.from_pretrained(config.config)
-    elif config.preset in MODELS:
-        hf = AutoConfig.for_model(**MODELS[config.preset])
-        hf.vocab_size = vocabulary or hf.vocab_size
-        hf.bos_token_id = hf.eos_token_id = hf.pad_token_id = end
-    else:
-        raise ValueError(f"unknown model preset {config.preset!r}; choose one of {sorted(MODELS)}")
-    if vocabulary and vocabulary > hf.vocab_size:
-        raise ValueError(f"the tokenizer has {vocabulary} tokens, the model's vocabulary only {hf.vocab_size}")
-    model = AutoModelForCausalLM.from_config(hf)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
@@ -210,11 +190,62 @@ def open_folder(config: RunConfig) -> Path:
     return folder
 
 
+class Routers:
+    """What a model's routers said, where it has any: their losses, and their metrics."""
+
+    def __init__(self, model: torch.nn.Module, train: TrainConfig) -> None:
+        self.top_k = getattr(model.config, "num_experts_per_tok", None)
+        self.load, self.z = train.load_loss, train.z_loss
+        if self.top_k is None and (self.load or self.z):
+            raise ValueError(f"{type(model).__name__} has no routers for train.load_loss and train.z_loss")
+        if self.top_k:
+            model.config.router_aux_loss_coef = 0.0  # transformers' own sums over layers; ours is in moe.py
+
+    @property
+    def inputs(self) -> dict[str, bool]:
+        return {"output_router_logits": True} if self.top_k else {}
+
+    def loss(self, output: Any) -> torch.Tensor | float:
+        return moe.router_loss(output.router_logits, self.top_k, self.load, self.z) if self.load or self.z else 0.0
+
+    def metrics(self, output: Any, accelerator: Accelerator) -> dict[str, Any]:
+        """Return each metric's mean over the layers, and the load of every expert, layer by layer."""
+        if not self.top_k:
+            return {}
+        layers = [
+            symlm.diagnostics.router_metrics(z.detach(), self.top_k, accelerator.gather) for z in output.router_logits
+        ]
+        loads = [[round(f, 5) for f in layer.pop("load").tolist()] for layer in layers]
+        means = {f"router/{key}": torch.stack([layer[key] for layer in layers]).mean().item() for key in layers[0]}
+        return {**means, "router/load": loads}
+
+
+def prepare_model(config: ModelConfig, tokenizer: Any) -> torch.nn.Module:
+    vocabulary, end = (len(tokenizer), tokenizer.eos_token_id) if tokenizer else (None, None)
+    model = build_model(config.preset, config.config, config.sizes, vocabulary, end)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def watch(output: Any, optimizer: symlm.SymOptimizer, routers: Routers, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what the report draws beside the losses: update RMS by role, logits, routers."""
+    logits = output.logits.detach().flatten(0, 1)
+    some = logits[torch.linspace(0, len(logits) - 1, min(64, len(logits)), device=logits.device).long()]
+    sizes = symlm.diagnostics.logit_metrics(some, accelerator.gather)
+    return {
+        **{f"update_rms/{role}": rms for role, rms in symlm.diagnostics.update_rms(optimizer).items()},
+        **{f"logits/{key}": value.item() for key, value in sizes.items()},
+        **routers.metrics(output, accelerator),
+    }
+
+
 def main() -> None:
     config = parse()
     train = config.train
     accelerator = Accelerator(
         mixed_precision=train.mixed_precision,
+        gradient_accumulation_steps=train.accumulate,
         log_with=None if train.tracker == "none" else train.tracker,
         project_dir=str(Path(config.out) / config.name),
         step_scheduler_with_optimizer=False,
@@ -222,10 +253,11 @@ def main() -> None:
     folder = open_folder(config)
     set_seed(train.seed)
 
-    batches = train.steps * train.accumulate
-    samples = batches * train.batch * accelerator.num_processes
+    samples = train.steps * train.accumulate * train.batch * accelerator.num_processes
     tokenizer, data, validation = corpus.load(config.data, train.seed, samples)
-    model = build_model(config.model, tokenizer and len(tokenizer), tokenizer and tokenizer.eos_token_id)
+    model = prepare_model(config.model, tokenizer)
+    collate = corpus.Collate(model.config.vocab_size)
+    routers = Routers(model, train)
     accelerator.print(symlm.describe_routing(model, config.optimizer.preset))
     optimizer = symlm.SymOptimizer(
         model, config.optimizer.lr, config.optimizer.preset, config.optimizer.overrides, **config.optimizer.options
@@ -233,8 +265,8 @@ def main() -> None:
     schedule = build_schedule(optimizer, train)
     if config.model.compile:
         model = torch.compile(model)
-    loader = DataLoader(data, batch_size=train.batch, shuffle=False, drop_last=True)
-    held = DataLoader(validation, batch_size=train.batch)
+    loader = DataLoader(data, batch_size=train.batch, shuffle=False, drop_last=True, collate_fn=collate)
+    held = DataLoader(validation, batch_size=train.batch, collate_fn=collate)
     model, prepared, loader, held = accelerator.prepare(model, optimizer, loader, held)
     accelerator.register_for_checkpointing(schedule)
 
@@ -246,44 +278,44 @@ def main() -> None:
         accelerator.init_trackers("tensorboard")
     stream = iter(accelerator.skip_first_batches(loader, first * train.accumulate) if first else loader)
     per_step = train.batch * train.accumulate * config.data.length * accelerator.num_processes
-    vocabulary = accelerator.unwrap_model(model).config.vocab_size
-    with tqdm(
+    bar = tqdm(
         total=train.steps * per_step,
         initial=first * per_step,
         unit="tok",
         unit_scale=True,
         disable=not accelerator.is_main_process,
-    ) as bar:
-        for step in range(first + 1, train.steps + 1):
-            loss = torch.zeros((), device=accelerator.device)
-            for _ in range(train.accumulate):
-                x = next(stream, None)
-                if x is None:
-                    raise ValueError(f"the dataset ended at step {step} of {train.steps}: use fewer steps")
-                if x.max() >= vocabulary or x.min() < 0:
-                    raise ValueError(f"token {int(x.max())} is out of the model's vocabulary of {vocabulary}")
-                part = model(input_ids=x, labels=x).loss / train.accumulate
-                accelerator.backward(part)
-                loss += part.detach()
-            if train.clip:
-                accelerator.clip_grad_norm_(model.parameters(), train.clip)
-            prepared.step()
-            schedule.step()
-            prepared.zero_grad()
-            bar.update(per_step)
-            row: dict[str, float] = {"step": step, "tokens": step * per_step}
-            if step % train.log_every == 0 or step == train.steps:
-                row["train/loss"] = loss.item()
-                row |= {f"update_rms/{k}": v for k, v in symlm.diagnostics.update_rms(optimizer).items()}
-                bar.set_postfix(loss=f"{row['train/loss']:.3f}")
-            if step % train.validate_every == 0 or step == train.steps:
-                row["val/loss"] = evaluate(model, held, accelerator)
-            if len(row) > 2 and accelerator.is_main_process:
-                with (folder / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                accelerator.log(row, step=step)
-            if step % train.save_every == 0 or step == train.steps:
-                checkpoints.save(accelerator, step)
+    )
+    for step in range(first + 1, train.steps + 1):
+        loss = torch.zeros((), device=accelerator.device)
+        for _ in range(train.accumulate):
+            x = next(stream, None)
+            if x is None:
+                raise ValueError(f"the dataset ended at step {step} of {train.steps}: use fewer steps")
+            with accelerator.accumulate(model):
+                output = model(input_ids=x, labels=x, **routers.inputs)
+                accelerator.backward(output.loss + routers.loss(output))
+                if train.clip and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), train.clip)
+                prepared.step()
+                prepared.zero_grad()
+            loss += output.loss.detach() / train.accumulate
+        schedule.step()
+        bar.update(per_step)
+        row: dict[str, Any] = {"step": step, "tokens": step * per_step}
+        if step % train.log_every == 0 or step == train.steps:
+            row["train/loss"] = accelerator.reduce(loss, "mean").item()
+            row |= watch(output, optimizer, routers, accelerator)
+            bar.set_postfix(loss=f"{row['train/loss']:.3f}")
+        if step % train.validate_every == 0 or step == train.steps:
+            row["val/loss"] = evaluate(model, held, accelerator)
+        if len(row) > 2 and accelerator.is_main_process:
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if len(row) > 2:
+            accelerator.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
+        if step % train.save_every == 0 or step == train.steps:
+            checkpoints.save(accelerator, step)
+    bar.close()
     finish(accelerator, model, tokenizer, folder)
 
 

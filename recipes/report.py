@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -49,8 +50,32 @@ def draw(runs: list[Path], out: Path) -> list[Path]:
     axes.legend(fontsize=8, ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(paths[1], dpi=130)
+    if loads := [row["router/load"] for row in rows if "router/load" in row]:
+        paths.append(out / "expert_load.png")
+        draw_load(np.array(loads), [row["tokens"] for row in rows if "router/load" in row], runs[0].name, paths[-1])
     plt.close("all")
     return paths
+
+
+def draw_load(loads: np.ndarray, tokens: list[int], name: str, path: Path) -> None:
+    """Draw each layer's expert load over the run, over the uniform share.  Shapes: (points, layers, experts)."""
+    layers, experts = loads.shape[1:]
+    size = (7, 1 + 1.2 * layers)
+    figure, panels = plt.subplots(layers, 1, figsize=size, sharex=True, layout="constrained", squeeze=False)
+    for layer, axes in enumerate(panels[:, 0]):
+        image = axes.imshow(
+            loads[:, layer].T * experts,
+            aspect="auto",
+            interpolation="nearest",
+            vmin=0,
+            vmax=3,
+            extent=(tokens[0], tokens[-1], experts - 0.5, -0.5),
+        )
+        axes.set(ylabel=f"layer {layer}")
+    panels[-1, 0].set(xlabel="tokens")
+    figure.colorbar(image, ax=panels, label="load / uniform share")
+    figure.suptitle(f"load of each expert, {name}")
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

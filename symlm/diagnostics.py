@@ -1,6 +1,6 @@
 """What to watch: polar error, the size of updates by role, router load and logits.  Nothing here writes to a model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,41 +52,72 @@ def updates(group: dict[str, Any], state: dict[str, Any]) -> Iterator[Tensor]:
         yield from (size * U for _, (U,) in directions(group, view, [M]))
 
 
-@torch.no_grad()
-def router_metrics(logits: Tensor, top_k: int) -> dict[str, Tensor]:
-    """Return load and entropy of one MoE layer's router.  Shapes: logits (tokens, experts) -> scalars.
+Gather = Callable[[Tensor], Tensor]  # (1, ...) of this process -> (processes, ...)
 
-    f_i = share of the `tokens · top_k` choices that fall on expert i, P = softmax(z), u = 1/E:
-    load_cv = std(f)/mean(f); load_entropy = −Σ f log f / log E; dead_expert_fraction = mean[f < u/10];
-    top_expert_load = max f; token_entropy = mean H(P_t)/log E; load_balancing_loss = E Σ f_i mean_t P_ti;
-    z_loss = mean lse(z)².  Source: arXiv 2605.18106, code, router metrics.
+
+@torch.no_grad()
+def router_metrics(logits: Tensor, top_k: int, gather: Gather | None = None) -> dict[str, Tensor]:
+    """Return load, entropy and size of one MoE layer's router over the tokens of all processes.
+
+    Shapes: logits (tokens, experts) -> scalars, and `load` (experts).
+    f_i = share of the `tokens · top_k` choices that fall on expert i, P = softmax(z), p = mean_t P_t, u = 1/E:
+    load = f; load_cv = std(f)/mean(f), load_entropy = −Σ f log f / log E, prob_cv and prob_entropy the same of p;
+    dead_expert_fraction = mean[f < u/10]; top_expert_load = max f; token_entropy = mean H(P_t)/log E;
+    load_balancing_loss = E Σ f p; z_loss = mean lse(z)²; logit_rms, logit_max_abs, logsumexp_mean, logsumexp_max.
+    Source: arXiv 2605.18106, code, router metrics.
     """
-    logits = logits.double()
-    tokens, experts = logits.shape
-    P = logits.softmax(-1)
-    chosen = logits.topk(top_k, dim=-1).indices.flatten()
-    f = torch.bincount(chosen, minlength=experts).double() / (tokens * top_k)
-    log_experts = torch.log(torch.tensor(float(experts), dtype=torch.float64, device=logits.device))
+    z = logits.double()
+    experts, P, lse = z.shape[-1], z.softmax(-1), z.logsumexp(-1)
+    counts = torch.bincount(z.topk(top_k, dim=-1).indices.flatten(), minlength=experts).double()
+    means = [torch.special.entr(P).sum(-1), lse.square(), lse, z.square().mean(-1)]
+    size = torch.tensor([float(len(z))], dtype=torch.float64, device=z.device)
+    sums = torch.cat([size, torch.stack([mean.sum() for mean in means]), counts, P.sum(0)])
+    peaks = torch.stack([z.abs().max(), lse.max()])
+    if gather:
+        sums, peaks = gather(sums[None]).sum(0), gather(peaks[None]).amax(0)
+    tokens = sums[0]
+    entropy, z_loss, lse_mean, square = sums[1:5] / tokens
+    f, p = sums[5 : 5 + experts] / (tokens * top_k), sums[5 + experts :] / tokens
+    log_experts = size.new_tensor(float(experts)).log()
     return {
-        "load_balancing_loss": experts * (f * P.mean(0)).sum(),
+        "load": f,
+        "load_balancing_loss": experts * (f * p).sum(),
         "load_cv": f.std(correction=0) / f.mean(),
         "load_entropy": torch.special.entr(f).sum() / log_experts,
+        "prob_cv": p.std(correction=0) / p.mean(),
+        "prob_entropy": torch.special.entr(p).sum() / log_experts,
         "dead_expert_fraction": (f < 0.1 / experts).double().mean(),
         "top_expert_load": f.max(),
-        "token_entropy": torch.special.entr(P).sum(-1).mean() / log_experts,
-        "z_loss": logits.logsumexp(-1).square().mean(),
+        "token_entropy": entropy / log_experts,
+        "z_loss": z_loss,
+        "logit_rms": square.sqrt(),
+        "logit_max_abs": peaks[0],
+        "logsumexp_mean": lse_mean,
+        "logsumexp_max": peaks[1],
     }
 
 
 @torch.no_grad()
-def logit_metrics(logits: Tensor) -> dict[str, Tensor]:
-    """Return the size of the logits, plain and centered over the vocabulary.  Shapes: (..., vocab) -> scalars."""
-    logits = logits.float().reshape(-1, logits.shape[-1])
-    centered = logits - logits.mean(-1, keepdim=True)
+def logit_metrics(logits: Tensor, gather: Gather | None = None) -> dict[str, Tensor]:
+    """Return the size of the logits, plain and centered over the vocabulary, and how sure they are.
+
+    Shapes: (..., vocab) -> scalars; maxima are over the positions of all processes, the rest are means of them.
+    Source: arXiv 2605.18106, code, logit metrics.
+    """
+    z = logits.float().reshape(-1, logits.shape[-1])
+    centered, lse, P = z - z.mean(-1, keepdim=True), z.logsumexp(-1), z.softmax(-1)
+    means = [z.square().mean(), centered.square().mean(), lse.mean(), torch.special.entr(P).sum(-1).mean()]
+    mean = torch.stack([*means, P.amax(-1).mean()])
+    peaks = torch.stack([z.abs().max(), centered.abs().max(), lse.max()])
+    if gather:
+        mean, peaks = gather(mean[None]).mean(0), gather(peaks[None]).amax(0)
     return {
-        "rms": logits.square().mean().sqrt(),
-        "centered_rms": centered.square().mean().sqrt(),
-        "max_abs": logits.abs().max(),
-        "centered_max_abs": centered.abs().max(),
-        "logsumexp_mean": logits.logsumexp(-1).mean(),
+        "rms": mean[0].sqrt(),
+        "centered_rms": mean[1].sqrt(),
+        "logsumexp_mean": mean[2],
+        "entropy_mean": mean[3],
+        "max_probability_mean": mean[4],
+        "max_abs": peaks[0],
+        "centered_max_abs": peaks[1],
+        "logsumexp_max": peaks[2],
     }

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from corpus import Packed, PackedStream, is_validation, load, read_shard
+from corpus import Collate, Packed, PackedStream, is_validation, load, read_shard, split
 from datasets import Dataset
 
 
@@ -88,6 +88,16 @@ def test_local_files_are_read(tmp_path, suffix):
 def test_a_dataset_shorter_than_a_block_is_refused():
     with pytest.raises(ValueError, match="has 3 tokens, less than one block of 20"):
         Packed([np.arange(3, dtype=np.int32)], 20, None, 0)
+
+
+def test_few_documents_are_split_without_a_leak():
+    assert split(["document 0", "document 1"]) == (["document 1"], ["document 0"])
+    assert split(["a" * 62 + "bb"]) == (["a" * 62], ["bb"])
+
+
+def test_tokens_out_of_the_vocabulary_are_named():
+    with pytest.raises(ValueError, match="token 7 of the data is out of the model's vocabulary of 7"):
+        Collate(7)([torch.tensor([1, 7])])
 
 
 def test_the_split_is_fixed():
