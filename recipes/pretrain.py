@@ -108,11 +108,12 @@ class Parser(ArgumentParser):
         super().error(f"{message}\nDid you mean {near[0]!r}?" if near else message, ex)
 
 
-def parse() -> RunConfig:
+def read(arguments: list[str] | None = None) -> RunConfig:
+    """Read the command line, and the YAML files that it names."""
     parser = Parser(description=__doc__)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RunConfig, None)
-    values = vars(parser.instantiate(parser.parse_args()))
+    values = vars(parser.instantiate(parser.parse_args(arguments)))
     return RunConfig(**{key: value for key, value in values.items() if key != "config"})
 
 
@@ -241,7 +242,7 @@ def watch(output: Any, optimizer: symlm.SymOptimizer, routers: Routers, accelera
 
 
 def main() -> None:
-    config = parse()
+    config = read()
     train = config.train
     accelerator = Accelerator(
         mixed_precision=train.mixed_precision,

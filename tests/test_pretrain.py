@@ -8,11 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import pretrain
 import pytest
 import torch
+import yaml
+from architectures import MODELS
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import symlm
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 SCRIPT = Path(__file__).parents[1] / "recipes" / "pretrain.py"
 SMALL = {
     "train.steps": 12,
@@ -36,8 +42,10 @@ def text(tmp_path_factory):
 
 
 def command(text, out, *more):
+    configs = [argument for argument in more if argument.startswith("--config")]  # before what changes them
+    rest = [argument for argument in more if argument not in configs]
     fields = [f"--{key}={value}" for key, value in SMALL.items()]
-    return [sys.executable, str(SCRIPT), *fields, f"--data.dataset={text}", f"--out={out}", *more]
+    return [sys.executable, str(SCRIPT), *configs, *fields, f"--data.dataset={text}", f"--out={out}", *rest]
 
 
 def run(*arguments):
@@ -103,3 +111,33 @@ def test_bad_input_is_named(text, tmp_path, argument, message):
 def test_resuming_another_configuration_is_refused(text, whole):
     done = run(text, whole[0].parent, "--resume=true", "--train.clip=1.0")
     assert "was run with another configuration (['train'])" in done.stderr
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*-tiny.yaml")))
+def test_tiny_runs_of_every_architecture(text, tmp_path, config):
+    done = run(text, tmp_path, f"--config={CONFIGS / config}.yaml", "--train.steps=4")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / config
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["logits/centered_rms"] > 0
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model").config.model_type
+    assert saved == MODELS[config]["model_type"]
+    if config in ("olmoe-tiny", "gpt-oss-tiny"):
+        assert len(last["router/load"]) == 4
+        assert all(sum(load) == pytest.approx(1, abs=1e-3) for load in last["router/load"])
+        assert 0 < last["router/load_entropy"] <= 1
+        assert (folder / "expert_load.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_configuration_is_read_and_its_roles_exist(config):
+    values = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    assert values["name"] == config
+    optimizer = values["optimizer"]
+    model = MODELS[values.get("model", {"preset": "qwen3-tiny"})["preset"]]
+    small = {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 64, "intermediate_size": 32}
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model | small))
+    groups = symlm.param_groups(network, optimizer.get("lr", 0.02), optimizer["preset"], optimizer.get("overrides"))
+    assert set(optimizer.get("overrides", {})) <= {group["role"] for group in groups}
+    pretrain.read([f"--config={CONFIGS / config}.yaml"])
