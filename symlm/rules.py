@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from symlm_kernels.reference import center, unit_rows
 from torch import Tensor
 
 from symlm.polar import polar as polar_factor
@@ -112,19 +113,6 @@ def get_rule(name: str) -> Rule:
     if name not in RULES:
         raise ValueError(f"unknown rule {name!r}; choose one of {sorted(RULES)}")
     return RULES[name]
-
-
-def unit_rows(M: Tensor) -> Tensor:
-    """Return `M_i / |M_i|`, zero rows staying zero; through each row's largest entry, so that no square overflows."""
-    largest = M.abs().amax(dim=-1, keepdim=True)
-    U = M / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.vector_norm(U, dim=-1, keepdim=True)
-    return U.div_(torch.where(norm > 0, norm, 1.0))
-
-
-def center(M: Tensor) -> Tensor:
-    """Return `(I − 11ᵀ/m) M`: the mean row is taken from every row."""
-    return M - M.mean(dim=-2, keepdim=True)
 
 
 @rule(DENSE)

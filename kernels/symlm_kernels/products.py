@@ -1,0 +1,187 @@
+"""The three products of a Newton–Schulz step in Triton; twins of the same signatures are in `reference`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from symlm_kernels.tiles import Tile, choose_tile
+
+
+def gram(X: Tensor, tile: Tile | None = None) -> Tensor:
+    """Return `A = X Xᵀ`, one triangle of tiles computed and the other mirrored: half the operations.
+
+    Shapes: (b, m, n), any strides -> (b, m, m). Accumulates in fp32.
+    """
+    return _symmetric(X, X, None, 1.0, 0.0, tile)
+
+
+def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float, tile: Tile | None = None) -> Tensor:
+    """Return `β C + α A B`, symmetric because A, B, C are polynomials of one Gram matrix: half the operations.
+
+    Shapes: (b, m, m) each, any strides -> (b, m, m). Accumulates in fp32.
+    """
+    return _symmetric(A, B, C, alpha, beta, tile)
+
+
+def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -> Tensor:
+    """Return `a X + B X` in one pass.  Shapes: (b, m, m), (b, m, n), any strides -> (b, m, n)."""
+    batch, m, n = X.shape
+    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    tile = tile or choose_tile(m, n, X.element_size())
+    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), batch)
+    _apply_kernel[grid](
+        B,
+        X,
+        out,
+        m,
+        n,
+        a,
+        *B.stride(),
+        *X.stride(),
+        *out.stride(),
+        PRECISION=_precision(X),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def _symmetric(X: Tensor, Y: Tensor, C: Tensor | None, alpha: float, beta: float, tile: Tile | None) -> Tensor:
+    batch, m, k = X.shape
+    out = torch.empty(batch, m, m, dtype=X.dtype, device=X.device)
+    tile = tile or choose_tile(m, m, X.element_size())
+    tiles = triton.cdiv(m, tile.m)
+    added = X if C is None else C
+    _symmetric_kernel[(tiles * (tiles + 1) // 2, batch)](
+        X,
+        Y,
+        added,
+        out,
+        m,
+        k,
+        alpha,
+        beta,
+        *X.stride(),
+        *Y.stride(),
+        *added.stride(),
+        *out.stride(),
+        HAS_C=C is not None,
+        PRECISION=_precision(X),
+        BLOCK=tile.m,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def _precision(X: Tensor) -> str:
+    return "ieee" if X.dtype == torch.float32 else "tf32"  # the second is not looked at for 16-bit inputs
+
+
+@triton.jit
+def _symmetric_kernel(
+    x_ptr,
+    y_ptr,
+    c_ptr,
+    d_ptr,
+    m,
+    k,
+    alpha,
+    beta,
+    x_b,
+    x_m,
+    x_k,
+    y_b,
+    y_m,
+    y_k,
+    c_b,
+    c_m,
+    c_n,
+    d_b,
+    d_m,
+    d_n,
+    HAS_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write one tile (row, column), column <= row, of `α X Yᵀ + β C`, and its mirror image."""
+    pid = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    row = ((tl.sqrt(8.0 * pid.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > pid, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= pid, row + 1, row)
+    column = pid - row * (row + 1) // 2
+    i = (row * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    j = (column * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    x_tile = x_ptr + batch * x_b + i[:, None] * x_m + inner[None, :] * x_k
+    y_tile = y_ptr + batch * y_b + j[None, :] * y_m + inner[:, None] * y_k
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        left = inner < k - start
+        x = tl.load(x_tile, mask=(i[:, None] < m) & left[None, :], other=0.0)
+        y = tl.load(y_tile, mask=left[:, None] & (j[None, :] < m), other=0.0)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+        x_tile += BLOCK_K * x_k
+        y_tile += BLOCK_K * y_k
+    total = alpha * total
+    inside = (i[:, None] < m) & (j[None, :] < m)
+    if HAS_C:
+        c = tl.load(c_ptr + batch * c_b + i[:, None] * c_m + j[None, :] * c_n, mask=inside, other=0.0)
+        total += beta * c.to(tl.float32)
+    result = total.to(d_ptr.dtype.element_ty)
+    tl.store(d_ptr + batch * d_b + i[:, None] * d_m + j[None, :] * d_n, result, mask=inside)
+    if row != column:
+        mirror = d_ptr + batch * d_b + j[:, None] * d_m + i[None, :] * d_n
+        tl.store(mirror, tl.trans(result), mask=(j[:, None] < m) & (i[None, :] < m))
+
+
+@triton.jit
+def _apply_kernel(
+    b_ptr,
+    x_ptr,
+    d_ptr,
+    m,
+    n,
+    a,
+    b_b,
+    b_m,
+    b_k,
+    x_b,
+    x_m,
+    x_n,
+    d_b,
+    d_m,
+    d_n,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write one tile of `a X + B X`; neighbouring programs share a column of X."""
+    pid = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.cdiv(m, BLOCK_M)
+    i = ((pid % rows) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    j = ((pid // rows) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    b_tile = b_ptr + batch * b_b + i[:, None] * b_m + inner[None, :] * b_k
+    x_tile = x_ptr + batch * x_b + inner[:, None] * x_m + j[None, :] * x_n
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, m, BLOCK_K):
+        left = inner < m - start
+        b = tl.load(b_tile, mask=(i[:, None] < m) & left[None, :], other=0.0)
+        x = tl.load(x_tile, mask=left[:, None] & (j[None, :] < n), other=0.0)
+        total = tl.dot(b, x, total, input_precision=PRECISION)
+        b_tile += BLOCK_K * b_k
+        x_tile += BLOCK_K * x_m
+    inside = (i[:, None] < m) & (j[None, :] < n)
+    own = tl.load(x_ptr + batch * x_b + i[:, None] * x_m + j[None, :] * x_n, mask=inside, other=0.0)
+    total += a * own.to(tl.float32)
+    tl.store(d_ptr + batch * d_b + i[:, None] * d_m + j[None, :] * d_n, total.to(d_ptr.dtype.element_ty), mask=inside)

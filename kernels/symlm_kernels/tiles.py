@@ -1,0 +1,28 @@
+"""Tile configurations by shape: a committed table, not an autotuning at train time."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth of one program's tile, its warps, and the stages of its software pipeline."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+SMALL = Tile(64, 64, 32, warps=4, stages=3)
+LARGE = Tile(128, 128, 64, warps=8, stages=3)
+FP32 = Tile(64, 64, 32, warps=4, stages=2)  # full-precision products run without tensor cores: fewer live registers
+TILES = (SMALL, LARGE, FP32)
+SMALL_SIDE = 256  # below this a large tile leaves most of the machine idle
+
+
+def choose_tile(m: int, n: int, element_size: int) -> Tile:
+    """Return the tile for an (m, n) result of elements of this many bytes."""
+    if element_size > 2:
+        return FP32
+    return SMALL if min(m, n) <= SMALL_SIDE else LARGE
