@@ -6,6 +6,8 @@ RUN = 1e-8  # float64 after five training steps of a network
 FP32 = 2e-6  # fp32 rounding of one update, relative
 BF16_POLAR = 0.03  # two bf16 Newton–Schulz iterations that round in different places, relative
 EXACT_POLAR_FP32 = 1e-4  # fp32 direct methods at condition 100
+KERNEL = 2.0  # a kernel's error against float64, in units of torch's own matmul error in that dtype
+KERNEL_FLOOR = {"float32": 2e-7, "float16": 5e-4}  # rounding of the inputs and of the result alone
 
 
 def relative(a, b):

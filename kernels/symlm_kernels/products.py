@@ -136,10 +136,9 @@ def _symmetric_kernel(
         c = tl.load(c_ptr + batch * c_b + i[:, None] * c_m + j[None, :] * c_n, mask=inside, other=0.0)
         total += beta * c.to(tl.float32)
     result = total.to(d_ptr.dtype.element_ty)
-    tl.store(d_ptr + batch * d_b + i[:, None] * d_m + j[None, :] * d_n, result, mask=inside)
-    if row != column:
-        mirror = d_ptr + batch * d_b + j[:, None] * d_m + i[None, :] * d_n
-        tl.store(mirror, tl.trans(result), mask=(j[:, None] < m) & (i[None, :] < m))
+    lower = inside & (i[:, None] >= j[None, :])  # on the diagonal too, one half is the other's mirror, bit for bit
+    tl.store(d_ptr + batch * d_b + i[:, None] * d_m + j[None, :] * d_n, result, mask=lower)
+    tl.store(d_ptr + batch * d_b + j[None, :] * d_m + i[:, None] * d_n, result, mask=lower)
 
 
 @triton.jit

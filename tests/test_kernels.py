@@ -1,0 +1,194 @@
+"""Every kernel in Triton's interpreter against its twin and float64, and compiled for GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import KERNEL, KERNEL_FLOOR, relative
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+triton = pytest.importorskip("triton")
+from symlm_kernels import products, reference, rows, tiles  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+SHAPES = [(1, 1, 1), (1, 1, 7), (5, 7, 1), (1, 63, 100), (5, 63, 100), (1, 130, 257), (1, 200, 65)]
+DTYPES = [torch.float32, torch.float16]  # bf16 is wrong in the interpreter
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported: a process of its own
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="compiles: not in the interpreter's process")
+
+
+@compiled_only
+def test_suite_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch):
+    """Fill what `torch.empty` returns with NaN, so that an element that no program wrote is seen."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: make(*a, **k).fill_(torch.nan))
+
+
+def check(kernel, twin, *arguments):
+    """Compare a kernel with float64, in units of the twin's own error; no argument may change."""
+    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    exact = twin(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
+    ours, theirs = kernel(*arguments), twin(*arguments)
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    floor = KERNEL_FLOOR[str(ours.dtype).removeprefix("torch.")]
+    assert relative(ours.double(), exact) <= max(KERNEL * relative(theirs.double(), exact), floor)
+    for x, y in zip(arguments, before, strict=True):
+        assert not isinstance(x, torch.Tensor) or torch.equal(x, y)
+
+
+def random(*shape, dtype):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(3)) / shape[-1] ** 0.5).to(dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_their_twins(shape, dtype):
+    X = random(*shape, dtype=dtype)
+    check(products.gram, reference.gram, X)
+    A = reference.gram(X.float()).to(dtype)
+    check(products.symmetric_product, reference.symmetric_product, A, A, A, 0.5, 2.0)
+    check(products.apply_polynomial, reference.apply_polynomial, A, X, 3.0)
+    assert torch.equal(products.gram(X), products.gram(X).mT)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "view",
+    [lambda X: X.mT, lambda X: X[:, ::2], lambda X: X[..., 1::2], lambda X: X.unflatten(1, (4, 16))[:, 1]],
+    ids=["transposed", "every second row", "every second column", "a head"],
+)
+def test_any_stride_is_read_in_place(view):
+    X = view(random(2, 64, 90, dtype=torch.float32))
+    check(products.gram, reference.gram, X)
+    A = reference.gram(X)
+    check(products.apply_polynomial, reference.apply_polynomial, A.mT, X, 3.0)
+
+
+@interpreted
+def test_addresses_beyond_32_bits():
+    """Rows 2³⁰ elements apart, as in a tensor of more than 2³¹ elements: two views of one far-away storage."""
+    try:
+        storage = torch.UntypedStorage(4 * (2**31 + 64))
+    except RuntimeError:
+        pytest.skip("needs 8 GiB of address space, of which 100 bytes are touched")
+    far = torch.tensor([]).set_(storage, 0, (3, 8), (2**30, 1))
+    far.copy_(random(3, 8, dtype=torch.float32))
+    check(products.gram, reference.gram, far[None])
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["row_norm_step", "centered_row_norm_step"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (63, 100), (130, 257), (1030, 5)], ids=str)
+@pytest.mark.parametrize("finite", [1.0, 0.0])
+def test_row_steps_are_their_twins(name, shape, finite):
+    G, M, W = (torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    G[0], M[0] = 0, 0
+    if finite == 0:
+        G[-1, -1] = torch.nan
+    scalars = [torch.tensor(x) for x in (0.3, 0.9, finite)]
+    ours, twins = [T.clone() for T in (G, M, W)], [T.clone() for T in (G, M, W)]
+    getattr(rows, name)(*ours, 0.95, *scalars)
+    getattr(reference, name)(*twins, 0.95, *scalars)
+    assert torch.equal(ours[0].nan_to_num(), G.nan_to_num())
+    assert all(relative(a, b) < 1e-6 for a, b in zip(ours[1:], twins[1:], strict=True))
+    if finite == 0:
+        assert torch.equal(ours[1], M)
+        assert torch.equal(ours[2], W)
+
+
+def test_rows_too_long_are_refused():
+    G = torch.zeros(1, rows.LARGEST_ROW + 1)
+    with pytest.raises(ValueError, match="rows of 32769 are longer"):
+        rows.row_norm_step(G, G, G, 0.9, *(torch.ones(()) for _ in range(3)))
+
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def compile_for(arch, kernel, pointers, constants, warps=4, stages=2):
+    """Compile a kernel as its launcher would specialize it: aligned pointers and sizes, unit inner strides."""
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants or name in ("x_k", "y_k", "x_n", "b_k", "c_n", "d_n"):
+            signature[name], constexprs[(position,)] = "constexpr", constants.get(name, 1)
+        elif name.endswith("_ptr"):
+            signature[name] = pointers[name]
+        else:
+            signature[name] = "fp32" if name in ("alpha", "beta", "a") else "i32"
+        if signature[name] != "constexpr" and signature[name] != "fp32":
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def spills(compiled, tmp_path):
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    out = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    (usage,) = [line for line in out.splitlines() if "REG:" in line]
+    return int(usage.split("LOCAL:")[1].split()[0])
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", POINTERS, ids=str)
+@pytest.mark.parametrize("arch", SHARED)
+def test_every_tile_of_the_products_fits_every_gpu(arch, dtype, tmp_path):
+    element = torch.empty(0, dtype=dtype).element_size()
+    shipped = [tile for tile in tiles.TILES if (tile is tiles.FP32) == (element == 4)]
+    for tile in shipped:
+        precision = "ieee" if element == 4 else "tf32"
+        blocks = {"BLOCK": tile.m, "BLOCK_K": tile.k, "PRECISION": precision, "HAS_C": True}
+        pointers = dict.fromkeys(("x_ptr", "y_ptr", "c_ptr", "d_ptr", "b_ptr"), POINTERS[dtype])
+        square = compile_for(arch, products._symmetric_kernel, pointers, blocks, tile.warps, tile.stages)
+        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": precision}
+        flat = compile_for(arch, products._apply_kernel, pointers, blocks, tile.warps, tile.stages)
+        for compiled in (square, flat):
+            assert compiled.metadata.shared <= SHARED[arch]
+            assert spills(compiled, tmp_path) == 0
+            ptx = compiled.asm["ptx"]
+            assert element == 4 or any(unit in ptx for unit in ("wgmma", "mma.sync", "tcgen05.mma"))
+            assert element == 4 or arch != 90 or "wgmma" in ptx
+
+
+@compiled_only
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("columns", [1024, 4096])
+def test_row_steps_compile_for_every_gpu(arch, columns, tmp_path):
+    names = ("g_ptr", "m_ptr", "w_ptr", "size_ptr", "keep_ptr", "finite_ptr", "sums_ptr", "shift_ptr", "mean_ptr")
+    for kernel in (
+        rows._row_norm_kernel,
+        rows._momentum_kernel,
+        rows._direction_sum_kernel,
+        rows._centered_apply_kernel,
+    ):
+        compiled = compile_for(arch, kernel, dict.fromkeys(names, "*fp32"), {"BLOCK": columns})
+        assert spills(compiled, tmp_path) == 0
+        assert "st.global.v4" in compiled.asm["ptx"]
+
+
+def test_tile_table_covers_every_size():
+    for element in (2, 4):
+        for side in (1, 64, 256, 257, 8192):
+            assert tiles.choose_tile(side, side, element) in tiles.TILES
