@@ -7,6 +7,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from symlm_kernels.selection import CHOICES
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -28,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "schedule": "polar_express",
     "steps": 5,
     "compute_dtype": "auto",
+    "kernels": "auto",
     "momentum_dtype": "float32",
     "rounding": "stochastic",
     "nonfinite": "skip",
@@ -64,7 +66,8 @@ class SymOptimizer(torch.optim.Optimizer):
     lr, preset, overrides, roles: as in `symlm.param_groups`.
     options: defaults of every group, which `overrides` may set by role:
         momentum β (0.95); nesterov: U((1−β)G + βM) instead (False); weight_decay λ (0.0);
-        betas, eps: AdamW's, for roles routed to it; polar_method, schedule, steps, compute_dtype: see `symlm.polar`;
+        betas, eps: AdamW's, for roles routed to it;
+        polar_method, schedule, steps, compute_dtype, kernels: see `symlm.polar`;
         momentum_dtype: "float32", or "bfloat16" to save memory;
         rounding: how a bf16 parameter without an fp32 master is stored, "stochastic" or "compensated";
         nonfinite: "skip" a step whose gradients are not finite (counted in `skipped_steps`), or "raise".
@@ -244,6 +247,7 @@ def _check_group(group: dict[str, Any]) -> None:
     choices = {
         "scale": tuple(SCALES),
         "polar_method": METHODS,
+        "kernels": CHOICES,
         "rounding": ("stochastic", "compensated"),
         "nonfinite": ("skip", "raise"),
         "momentum_dtype": ("float32", "bfloat16"),
@@ -335,6 +339,7 @@ def directions(group: dict[str, Any], view: MatrixView, momenta: list[Tensor]) -
             schedule=group["schedule"],
             steps=group["steps"],
             compute_dtype=group["compute_dtype"],
+            kernels=group["kernels"],
         )
 
     U = rule(stack, polar=polar_factor)

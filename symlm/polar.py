@@ -2,9 +2,10 @@
 
 from functools import cache
 from math import sqrt
+from types import ModuleType
 
 import torch
-from symlm_kernels.reference import apply_polynomial, gram, symmetric_product
+from symlm_kernels.selection import select_products
 from torch import Tensor
 
 from symlm.coefficients import Triple, get_schedule
@@ -20,6 +21,7 @@ def polar(
     steps: int = 5,
     compute_dtype: str | torch.dtype = "float32",
     side: str | None = None,
+    kernels: str = "auto",
 ) -> Tensor:
     """Return the orthogonal polar factor of each matrix, `U_r V_rᵀ` of its thin SVD.
 
@@ -31,9 +33,11 @@ def polar(
     compute_dtype: dtype of the iteration, or "auto" (`fastest_dtype`); float64 input stays in float64 unless a
         `torch.dtype` is given.
     side: Gram matrix to form, "left" (m × m) or "right" (n × n); by default the smaller.
+    kernels: "torch", "triton", or "auto" for the one that was measured to be faster.
 
     Source: Higham 2008, ch. 8; arXiv 2505.16932 (Polar Express); Nakatsukasa & Higham 2013 (QDWH).
-    Raises: ValueError for an unknown method, schedule or side, or for fewer than two axes; TypeError for complex M.
+    Raises: ValueError for an unknown method, schedule or side, or for fewer than two axes; TypeError for complex M;
+    RuntimeError where Triton is asked for and not to be had.
     """
     if M.ndim < 2:
         raise ValueError(f"polar wants (..., m, n), got shape {tuple(M.shape)}")
@@ -64,7 +68,7 @@ def polar(
             method == "auto" and _gram_is_cheaper(X.shape[-2], X.shape[-1], steps)
         )
         iterate = _gram_newton_schulz if use_gram else _newton_schulz
-        U = iterate(_normalize(X, table.bound), triples)
+        U = iterate(_normalize(X, table.bound), triples, select_products(X, kernels))
     return (U.mT if flipped else U).to(M.dtype).reshape(M.shape)
 
 
@@ -129,34 +133,35 @@ def _normalize(X: Tensor, bound: float) -> Tensor:
     return Y.div_(torch.where(norm > 0, norm, 1.0) * bound).to(X.dtype)
 
 
-def _newton_schulz(X: Tensor, triples: list[Triple]) -> Tensor:
+def _newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:
     """Iterate `X <- aX + (bA + cA²)X`, `A = XXᵀ`.  Shapes: (b, m, n), normalized -> same."""
     for a, b, c in triples:
-        A = gram(X)
-        X = apply_polynomial(symmetric_product(A, A, A, alpha=c, beta=b), X, a)
+        A = products.gram(X)
+        X = products.apply_polynomial(products.symmetric_product(A, A, A, alpha=c, beta=b), X, a)
     return X
 
 
-def _gram_newton_schulz(X: Tensor, triples: list[Triple]) -> Tensor:
+def _gram_newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:
     """Iterate on R = XXᵀ alone, collecting `Q` with `U = QX`: `Z = bR + cR²`, `Q <- (a+Z)Q`, `R <- (a+Z)R(a+Z)`.
 
     Shapes: (b, m, n), normalized -> same. Equal to `_newton_schulz` in exact arithmetic; restarts at `RESTART`.
     Source: Zhang, Amsel, Chen, Dao 2026, Gram Newton–Schulz.
     """
+    product = products.symmetric_product
     for chunk in (triples[:RESTART], triples[RESTART:]):
         if not chunk:
             continue
-        R, Q = gram(X), None
+        R, Q = products.gram(X), None
         for k, (a, b, c) in enumerate(chunk):
-            Z = symmetric_product(R, R, R, alpha=c, beta=b)
+            Z = product(R, R, R, alpha=c, beta=b)
             if k + 1 < len(chunk):
-                RZ = symmetric_product(R, Z, R, alpha=1.0, beta=a)
-                R = symmetric_product(Z, RZ, RZ, alpha=1.0, beta=a)
+                RZ = product(R, Z, R, alpha=1.0, beta=a)
+                R = product(Z, RZ, RZ, alpha=1.0, beta=a)
             if Q is None:
                 Q = Z
                 Q.diagonal(dim1=-2, dim2=-1).add_(a)
             else:
-                Q = symmetric_product(Q, Z, Q, alpha=1.0, beta=a)
+                Q = product(Q, Z, Q, alpha=1.0, beta=a)
         X = X if Q is None else torch.bmm(Q, X)
     return X
 

@@ -79,41 +79,30 @@ def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Rol
     return dict(routes)
 
 
-_HEADS = Route("polar", view="heads", why="each head is a matrix of its own")
-_OUT = Route("left_spectral", view="transposed", why="rows are neurons, permuted with gate and up")
-_ADAMW = Route("adamw", scale="unit", lr=0.5, weight_decay=0.0, why="no matrix: elementwise")
+# Rates were tuned at width 128 (recipes/LOG.md); the scales of rows carry them to other widths.
+_HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own")
+_IN = Route("left_spectral", lr=0.5, why="rows are neurons")
+_OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
+_TOKENS = Route("row_norm", scale="row_rms", lr=2.2, weight_decay=0.0, why="a row is a token")
+_LOGITS = Route("centered_row_norm", scale="inverse_row_rms", lr=5.6, weight_decay=0.0)
+_ADAMW = Route("adamw", scale="unit", lr=0.25, weight_decay=0.0, why="no matrix: elementwise")
 
 ROUTES: dict[Role, Route] = make_table(
     {
-        Role.EMBEDDING: Route("row_norm", scale="unit", lr=25.0, weight_decay=0.0, why="a row is a token"),
-        Role.TIED_EMBEDDING: Route(
-            "row_norm",
-            scale="unit",
-            lr=1.0,
-            weight_decay=0.0,
-            why="a row is a token; tied, so no shared shift",
+        Role.EMBEDDING: _TOKENS,
+        Role.TIED_EMBEDDING: replace(
+            _TOKENS, scale="inverse_row_rms", lr=5.6, why="a row is a token; tied, so no shared shift"
         ),
-        Role.LM_HEAD: Route(
-            "centered_row_norm", scale="unit", lr=0.5, weight_decay=0.0, why="softmax ignores a shared shift"
-        ),
-        Role.ROUTER: Route(
-            "centered_row_norm",
-            scale="unit",
-            lr=0.5,
-            weight_decay=0.0,
-            why="top-k softmax ignores a shared shift",
-        ),
-        Role.ATTENTION_Q: _HEADS,
-        Role.ATTENTION_K: _HEADS,
-        Role.ATTENTION_V: _HEADS,
-        Role.ATTENTION_O: _HEADS,
+        Role.LM_HEAD: replace(_LOGITS, why="softmax ignores a shared shift"),
+        Role.ROUTER: replace(_LOGITS, why="top-k softmax ignores a shared shift"),
+        **dict.fromkeys((Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_O), _HEADS),
         Role.ATTENTION_QKV: replace(_HEADS, why="each head of q, k and v is a matrix of its own"),
-        Role.MLP_IN: Route("left_spectral", why="rows are neurons"),
+        Role.MLP_IN: _IN,
         Role.MLP_OUT: _OUT,
-        Role.EXPERT_IN: Route("left_spectral", why="rows are neurons, one matrix an expert"),
+        Role.EXPERT_IN: replace(_IN, why="rows are neurons, one matrix an expert"),
         Role.EXPERT_OUT: replace(_OUT, why="rows are neurons, one matrix an expert"),
-        Role.LORA: Route("polar", why="a low-rank adapter's factor"),
-        Role.MATRIX: Route("polar", why="a dense matrix"),
+        Role.LORA: Route("polar", lr=0.5, why="a low-rank adapter's factor"),
+        Role.MATRIX: Route("polar", lr=0.5, why="a dense matrix"),
         Role.VECTOR: _ADAMW,
     }
 )
@@ -133,9 +122,10 @@ def _changed(table: Table, roles: tuple[Role, ...], **changes: Any) -> dict[Role
 _PAPER_ROW = make_table(
     {
         **ROUTES,
-        **_changed(ROUTES, _INNER, options=_NESTEROV),
-        **_changed(ROUTES, _MLP, rule="polar", view="whole", options=_NESTEROV, why="Muon, whole"),
+        **_changed(ROUTES, _INNER, lr=1.0, options=_NESTEROV),
+        **_changed(ROUTES, _MLP, rule="polar", view="whole", lr=1.0, options=_NESTEROV, why="Muon, whole"),
         Role.EMBEDDING: Route("row_norm", scale="unit", lr=25.0, weight_decay=0.0, why="a row is a token"),
+        Role.TIED_EMBEDDING: Route("row_norm", scale="unit", lr=0.25, weight_decay=0.0, why="tied: not centered"),
         Role.LM_HEAD: Route("centered_row_norm", scale="unit", lr=0.25, weight_decay=0.0, why="softmax, shared shift"),
         Role.ROUTER: Route("centered_row_norm", scale="unit", lr=0.0375, weight_decay=0.0, why="a row is an expert"),
         Role.VECTOR: Route("adamw", scale="unit", lr=2.5, why="no matrix: elementwise"),
@@ -147,13 +137,13 @@ _PAPER_HYBRID = make_table(
     {
         **_PAPER_ROW,
         **_changed(_PAPER_ROW, _ENDS, rule="row_then_polar", why="hybrid, alpha = 0"),
-        **_changed(ROUTES, _MLP, rule="row_then_polar", why="hybrid, alpha = 0; rows are neurons"),
+        **_changed(ROUTES, _MLP, rule="row_then_polar", lr=1.0, why="hybrid, alpha = 0; rows are neurons"),
         Role.LM_HEAD: replace(_PAPER_ROW[Role.LM_HEAD], rule="centered_row_then_polar", why="hybrid, alpha = 0"),
     }
 )
 _MUON: dict[Role, Route] = {
     **dict.fromkeys(_INNER, Route("polar", options=_NESTEROV, why="Muon: hidden matrices, whole")),
-    **dict.fromkeys((*_ENDS, Role.ROUTER, Role.VECTOR), _ADAMW),
+    **dict.fromkeys((*_ENDS, Role.ROUTER, Role.VECTOR), replace(_ADAMW, lr=0.5)),
 }
 _SCION_SIGN = Route("sign", scale="inverse_inputs", lr=60.0, why="Scion: sign norm, radius 3000 against 50")
 
@@ -193,7 +183,7 @@ PRESETS: dict[str, dict[Role, Route]] = {
     # The default's rules, every update's RMS at 0.2 as Liu et al. (arXiv 2502.16982) match Muon: takes AdamW's rate.
     "adamw-compatible": make_table(
         {
-            **_changed(ROUTES, _INNER, scale="match_adamw_rms"),
+            **_changed(ROUTES, _INNER, scale="match_adamw_rms", lr=1.0),
             **_changed(ROUTES, (*_ENDS, Role.ROUTER), scale="match_adamw_rms_of_rows", lr=1.0),
             Role.VECTOR: replace(_ADAMW, lr=1.0),
         }

@@ -15,6 +15,8 @@ from symlm_kernels import products, reference, rows, tiles  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from symlm.polar import polar  # noqa: E402
+
 SHAPES = [(1, 1, 1), (1, 1, 7), (5, 7, 1), (1, 63, 100), (5, 63, 100), (1, 130, 257), (1, 200, 65)]
 DTYPES = [torch.float32, torch.float16]  # bf16 is wrong in the interpreter
 
@@ -113,6 +115,23 @@ def test_row_steps_are_their_twins(name, shape, finite):
     if finite == 0:
         assert torch.equal(ours[1], M)
         assert torch.equal(ours[2], W)
+
+
+@interpreted
+@pytest.mark.parametrize("method", ["newton_schulz", "gram_newton_schulz"])
+@pytest.mark.parametrize("shape", [(2, 63, 100), (1, 100, 63)], ids=str)
+def test_polar_from_the_kernels_is_polar_from_torch(method, shape):
+    M = random(*shape, dtype=torch.float32)
+    ours, theirs = (polar(M, method, kernels=kernels) for kernels in ("triton", "torch"))
+    assert relative(ours, theirs) < 1e-5
+
+
+@compiled_only
+def test_triton_asked_for_in_vain_says_why():
+    with pytest.raises(RuntimeError, match="asked for, but the stack is on cpu; use kernels='auto'"):
+        polar(torch.randn(4, 4), kernels="triton")
+    with pytest.raises(ValueError, match="unknown kernels 'cuda'"):
+        polar(torch.randn(4, 4), kernels="cuda")
 
 
 def test_rows_too_long_are_refused():

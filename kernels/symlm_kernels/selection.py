@@ -1,0 +1,49 @@
+"""Whose products a stack is multiplied with: Triton's, or torch's."""
+
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from symlm_kernels import reference
+
+CHOICES = ("auto", "torch", "triton")
+# The smallest side from which Triton's products were measured to be faster; none until a GPU's record says so
+# (kernels/README.md), so "auto" is torch's everywhere.
+FASTER_FROM: int | None = None
+
+
+def select_products(X: Tensor, kernels: str = "auto") -> ModuleType:
+    """Return the module with `gram`, `symmetric_product` and `apply_polynomial` for this stack (b, m, n).
+
+    Raises: ValueError for an unknown choice; RuntimeError, with the reason, where "triton" is asked for in vain.
+    """
+    if kernels not in CHOICES:
+        raise ValueError(f"unknown kernels {kernels!r}; choose one of {CHOICES}")
+    reason = why_not_triton(X.device.type, X.dtype)
+    if kernels == "triton" and reason:
+        raise RuntimeError(f"Triton's products were asked for, but {reason}; use kernels='auto' or 'torch'")
+    faster = FASTER_FROM is not None and X.shape[-2] >= FASTER_FROM
+    if reason or kernels == "torch" or (kernels == "auto" and not faster):
+        return reference
+    from symlm_kernels import products
+
+    return products
+
+
+def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
+    """Return why Triton's products cannot serve here, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and not _interpreting():
+        return f"the stack is on {device}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"they have no {dtype}"
+    return None
+
+
+def _interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
