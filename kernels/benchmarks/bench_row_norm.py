@@ -1,0 +1,56 @@
+"""Time the row-norm steps: the fused kernel, torch eager and compiled, beside fused AdamW, as shares of a large copy.
+
+    python kernels/benchmarks/bench_row_norm.py         # on a CPU add --quick
+
+The floor is one read of gradient, momentum and weight and one write of momentum and weight.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Callable
+
+import torch
+from measuring import DEVICE, ceilings, seconds, write
+from symlm_kernels import reference
+from symlm_kernels.selection import why_not_triton
+
+SHAPES = [(151_936, 1024), (262_144, 1152)]
+
+
+def contenders(m: int, n: int, quick: bool) -> dict[str, Callable[[], object]]:
+    G, M, W = (torch.randn(m, n, device=DEVICE) for _ in range(3))
+    scalars = [torch.tensor(x, device=DEVICE) for x in (1e-3, 1.0, 1.0)]
+    found: dict[str, Callable[[], object]] = {}
+    sources = {"torch": reference}
+    if why_not_triton(DEVICE, torch.float32) is None:
+        from symlm_kernels import rows
+
+        sources["triton"] = rows
+    for source, module in sources.items():
+        for name in ("row_norm_step", "centered_row_norm_step"):
+            step = getattr(module, name)
+            found[f"{source} {name}"] = lambda step=step: step(G, M, W, 0.95, *scalars)
+            if source == "torch" and not quick:
+                compiled = torch.compile(step)
+                found[f"torch.compile {name}"] = lambda compiled=compiled: compiled(G, M, W, 0.95, *scalars)
+    p = torch.nn.Parameter(W)
+    p.grad = G
+    found["fused AdamW"] = torch.optim.AdamW([p], fused=True).step
+    return found
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small shape, few runs, no compiler")
+    quick = parser.parse_args().quick
+    _, copy = ceilings(torch.float32)
+    rows = []
+    for m, n in [(1000, 128)] if quick else SHAPES:
+        floor = 5 * 4 * m * n / copy
+        for name, work in contenders(m, n, quick).items():
+            spent = seconds(work, 3 if quick else 20)
+            rows.append({"shape": f"{m}×{n}", "step": name, "ms": 1e3 * spent, "copy share": floor / spent})
+    print(write("row_norm", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What the kernel benchmarks share: medians over rotating inputs, the two ceilings, and the record they write."""
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from datetime import date
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CACHE_BYTES = 2**27 if DEVICE == "cuda" else 2**22  # inputs rotate through more than the last cache holds
+
+
+def rotating(make: Callable[[], Tensor]) -> Iterable[Tensor]:
+    """Return an endless cycle of inputs that together are larger than the cache."""
+    first = make()
+    count = min(64, CACHE_BYTES // max(1, first.nbytes) + 1)
+    return cycle([first, *(make() for _ in range(count - 1))])
+
+
+def seconds(work: Callable[[], Any], runs: int = 20) -> float:
+    """Return the median time of one call, on a GPU between two events."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(runs):
+        if DEVICE == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+    """Return the operations a second of a large product in this dtype, and the bytes a second of a large copy."""
+    side, length = (8192, 2**28) if DEVICE == "cuda" else (2048, 2**25)
+    A = torch.randn(side, side, device=DEVICE).to(dtype)
+    x = torch.empty(length, device=DEVICE)
+    y = torch.empty_like(x)
+    return 2 * side**3 / seconds(lambda: A @ A, 10), 2 * x.nbytes / seconds(lambda: y.copy_(x), 10)
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write a dated record with GPU, driver, versions and commit, and print it as a table."""
+    head = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"),
+    }
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    print("  ".join(f"{key}: {value}" for key, value in head.items()))
+    print("| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
+    for row in rows:
+        print("| " + " | ".join(_cell(row.get(key, "")) for key in keys) + " |")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{head['device'].replace(' ', '-').lower()}-{head['date']}.json"
+    path.write_text(json.dumps({**head, "rows": rows}, indent=1))
+    return path
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
