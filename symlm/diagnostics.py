@@ -1,14 +1,15 @@
 """What to watch: polar error, the size of updates by role, router load and logits.  Nothing here writes to a model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from symlm.optimizer import SymOptimizer, directions, scale_of
+from symlm.collectives import gathered
+from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
-from symlm.views import MatrixView
+from symlm.step import whole_directions
 
 
 @torch.no_grad()
@@ -33,23 +34,21 @@ def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
             if not state or not p.numel():
                 continue
             role = group["role"]
-            square = torch.stack([part.double().square().sum() for part in updates(group, state)]).sum()
+            square = update(group, state).double().square().sum()
             squares[role] = squares.get(role, torch.zeros_like(square)) + square
             counts[role] = counts.get(role, 0) + p.numel()
     return {role: float((squares[role] / counts[role]).sqrt()) for role in squares}
 
 
-def updates(group: dict[str, Any], state: dict[str, Any]) -> Iterator[Tensor]:
-    """Yield the parts `ηsU` of a parameter's update, recomputed from its state."""
+def update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    """Return the update `ηsU` of a parameter, whole, recomputed from its state."""
+    whole = {key: gathered(value) for key, value in state.items()}
     if get_rule(group["rule"]).stateful:
-        t = max(float(state["step"]), 1.0)
-        first = state["exp_avg"] / (1 - group["betas"][0] ** t)
-        second = state["exp_avg_sq"] / (1 - group["betas"][1] ** t)
-        yield group["lr"] * first / (second.sqrt() + group["eps"])
-        return
-    for view, M in MatrixView.parse(group["view"]).sections(state["momentum"]):
-        size = group["lr"] * scale_of(group, view, tuple(M.shape))
-        yield from (size * U for _, (U,) in directions(group, view, [M]))
+        t = max(float(whole["step"]), 1.0)
+        first = whole["exp_avg"] / (1 - group["betas"][0] ** t)
+        second = whole["exp_avg_sq"] / (1 - group["betas"][1] ** t)
+        return group["lr"] * first / (second.sqrt() + group["eps"])
+    return group["lr"] * whole_directions(group, [whole["momentum"]])[0]
 
 
 Gather = Callable[[Tensor], Tensor]  # (1, ...) of this process -> (processes, ...)

@@ -1,22 +1,23 @@
 """SymOptimizer: one `torch.optim.Optimizer` in which every role is updated by its own rule."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from typing import Any
-from zlib import crc32
 
 import torch
 from symlm_kernels.selection import CHOICES
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from symlm.coefficients import get_schedule
-from symlm.polar import METHODS, polar
+from symlm.collectives import aligned, check_agreement, everywhere, gathered, layout_of, local
+from symlm.polar import METHODS
 from symlm.routes import param_groups
-from symlm.rules import PROMISES, Rule, get_rule
+from symlm.rules import get_rule
 from symlm.scaling import SCALES
-from symlm.views import WHOLE, MatrixView
+from symlm.step import Bucket, Member, adamw_step, apply, batches, member_of, overlapped, store
+from symlm.verification import Check, Verification, departures
+from symlm.views import MatrixView
 
 DEFAULTS: dict[str, Any] = {
     "momentum": 0.95,
@@ -33,30 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "momentum_dtype": "float32",
     "rounding": "stochastic",
     "nonfinite": "skip",
+    "shared": True,
 }
-BATCH_ELEMENTS = 2**26  # a batch of equal shapes holds at most this many, so that temporaries stay bounded
-CPU_BLOCK_ELEMENTS = 2**22  # rows that do not mix are updated in blocks that stay near a CPU's cache
-
-
-@dataclass
-class Member:
-    """One parameter in a step: its name, gradient and state, and the fp32 tensor that the update is done in."""
-
-    name: str
-    parameter: nn.Parameter
-    gradient: Tensor
-    state: dict[str, Any]
-    master: Tensor
-
-
-@dataclass
-class Section:
-    """A parameter, or one block of a fused one, with the view that makes it matrices."""
-
-    view: MatrixView
-    gradient: Tensor
-    momentum: Tensor
-    master: Tensor
 
 
 class SymOptimizer(torch.optim.Optimizer):
@@ -70,7 +49,8 @@ class SymOptimizer(torch.optim.Optimizer):
         polar_method, schedule, steps, compute_dtype, kernels: see `symlm.polar`;
         momentum_dtype: "float32", or "bfloat16" to save memory;
         rounding: how a bf16 parameter without an fp32 master is stored, "stochastic" or "compensated";
-        nonfinite: "skip" a step whose gradients are not finite (counted in `skipped_steps`), or "raise".
+        nonfinite: "skip" a step whose gradients are not finite (counted in `skipped_steps`), or "raise";
+        shared: whether plain tensors are the same on all ranks, which then share the work (True).
 
     Gradient clipping is not felt by rules of degree 0; the update itself is never clipped.
 
@@ -100,6 +80,7 @@ class SymOptimizer(torch.optim.Optimizer):
         elif preset != "default" or overrides or roles:
             raise ValueError("preset, overrides and roles belong to symlm.param_groups when groups are given")
         super().__init__(params, {"lr": lr, **DEFAULTS, **options})
+        self._agreed = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group made by `symlm.param_groups`.  Raises: TypeError without a route, ValueError for bad values."""
@@ -126,25 +107,30 @@ class SymOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._create_state()
+        self._check_agreement()
         finite = self._finite()
         if finite is None:
             return loss
+        buckets: list[Bucket] = []
+        loads: dict[Any, list[float]] = {}
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             members = list(self._members(group))
             if get_rule(group["rule"]).stateful:
-                _adamw_step(group, members, finite)
+                adamw_step(group, members, finite)
                 continue
-            for batch in _batches(_sections(group, members)):
-                momenta = _update_momentum(group, batch, finite)
-                for rows, U in directions(group, batch[0].view, momenta):
-                    _apply(group, batch, rows, U, finite)
-            for member in members:
-                _store(group, member, finite)
+            for batch in batches(members):
+                world = batch[0].layout.size
+                buckets.append(Bucket(group, batch, loads.setdefault(world, [0.0] * prod(world))))
+        for bucket in overlapped(buckets, finite):
+            for updated, rows, updates in bucket.updates():
+                apply(bucket.group, updated, rows, updates, finite)
+            for member in bucket.batch:
+                store(bucket.group, member, finite)
         return loss
 
     @torch.no_grad()
-    def verify(self, matrices: int = 4) -> "Verification":
+    def verify(self, matrices: int = 4) -> Verification:
         """Check that every route's rule really ran, from what the last step left: no step is made, nothing changes.
 
         Directions are computed again from the momenta, and held to what their rules promise: unit rows, zero column
@@ -161,7 +147,7 @@ class SymOptimizer(torch.optim.Optimizer):
                 if not state or group.get("step", 0) < 1:
                     failures.append(f"{name} ({group['role']}): no step has reached it")
                 elif p.numel() and not rule.stateful:
-                    for promise, departure in _departures(group, rule, state["momentum"], matrices).items():
+                    for promise, departure in departures(group, rule, gathered(state["momentum"]), matrices).items():
                         checks.append(Check(name, group["role"], rule.name, promise, departure))
         failures += [str(check) for check in checks if not check.kept]
         if failures:
@@ -186,6 +172,19 @@ class SymOptimizer(torch.optim.Optimizer):
                     state["compensation"] = torch.zeros_like(p)
                 self.state[p] = state
 
+    def _check_agreement(self) -> None:
+        """At the first step, make sure that all ranks have one plan: shapes, roles, rules and options."""
+        if self._agreed:
+            return
+        lines = [
+            f"{name} {tuple(p.shape)} {p.grad is None} "
+            + " ".join(f"{key}={group[key]}" for key in sorted(group) if key not in _LOOSE)
+            for group in self.param_groups
+            for name, p in _named(group)
+        ]
+        check_agreement("\n".join(lines), local(self.param_groups[0]["params"][0]).device)
+        self._agreed = True
+
     def _finite(self) -> Tensor | None:
         """Return whether all gradients are finite, as a tensor on their device; None if the step ends here.
 
@@ -195,27 +194,23 @@ class SymOptimizer(torch.optim.Optimizer):
         for name, gradient in named:
             if gradient.is_sparse:
                 raise RuntimeError(f"{name} has a sparse gradient; build its nn.Embedding with sparse=False")
-        gradients = [gradient for _, gradient in named if gradient.numel()]
-        if not gradients:
+        if not named:
             return None
-        device = gradients[0].device
-        finite = torch.stack([extreme.to(device) for extreme in _extremes(gradients)]).isfinite().all()
+        gradients = [part for _, gradient in named if (part := local(gradient)).numel()]
+        device = local(named[0][1]).device
+        extremes = [extreme.to(device) for extreme in _extremes(gradients)] if gradients else []
+        finite = everywhere(torch.stack(extremes).isfinite().all() if extremes else torch.tensor(True, device=device))
         if self.defaults["nonfinite"] == "raise" and not finite:
-            bad = [name for name, gradient in named if not gradient.isfinite().all()]
+            bad = [name for name, gradient in named if not local(gradient).isfinite().all()]
             raise FloatingPointError(f"non-finite gradients in {bad}; nothing was updated")
         self.param_groups[0]["skipped"] = self.param_groups[0].get("skipped", 0) + (~finite).to(torch.int64)
         return None if device.type == "cpu" and not finite else finite
 
     def _members(self, group: dict[str, Any]) -> Iterator[Member]:
         for name, p in _named(group):
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            wide = p.dtype in (torch.float32, torch.float64)
-            master = p if wide else p.float()
-            if "compensation" in state:
-                master = master + state["compensation"].float()
-            yield Member(name, p, p.grad, state, master)
+            if p.grad is not None:
+                layout = layout_of(p, group["shared"])
+                yield member_of(name, p, aligned(p.grad, p), self.state[p], layout)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep each state's own dtype: a bf16 parameter's fp32 momentum stays fp32."""
@@ -230,6 +225,7 @@ class SymOptimizer(torch.optim.Optimizer):
             _check_group(group)
 
 
+_LOOSE = ("params", "param_names", "lr", "initial_lr", "skipped", "step")  # what is no part of the ranks' common plan
 _ROUTED = ("role", "view", "rule", "scale", "outputs", "lr")
 
 
@@ -271,198 +267,8 @@ def _named(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
     return zip(names, group["params"], strict=True)
 
 
-def _sections(group: dict[str, Any], members: list[Member]) -> Iterator[Section]:
-    view = MatrixView.parse(group["view"])
-    for member in members:
-        if member.parameter.numel():
-            tensors = (member.gradient, member.state["momentum"], member.master)
-            parts = zip(*(view.sections(tensor) for tensor in tensors), strict=True)
-            for (part_view, G), (_, M), (_, W) in parts:
-                yield Section(part_view, G, M, W)
-
-
-def _batches(sections: Iterator[Section]) -> Iterator[list[Section]]:
-    """Gather sections of one shape, dtype and device in batches, each within BATCH_ELEMENTS."""
-    alike: dict[tuple[Any, ...], list[Section]] = {}
-    for section in sections:
-        W = section.master
-        alike.setdefault((W.shape, W.dtype, W.device), []).append(section)
-    for batch in alike.values():
-        size = max(1, BATCH_ELEMENTS // batch[0].master.numel())
-        for start in range(0, len(batch), size):
-            yield batch[start : start + size]
-
-
 def _extremes(tensors: list[Tensor]) -> list[Tensor]:
     """Return scalars that are all finite when every entry is: in one pass over the tensors, and few launches."""
     if tensors[0].device.type == "cpu":
         return [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]  # norms are ten times slower
     return list(torch._foreach_norm(tensors, torch.inf))
-
-
-def _masked(gradient: Tensor, otherwise: Tensor, finite: Tensor) -> Tensor:
-    """Return the gradient, or `otherwise` on a device whose step must not happen."""
-    gradient = gradient.to(otherwise.dtype)
-    return gradient if gradient.device.type == "cpu" else torch.where(finite, gradient, otherwise)
-
-
-def _update_momentum(group: dict[str, Any], batch: list[Section], finite: Tensor) -> list[Tensor]:
-    """Phase 1: `M <- βM + (1−β)G`; return what the rule sees, M or its Nesterov look-ahead."""
-    beta = group["momentum"]
-    seen = []
-    for section in batch:
-        M = section.momentum
-        G = _masked(section.gradient, M, finite)
-        M.lerp_(G, 1 - beta)
-        seen.append(G.lerp(M, beta) if group["nesterov"] else M)
-    return seen
-
-
-def directions(group: dict[str, Any], view: MatrixView, momenta: list[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Phase 2: yield rows and their `U = rule(M)`, one for each momentum of a batch of equal shapes.
-
-    All rows come at once, from one stack (k·b, m, n); those of a lone matrix whose rows do not mix come by blocks.
-    """
-    rule, shape = get_rule(group["rule"]), tuple(momenta[0].shape)
-    M = _wide(momenta[0])
-    if rule.row_map and view == WHOLE and len(momenta) == 1:
-        block_elements = CPU_BLOCK_ELEMENTS if M.device.type == "cpu" else BATCH_ELEMENTS
-        yield from ((rows, [U]) for rows, U in rule.blocks(M, block_elements))
-        return
-    stacks = [view.to_matrices(_wide(M)) for M in momenta]
-    stack = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
-
-    def polar_factor(X: Tensor) -> Tensor:
-        return polar(
-            X,
-            group["polar_method"],
-            schedule=group["schedule"],
-            steps=group["steps"],
-            compute_dtype=group["compute_dtype"],
-            kernels=group["kernels"],
-        )
-
-    U = rule(stack, polar=polar_factor)
-    yield slice(None), [view.from_matrices(part, shape) for part in U.split(len(stacks[0]))]
-
-
-def _wide(M: Tensor) -> Tensor:
-    return M if M.dtype == torch.float64 else M.float()
-
-
-def _apply(group: dict[str, Any], batch: list[Section], rows: slice, updates: list[Tensor], finite: Tensor) -> None:
-    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on these rows of the fp32 master."""
-    lr = group["lr"] if batch[0].master.device.type == "cpu" else group["lr"] * finite
-    decay = group["weight_decay"] * group["weight_decay_multiplier"]
-    size = lr * scale_of(group, batch[0].view, tuple(batch[0].master.shape))
-    for section, U in zip(batch, updates, strict=True):
-        W = section.master[rows]
-        if decay:
-            W.mul_(1 - lr * decay)
-        if isinstance(size, Tensor):
-            W.addcmul_(U, size.to(U.dtype), value=-1)
-        else:
-            W.sub_(U, alpha=size)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One promise of one parameter's rule, and how far the last step's direction is from it."""
-
-    name: str
-    role: str
-    rule: str
-    promise: str
-    departure: float
-
-    @property
-    def kept(self) -> bool:
-        """Tell whether the departure is within the promise's bound."""
-        return self.departure <= PROMISES[self.promise]
-
-    def __str__(self) -> str:
-        bound = PROMISES[self.promise]
-        return f"{self.name} ({self.role}, {self.rule}): {self.promise} off by {self.departure:.2g}, bound {bound:g}"
-
-
-class Verification(list[Check]):
-    """The checks of `SymOptimizer.verify`, a list; printed, the worst of each role."""
-
-    def __str__(self) -> str:
-        worst: dict[tuple[str, str, str], float] = {}
-        for check in self:
-            key = (check.role, check.rule, check.promise)
-            worst[key] = max(worst.get(key, 0.0), check.departure)
-        return "\n".join(
-            f"{role:16} {rule:20} {promise:18} off by at most {departure:.1e} (bound {PROMISES[promise]:g})"
-            for (role, rule, promise), departure in worst.items()
-        )
-
-
-def _departures(group: dict[str, Any], rule: Rule, momentum: Tensor, matrices: int) -> dict[str, float]:
-    worst: dict[str, float] = {}
-    for view, M in MatrixView.parse(group["view"]).sections(momentum):
-        U = torch.cat([part for _, (part,) in directions(group, view, [M])])
-        stacks = [view.to_matrices(_wide(tensor))[:matrices] for tensor in (M, U)]
-        for promise, departure in rule.departures(*stacks).items():
-            worst[promise] = max(worst.get(promise, 0.0), departure)
-    return worst
-
-
-def scale_of(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> float:
-    """Return the scale s of a stored shape: a route's view tells which side of its matrices the outputs are."""
-    _, m, n = view.shape(shape)
-    outputs, inputs = (n, m) if group["outputs"] == "columns" else (m, n)
-    return SCALES[group["scale"]](outputs, inputs)
-
-
-def _adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
-    """Run torch's own fused AdamW on the group; `found_inf` masks the step on a device."""
-    members = [member for member in members if member.parameter.numel()]
-    if not members:
-        return
-    on_cpu = members[0].master.device.type == "cpu"
-    adamw(
-        [member.master for member in members],
-        [member.gradient.to(member.master.dtype) for member in members],
-        [member.state["exp_avg"] for member in members],
-        [member.state["exp_avg_sq"] for member in members],
-        [],
-        [member.state["step"] for member in members],
-        fused=True,
-        found_inf=None if on_cpu else (~finite).float(),
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"] * group["weight_decay_multiplier"],
-        eps=group["eps"],
-        maximize=False,
-    )
-    for member in members:
-        _store(group, member, finite)
-
-
-def _store(group: dict[str, Any], member: Member, finite: Tensor) -> None:
-    """Write a low-precision parameter back from its fp32 master; nothing to do where the two are one."""
-    p, master = member.parameter, member.master
-    if master is p:
-        return
-    if "compensation" in member.state:
-        rounded = master.to(p.dtype)
-        member.state["compensation"].copy_(master - rounded.float())
-    else:
-        rounded = stochastic_round(master, crc32(f"{group['step']} {member.name}".encode()))
-    p.copy_(rounded if p.device.type == "cpu" else torch.where(finite, rounded, p))
-
-
-def stochastic_round(x: Tensor, seed: int) -> Tensor:
-    """Round fp32 to bf16, up or down with the probability that makes the mean exact.
-
-    A bf16 is the upper half of an fp32, so 16 random bits are added below and the lower half is cut. Infinities and
-    NaN pass unchanged. Shapes: any -> same. Source: Zamirai et al., arXiv 2010.06192, section 4.
-    """
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    bits = (x.contiguous().view(torch.int32) + noise) & -65536
-    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)

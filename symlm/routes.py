@@ -79,12 +79,13 @@ def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Rol
     return dict(routes)
 
 
-# Rates were tuned at width 128 (recipes/LOG.md); the scales of rows carry them to other widths.
-_HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own")
-_IN = Route("left_spectral", lr=0.5, why="rows are neurons")
+# Rates and Nesterov's look-ahead were chosen at width 128 (recipes/LOG.md); rows' scales carry them to other widths.
+_NESTEROV = {"nesterov": True}
+_HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_NESTEROV)
+_IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_NESTEROV)
 _OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
-_TOKENS = Route("row_norm", scale="row_rms", lr=2.2, weight_decay=0.0, why="a row is a token")
-_LOGITS = Route("centered_row_norm", scale="inverse_row_rms", lr=5.6, weight_decay=0.0)
+_TOKENS = Route("row_norm", "whole", "row_rms", 2.2, 0.0, "a row is a token", _NESTEROV)
+_LOGITS = Route("centered_row_norm", "whole", "inverse_row_rms", 5.6, 0.0, "softmax ignores a shared shift", _NESTEROV)
 _ADAMW = Route("adamw", scale="unit", lr=0.25, weight_decay=0.0, why="no matrix: elementwise")
 
 ROUTES: dict[Role, Route] = make_table(
@@ -93,7 +94,7 @@ ROUTES: dict[Role, Route] = make_table(
         Role.TIED_EMBEDDING: replace(
             _TOKENS, scale="inverse_row_rms", lr=5.6, why="a row is a token; tied, so no shared shift"
         ),
-        Role.LM_HEAD: replace(_LOGITS, why="softmax ignores a shared shift"),
+        Role.LM_HEAD: _LOGITS,
         Role.ROUTER: replace(_LOGITS, why="top-k softmax ignores a shared shift"),
         **dict.fromkeys((Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_O), _HEADS),
         Role.ATTENTION_QKV: replace(_HEADS, why="each head of q, k and v is a matrix of its own"),
@@ -101,8 +102,8 @@ ROUTES: dict[Role, Route] = make_table(
         Role.MLP_OUT: _OUT,
         Role.EXPERT_IN: replace(_IN, why="rows are neurons, one matrix an expert"),
         Role.EXPERT_OUT: replace(_OUT, why="rows are neurons, one matrix an expert"),
-        Role.LORA: Route("polar", lr=0.5, why="a low-rank adapter's factor"),
-        Role.MATRIX: Route("polar", lr=0.5, why="a dense matrix"),
+        Role.LORA: Route("polar", lr=0.5, why="a low-rank adapter's factor", options=_NESTEROV),
+        Role.MATRIX: Route("polar", lr=0.5, why="a dense matrix", options=_NESTEROV),
         Role.VECTOR: _ADAMW,
     }
 )
@@ -111,7 +112,6 @@ ROUTES: dict[Role, Route] = make_table(
 _ENDS = (Role.EMBEDDING, Role.TIED_EMBEDDING, Role.LM_HEAD)
 _MLP = (Role.MLP_IN, Role.MLP_OUT, Role.EXPERT_IN, Role.EXPERT_OUT)
 _INNER = tuple(role for role in Role if role not in (*_ENDS, Role.ROUTER, Role.VECTOR))
-_NESTEROV = {"nesterov": True}
 
 
 def _changed(table: Table, roles: tuple[Role, ...], **changes: Any) -> dict[Role, Route]:
@@ -137,7 +137,7 @@ _PAPER_HYBRID = make_table(
     {
         **_PAPER_ROW,
         **_changed(_PAPER_ROW, _ENDS, rule="row_then_polar", why="hybrid, alpha = 0"),
-        **_changed(ROUTES, _MLP, rule="row_then_polar", lr=1.0, why="hybrid, alpha = 0; rows are neurons"),
+        **_changed(ROUTES, _MLP, rule="row_then_polar", lr=1.0, options={}, why="hybrid, alpha = 0; rows are neurons"),
         Role.LM_HEAD: replace(_PAPER_ROW[Role.LM_HEAD], rule="centered_row_then_polar", why="hybrid, alpha = 0"),
     }
 )

@@ -90,6 +90,19 @@ class MatrixView:
         view = MatrixView(" ".join(names) + " ->" + self.pattern.split("->")[1])
         return [(view, part) for part in split.split(self.sizes[unequal[0]], dim=names.index(unequal[0]))]
 
+    def of_interval(self, shape: tuple[int, ...], intervals: tuple[tuple[int, int], ...]) -> "MatrixView | None":
+        """Return the view of one part of the flat stored tensor, if every part holds whole matrices; else None."""
+        left, right = self._sides
+        first, lengths = left[0][0], self._lengths(shape)
+        unit = prod(shape) // lengths[first]
+        if right[0][:1] != (first,) or any(len(size) > 1 for size in self.sizes.values()):
+            return None
+        if any(edge % unit for interval in intervals for edge in interval):
+            return None
+        sizes = {key: size for key, size in self.sizes.items() if key != first}
+        inner = {name: (lengths[name],) for name in left[0][1:]}
+        return MatrixView(self.pattern, {**sizes, **inner})
+
     def to_matrices(self, stored: Tensor) -> Tensor:
         """Return the stack (b, m, n) of a stored tensor; a view of it where strides allow."""
         left, right = self._sides

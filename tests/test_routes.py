@@ -41,7 +41,7 @@ def test_groups_hold_plain_values_and_scaled_rates():
     rates = {group["role"]: group["lr"] for group in groups}
     assert rates["lm_head"] == 5e-3
     assert rates["embedding"] == pytest.approx(0.1 * ROUTES[symlm.Role.EMBEDDING].lr)
-    plain = (str, int, float)
+    plain = (str, int, float, bool)
     assert all(isinstance(v, plain) and type(v) in plain for g in groups for k, v in g.items() if k != "params")
 
 

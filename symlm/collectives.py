@@ -1,0 +1,272 @@
+"""Gather whole matrices to their owners, and scatter what they compute; the only file that imports torch.distributed.
+
+Every rank holds a flat interval of each row-major parameter: all of it (DDP), whole rows (FSDP2), any interval (ZeRO).
+So there is one description of a shard, `Layout`, and one path, `Exchange`. Where parameters are repeated as well as cut
+(HSDP), each repetition computes a share of the matrices for all.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from symlm.ownership import assign_owners
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the ranks' parts of a parameter lie.
+
+    shape: of the whole; intervals: each shard's [start, stop) of the flat whole; shards, copies: the process groups
+    over which it is cut and repeated, None for one rank; gathered: its placement is no interval, each rank does it all.
+    """
+
+    shape: tuple[int, ...]
+    intervals: tuple[tuple[int, int], ...]
+    shards: Any = None
+    copies: Any = None
+    gathered: bool = False
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """This process among the copies, and among the shards."""
+        return _rank(self.copies), _rank(self.shards)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many copies, and how many shards."""
+        return _size(self.copies), _size(self.shards)
+
+    @property
+    def interval(self) -> tuple[int, int]:
+        """This process's own part."""
+        return self.intervals[self.rank[1]]
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether every rank holds all of it."""
+        return self.size[1] == 1 and not self.gathered
+
+
+def layout_of(p: Any, shared: bool = True) -> Layout:
+    """Return a parameter's layout: of a DTensor by its placements, of a plain tensor as repeated on every rank.
+
+    shared: False says that plain tensors are this rank's alone.
+    """
+    shape = tuple(p.shape)
+    alone = ((0, p.numel()),)
+    if not hasattr(p, "placements"):
+        world = dist.group.WORLD if shared and _initialized() else None
+        return Layout(shape, alone, copies=world if _size(world) > 1 else None)
+    mesh, cut, repeated = p.device_mesh, [], []
+    for axis, placement in enumerate(p.placements):
+        if placement.is_replicate():
+            repeated.append(axis)
+        elif type(placement).__name__ == "Shard" and placement.dim == 0:
+            cut.append(axis)
+        else:
+            return Layout(shape, alone, gathered=True)
+    if len(cut) > 1 or len(repeated) > 1:
+        return Layout(shape, alone, gathered=True)
+    shards, copies = ([mesh.get_group(axis) for axis in axes] or [None] for axes in (cut, repeated))
+    return Layout(shape, _row_intervals(shape, _size(shards[0])), shards[0], copies[0])
+
+
+def _row_intervals(shape: tuple[int, ...], parts: int) -> tuple[tuple[int, int], ...]:
+    """Cut rows as DTensor does: equal parts of ⌈m/parts⌉ rows, the last ones shorter or empty."""
+    if parts == 1:
+        return ((0, prod(shape)),)
+    row, step = prod(shape[1:]), -(-shape[0] // parts)
+    return tuple((min(k * step, shape[0]) * row, min((k + 1) * step, shape[0]) * row) for k in range(parts))
+
+
+def local(x: Any) -> Tensor:
+    """Return the part of a DTensor that this rank holds, sharing its memory; a plain tensor as it is."""
+    return x.to_local() if hasattr(x, "placements") else x
+
+
+def gathered(x: Any) -> Tensor:
+    """Return a DTensor of any placement whole."""
+    return x.full_tensor() if hasattr(x, "placements") else x
+
+
+def regrouped(part: Tensor, like: Any) -> Tensor:
+    """Return the DTensor, placed as another one, of which every rank has this part."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def placed_like(whole: Tensor, x: Any) -> Tensor:
+    """Return this rank's part of a whole tensor that every rank has, cut as the DTensor x."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None).to_local()
+
+
+def aligned(gradient: Any, p: Any) -> Tensor:
+    """Return the local part of a gradient, moved first to its parameter's placement where they differ."""
+    if hasattr(p, "placements") and gradient.placements != p.placements:
+        gradient = gradient.redistribute(placements=p.placements)
+    return local(gradient)
+
+
+def summed(x: Tensor, layout: Layout) -> Tensor:
+    """Return the sum of x over the shards of a parameter."""
+    if layout.shards is not None:
+        dist.all_reduce(x, group=layout.shards)
+    return x
+
+
+def everywhere(flag: Tensor) -> Tensor:
+    """Return whether a flag holds on all ranks."""
+    if _size(dist.group.WORLD if _initialized() else None) == 1:
+        return flag
+    agreed = flag.to(torch.int32)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return agreed.bool()
+
+
+def check_agreement(plan: str, device: torch.device) -> None:
+    """Compare a digest of the plan over all ranks.  Raises: RuntimeError on every rank, with the digests."""
+    if not _initialized() or dist.get_world_size() == 1:
+        return
+    digest = int.from_bytes(hashlib.sha256(plan.encode()).digest()[:7], "big")
+    own = torch.tensor([digest], device=device)
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    digests = [f"{int(x):014x}" for x in found]
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            f"the ranks disagree on model, table or options: rank {dist.get_rank()} has plan {digest:014x}, all have "
+            f"{digests}; build them alike, or pass shared=False where plain parameters are a rank's own"
+        )
+
+
+class Exchange:
+    """One bucket of equal matrices on its way: `send` parts to owners, `compute`, `receive` the directions' parts.
+
+    The three are called in this order, with other buckets' in between, so that communication overlaps computation.
+    `moved` counts the bytes that this rank sent to others.
+    """
+
+    def __init__(self, layout: Layout, count: int, loads: list[float], cost: float = 1.0) -> None:
+        copies, shards = layout.size
+        self.layout = layout
+        self.owners = [divmod(owner, shards) for owner in assign_owners([cost] * count, copies * shards, loads)]
+        for copy, shard in self.owners:
+            loads[copy * shards + shard] += cost
+        self.moved = 0
+        self.work: Any = None
+
+    def _owned(self, copy: int, shard: int) -> list[int]:
+        return [k for k, owner in enumerate(self.owners) if owner == (copy, shard)]
+
+    @property
+    def mine(self) -> list[int]:
+        """The matrices that this rank computes."""
+        return self._owned(*self.layout.rank)
+
+    def send(self, parts: Sequence[Tensor]) -> None:
+        """Start to send this rank's part of every matrix to its owner.  parts: flat, one a matrix."""
+        self.parts = parts
+        if self.layout.whole:
+            return
+        copy, _ = self.layout.rank
+        queues = [self._owned(copy, shard) for shard in range(self.layout.size[1])]
+        lengths = [stop - start for start, stop in self.layout.intervals]
+        sent = [len(queue) * parts[0].numel() for queue in queues]
+        out = _joined([parts[k] for queue in queues for k in queue], parts[0])
+        self.arrived = out.new_empty(len(self.mine) * sum(lengths))
+        self.work = self._all_to_all(self.arrived, out, [len(self.mine) * length for length in lengths], sent)
+
+    def compute(self, directions: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        """Compute the owned matrices' directions, and start to send the parts back."""
+        mine, lengths = self.mine, [stop - start for start, stop in self.layout.intervals]
+        if self.layout.whole:
+            wholes = [self.parts[k].view(self.layout.shape) for k in mine]
+        else:
+            self.work.wait()
+            blocks = self.arrived.split([len(mine) * length for length in lengths])
+            rows = torch.cat([x.view(len(mine), n) for x, n in zip(blocks, lengths, strict=True)], dim=1)
+            wholes = [row.view(self.layout.shape) for row in rows]
+        found = [U.reshape(-1) for U in directions(wholes)] if wholes else []
+        if self.layout.whole:
+            self.returned = found
+            return
+        out = _joined([U[a:b] for a, b in self.layout.intervals for U in found], self.arrived)
+        copy, _ = self.layout.rank
+        self.queues = [self._owned(copy, shard) for shard in range(self.layout.size[1])]
+        size = self.parts[0].numel()
+        self.back = out.new_empty(sum(len(queue) for queue in self.queues) * size)
+        counts = [len(queue) * size for queue in self.queues]
+        self.work = self._all_to_all(self.back, out, counts, [len(mine) * length for length in lengths])
+
+    def receive(self) -> list[Tensor]:
+        """Return this rank's flat part of every matrix's direction."""
+        if self.layout.whole:
+            order, parts = self.mine, self.returned
+        else:
+            self.work.wait()
+            order = [k for queue in self.queues for k in queue]
+            size = self.parts[0].numel()
+            parts = list(self.back.view(len(order), size)) if order and size else [self.back[:0]] * len(order)
+        if self.layout.copies is None:
+            return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
+        return self._all_gather(parts)
+
+    def _all_to_all(self, into: Tensor, out: Tensor, arriving: list[int], leaving: list[int]) -> Any:
+        own = self.layout.rank[1]
+        self.moved += (sum(leaving) - leaving[own]) * out.element_size()
+        return dist.all_to_all_single(into, out, arriving, leaving, group=self.layout.shards, async_op=True)
+
+    def _all_gather(self, parts: list[Tensor]) -> list[Tensor]:
+        """Spread what each copy has over all copies; counts differ by one at most, the shorter are padded."""
+        copies, shards = self.layout.size
+        by_copy = [[k for shard in range(shards) for k in self._owned(copy, shard)] for copy in range(copies)]
+        size, most = self.parts[0].numel(), max(map(len, by_copy))
+        padded = self.parts[0].new_zeros(most * size)
+        if parts and size:
+            padded[: len(parts) * size] = torch.cat(parts)
+        found = padded.new_empty(copies * most * size)
+        self.moved += (copies - 1) * padded.numel() * padded.element_size()
+        dist.all_gather_into_tensor(found, padded, group=self.layout.copies)
+        rows = found.view(copies, most, size)
+        result = {k: rows[copy, place] for copy, queue in enumerate(by_copy) for place, k in enumerate(queue)}
+        return [result[k] for k in range(len(self.owners))]
+
+
+def bytes_sent(layout: Layout, count: int, element_size: int) -> int:
+    """Count what an `Exchange` of `count` matrices sends from this rank, without sending it."""
+    exchange = Exchange(layout, count, [0.0] * prod(layout.size))
+    (copies, shards), (copy, own) = layout.size, layout.rank
+    lengths = [stop - start for start, stop in layout.intervals]
+    total = 0
+    if shards > 1:
+        total += sum(len(exchange._owned(copy, s)) for s in range(shards) if s != own) * lengths[own]
+        total += len(exchange.mine) * (sum(lengths) - lengths[own])
+    if copies > 1:
+        most = max(sum(1 for owner in exchange.owners if owner[0] == c) for c in range(copies))
+        total += (copies - 1) * most * lengths[own]
+    return total * element_size
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _size(group: Any) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _rank(group: Any) -> int:
+    return 0 if group is None else dist.get_rank(group)

@@ -1,0 +1,269 @@
+"""The three phases of a step on a batch of equal shapes: momentum, direction, update; for one rank and for many."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from symlm.collectives import Exchange, Layout, gathered, local, placed_like, regrouped, summed
+from symlm.polar import operations, polar
+from symlm.rules import get_rule
+from symlm.scaling import SCALES
+from symlm.views import WHOLE, MatrixView
+
+BATCH_ELEMENTS = 2**26  # a batch of equal shapes holds at most this many, so that temporaries stay bounded
+CPU_BLOCK_ELEMENTS = 2**22  # rows that do not mix are updated in blocks that stay near a CPU's cache
+
+
+@dataclass
+class Member:
+    """This rank's part of one parameter in a step, and where the part lies in the whole.
+
+    master: the fp32 tensor that the update is done in, the parameter itself where that is wide enough.
+    """
+
+    name: str
+    parameter: Tensor
+    gradient: Tensor
+    state: dict[str, Any]
+    master: Tensor
+    layout: Layout
+
+    @property
+    def momentum(self) -> Tensor:
+        """This rank's part of the momentum."""
+        return local(self.state["momentum"])
+
+
+def member_of(name: str, p: nn.Parameter, gradient: Tensor, state: dict[str, Any], layout: Layout) -> Member:
+    """Gather what a step needs of a parameter; a low-precision one gets a wide master for the time of the step."""
+    part = local(p.detach())
+    master = part if part.dtype in (torch.float32, torch.float64) else part.float()
+    if "compensation" in state:
+        master = master + local(state["compensation"]).float()
+    return Member(name, part, gradient, state, master, layout)
+
+
+def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
+    """Put members of one layout, dtype and device in batches, each within BATCH_ELEMENTS."""
+    alike: dict[tuple[Any, ...], list[Member]] = {}
+    for member in members:
+        if prod(member.layout.shape):
+            alike.setdefault((member.layout, member.master.dtype, member.master.device), []).append(member)
+    for batch in alike.values():
+        size = max(1, BATCH_ELEMENTS // prod(batch[0].layout.shape))
+        for start in range(0, len(batch), size):
+            yield batch[start : start + size]
+
+
+def update_momenta(group: dict[str, Any], batch: list[Member], finite: Tensor) -> list[Tensor]:
+    """Phase 1: `M <- βM + (1−β)G`; return what the rule sees, M or its Nesterov look-ahead."""
+    beta = group["momentum"]
+    seen = []
+    for member in batch:
+        M = member.momentum
+        G = member.gradient.to(M.dtype)
+        if G.device.type != "cpu":  # a CPU has not come here with a bad gradient
+            G = torch.where(finite, G, M)
+        M.lerp_(G, 1 - beta)
+        seen.append(G.lerp(M, beta) if group["nesterov"] else M)
+    return seen
+
+
+class Bucket:
+    """One batch in phases 1 and 2: `s·U(M)` of this rank's parts, by an `Exchange` where matrices must travel.
+
+    Rows that do not mix, and intervals of whole matrices (experts, heads), are computed where they lie.
+    """
+
+    def __init__(self, group: dict[str, Any], batch: list[Member], loads: list[float]) -> None:
+        self.group, self.batch = group, batch
+        layout = self.layout = batch[0].layout
+        view, rule = MatrixView.parse(group["view"]), get_rule(group["rule"])
+        self.local_view = view if layout.whole else view.of_interval(layout.shape, layout.intervals)
+        whole_rows = all(edge % layout.shape[-1] == 0 for interval in layout.intervals for edge in interval)
+        cut = not layout.whole and not layout.gathered
+        self.by_rows = rule.row_map is not None and view == WHOLE and whole_rows and (cut or len(batch) == 1)
+        shared = layout.whole and prod(layout.size) > 1 and rule.spectral
+        travels = shared or (cut and not self.by_rows and self.local_view is None)
+        self.exchange = Exchange(layout, len(batch), loads, _cost(group, layout)) if travels else None
+
+    def start(self, finite: Tensor) -> None:
+        """Do phase 1, and start to move matrices to their owners."""
+        self.momenta = update_momenta(self.group, self.batch, finite)
+        if self.exchange:
+            self.exchange.send([_wide(M).reshape(-1) for M in self.momenta])
+
+    def compute(self) -> None:
+        """Compute what this rank owns, and start to move it back."""
+        if self.exchange:
+            self.exchange.compute(lambda wholes: whole_directions(self.group, wholes))
+
+    def updates(self) -> Iterator[tuple[list[Member], slice, list[Tensor]]]:
+        """Yield members, rows of theirs, and `s·U` of these rows."""
+        if self.exchange:
+            parts = zip(self.exchange.receive(), self.momenta, strict=True)
+            yield self.batch, slice(None), [part.view(M.shape) for part, M in parts]
+        elif self.by_rows:
+            for member, M in zip(self.batch, self.momenta, strict=True):
+                for rows, U in _directions_by_rows(self.group, M, self.layout):
+                    yield [member], rows, [U]
+        elif self.layout.gathered:
+            for member, M in zip(self.batch, self.momenta, strict=True):
+                yield [member], slice(None), [_directions_everywhere(self.group, member, M)]
+        elif self.momenta[0].numel():
+            yield self.batch, slice(None), whole_directions(self.group, self.momenta, self.local_view)
+
+
+def overlapped(buckets: list[Bucket], finite: Tensor) -> Iterator[Bucket]:
+    """Yield buckets whose directions are computed; the next one's matrices travel meanwhile."""
+    for bucket in buckets[:1]:
+        bucket.start(finite)
+    for k, bucket in enumerate(buckets):
+        for following in buckets[k + 1 : k + 2]:
+            following.start(finite)
+        bucket.compute()
+        yield bucket
+
+
+def whole_directions(group: dict[str, Any], momenta: list[Tensor], view: MatrixView | None = None) -> list[Tensor]:
+    """Return `s·rule(M)` of each whole momentum of one shape, all of a section as one stack (k·b, m, n)."""
+    view = view or MatrixView.parse(group["view"])
+    shape = tuple(momenta[0].shape)
+    parts = [view.sections(_wide(M)) for M in momenta]
+    if len(parts[0]) == 1:
+        return _stack_directions(group, view, [_wide(M) for M in momenta], shape)
+    results = [torch.empty_like(_wide(M), memory_format=torch.contiguous_format) for M in momenta]
+    for k, (section_view, first) in enumerate(parts[0]):
+        found = _stack_directions(group, section_view, [own[k][1] for own in parts], tuple(first.shape))
+        for result, U in zip(results, found, strict=True):
+            view.sections(result)[k][1].copy_(U)
+    return results
+
+
+def _stack_directions(
+    group: dict[str, Any], view: MatrixView, momenta: list[Tensor], shape: tuple[int, ...]
+) -> list[Tensor]:
+    stacks = [view.to_matrices(M) for M in momenta]
+    stack = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+    U = get_rule(group["rule"])(stack, polar=lambda X: _polar(group, X))
+    U = U.mul_(_scale(group, view, shape))
+    return [view.from_matrices(part, shape) for part in U.split(len(stacks[0]))]
+
+
+def _polar(group: dict[str, Any], X: Tensor) -> Tensor:
+    return polar(
+        X,
+        group["polar_method"],
+        schedule=group["schedule"],
+        steps=group["steps"],
+        compute_dtype=group["compute_dtype"],
+        kernels=group["kernels"],
+    )
+
+
+def _directions_by_rows(group: dict[str, Any], M: Tensor, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a row rule's `s·U` block by block, so that a vocabulary's temporaries stay small; no row travels."""
+    rule, size = get_rule(group["rule"]), _scale(group, WHOLE, layout.shape)
+    elements = CPU_BLOCK_ELEMENTS if M.device.type == "cpu" else BATCH_ELEMENTS
+    for rows, U in rule.blocks(_wide(M), elements, layout.shape[0], lambda x: summed(x, layout)):
+        yield rows, U.mul_(size)
+
+
+def _directions_everywhere(group: dict[str, Any], member: Member, M: Tensor) -> Tensor:
+    """Gather a momentum whose placement is no interval on every rank, and keep this rank's part of `s·U`."""
+    stored = member.state["momentum"]
+    (U,) = whole_directions(group, [gathered(regrouped(M, stored))])
+    return placed_like(U, stored)
+
+
+def _wide(M: Tensor) -> Tensor:
+    return M if M.dtype == torch.float64 else M.float()
+
+
+def _scale(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> float:
+    """Return the scale s of a stored shape: the route's view tells which side of its matrices the outputs are."""
+    _, m, n = view.shape(shape)
+    outputs, inputs = (n, m) if group["outputs"] == "columns" else (m, n)
+    return SCALES[group["scale"]](outputs, inputs)
+
+
+def _cost(group: dict[str, Any], layout: Layout) -> float:
+    """Count the operations of one whole parameter's direction."""
+    total = 0.0
+    view = MatrixView.parse(group["view"])
+    for part_view, part in view.sections(torch.empty(layout.shape, device="meta")):
+        b, m, n = part_view.shape(tuple(part.shape))
+        total += b * operations(m, n, group["steps"], "auto")
+    return total
+
+
+def apply(group: dict[str, Any], members: list[Member], rows: slice, updates: list[Tensor], finite: Tensor) -> None:
+    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on these rows of the fp32 master."""
+    lr = group["lr"] if members[0].master.device.type == "cpu" else group["lr"] * finite
+    decay = group["weight_decay"] * group["weight_decay_multiplier"]
+    for member, U in zip(members, updates, strict=True):
+        W = member.master[rows]
+        if decay:
+            W.mul_(1 - lr * decay)
+        if isinstance(lr, Tensor):
+            W.addcmul_(U, lr.to(U.dtype), value=-1)
+        else:
+            W.sub_(U, alpha=lr)
+
+
+def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
+    """Run torch's own fused AdamW on the group; `found_inf` masks the step on a device."""
+    members = [member for member in members if member.parameter.numel()]
+    if not members:
+        return
+    on_cpu = members[0].master.device.type == "cpu"
+    adamw(
+        [member.master for member in members],
+        [member.gradient.to(member.master.dtype) for member in members],
+        [local(member.state["exp_avg"]) for member in members],
+        [local(member.state["exp_avg_sq"]) for member in members],
+        [],
+        [member.state["step"] for member in members],
+        fused=True,
+        found_inf=None if on_cpu else (~finite).float(),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"] * group["weight_decay_multiplier"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    for member in members:
+        store(group, member, finite)
+
+
+def store(group: dict[str, Any], member: Member, finite: Tensor) -> None:
+    """Write a low-precision parameter back from its fp32 master; nothing to do where the two are one."""
+    p, master = member.parameter, member.master
+    if master is p:
+        return
+    if "compensation" in member.state:
+        rounded = master.to(p.dtype)
+        local(member.state["compensation"]).copy_(master - rounded.float())
+    else:
+        rounded = stochastic_round(master, crc32(f"{group['step']} {member.name}".encode()))
+    p.copy_(rounded if p.device.type == "cpu" else torch.where(finite, rounded, p))
+
+
+def stochastic_round(x: Tensor, seed: int) -> Tensor:
+    """Round fp32 to bf16, up or down with the probability that makes the mean exact.
+
+    A bf16 is the upper half of an fp32, so 16 random bits are added below and the lower half is cut. Infinities and
+    NaN pass unchanged. Shapes: any -> same. Source: Zamirai et al., arXiv 2010.06192, section 4.
+    """
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    bits = (x.contiguous().view(torch.int32) + noise) & -65536
+    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)

@@ -1,0 +1,277 @@
+"""Real process groups on this machine: what runs in each rank, and how a test starts the ranks."""
+
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import loss_of, tiny, tokens
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import symlm
+
+STEPS = 10
+LIMIT = timedelta(seconds=120)
+ODD = {"vocab_size": 61, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1}
+
+
+def batch(step, rank=0, world=1):
+    x = tokens(step, shape=(4, 16), vocab=61)
+    return x[rank * 4 // world : (rank + 1) * 4 // world]
+
+
+def train(model, optimizer, steps=STEPS, rank=0, world=1, first=0, clip=None):
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss_of(model, batch(step, rank, world)).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+
+def whole(model):
+    """Return every parameter whole, by its own name."""
+    return {
+        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def shard(model, mesh, **options):
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def tensor_parallel(model, mesh):
+    plan = {}
+    for k in range(len(model.model.layers)):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            plan[f"model.layers.{k}.self_attn.{name}"] = ColwiseParallel()
+        plan[f"model.layers.{k}.self_attn.o_proj"] = RowwiseParallel()
+        for name in ("gate_proj", "up_proj"):
+            plan[f"model.layers.{k}.mlp.{name}"] = ColwiseParallel()
+        plan[f"model.layers.{k}.mlp.down_proj"] = RowwiseParallel()
+    return parallelize_module(model, mesh, plan)
+
+
+CASES = {
+    "ddp": {"kind": "qwen3", **ODD},
+    "fsdp2": {"kind": "qwen3", **ODD},
+    "fsdp2 tied": {"kind": "qwen3", "tie_word_embeddings": True, **ODD},
+    "fsdp2 experts": {"kind": "qwen3_moe", "vocab_size": 61, "num_experts": 5},
+    "fsdp2 fused": {"kind": "phi3", "vocab_size": 61},
+    "fsdp2 muon": {"kind": "qwen3", **ODD},
+    "fsdp2 accelerate": {"kind": "qwen3", **ODD},
+    "hsdp": {"kind": "qwen3", **ODD},
+    "tp": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
+    "tp fsdp2": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
+    "expert parallel": {"kind": "qwen3_moe", "vocab_size": 61},
+}
+WORLDS = {"hsdp": (4,), "tp fsdp2": (4,), "ddp": (2, 4), "fsdp2": (2, 4)}
+
+
+def model_of(case):
+    dtype = torch.float32 if "moe" in CASES[case]["kind"] else torch.float64  # routers and experts compute in fp32
+    return tiny(dtype=dtype, **CASES[case])
+
+
+def optimizer_of(case, model):
+    return symlm.SymOptimizer(model, preset="muon" if "muon" in case else "default", weight_decay=0.1)
+
+
+def run_case(case, rank, world):
+    model = model_of(case)
+    mesh = init_device_mesh("cpu", (world,))
+    data = (rank, world)
+    if case == "ddp":
+        model = DistributedDataParallel(model)
+    elif case == "hsdp":
+        shard(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards")))
+    elif case == "tp":
+        tensor_parallel(model, mesh)
+        data = (0, 1)
+    elif case == "tp fsdp2":
+        grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        tensor_parallel(model, grid["tp"])
+        shard(model, grid["dp"])
+        data = (grid["dp"].get_local_rank(), world // 2)
+    elif case == "expert parallel":
+        return expert_parallel(model, mesh, rank, world)
+    elif case == "fsdp2 accelerate":
+        return through_accelerate(case, model, rank, world)
+    else:
+        shard(model, mesh)
+    optimizer = optimizer_of(case, model.module if case == "ddp" else model)
+    train(model, optimizer, rank=data[0], world=data[1])
+    return whole(model), {"verified": len(optimizer.verify())}
+
+
+def expert_parallel(model, mesh, rank, world):
+    """Experts cut over the ranks on their first axis, everything else repeated; gradients averaged by hand."""
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            W = getattr(experts, name)
+            setattr(experts, name, nn.Parameter(distribute_tensor(W.detach(), mesh, [Shard(0)], src_data_rank=None)))
+    twin = model_of("expert parallel")
+    optimizer = optimizer_of("expert parallel", model)
+    reference = optimizer_of("expert parallel", twin)
+    for step in range(STEPS):
+        twin.zero_grad()
+        loss_of(twin, batch(step)).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            g = q.grad.clone()
+            p.grad = distribute_tensor(g, mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else g
+        optimizer.step()
+        reference.step()
+    return whole(model), {}
+
+
+def through_accelerate(case, model, rank, world):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Qwen3DecoderLayer"]
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    optimizer = optimizer_of(case, model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert any(isinstance(p, DTensor) for p in model.parameters())
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        accelerator.backward(loss_of(model, batch(step, rank, world)))
+        optimizer.step()
+    result = whole(model)
+    AcceleratorState._reset_state(True)
+    return result, {}
+
+
+def mixed_precision(rank, world):
+    """bf16 gradients and compute over fp32 shards: finite, and the same on all ranks."""
+    model = model_of("fsdp2").float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(model, init_device_mesh("cpu", (world,)), mp_policy=policy)
+    train(model, optimizer_of("fsdp2", model), 3, rank, world, clip=1.0)
+    return whole(model)
+
+
+def worker(rank, world, names, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=LIMIT)
+    for name in names:
+        try:
+            result = EXTRA_CASES[name](rank, world) if name in EXTRA_CASES else run_case(name, rank, world)
+        except Exception:
+            result = traceback.format_exc()
+        torch.save(result, Path(folder, f"{name}-{rank}.pt"))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(world, names):
+    """Run cases in `world` real processes; return {case: [what each rank returned]}."""
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "port").write_text(str(get_free_port()))
+        mp.start_processes(worker, (world, names, folder), nprocs=world, start_method="spawn")
+        load = torch.load
+        return {
+            name: [load(Path(folder, f"{name}-{rank}.pt"), weights_only=True) for rank in range(world)]
+            for name in names
+        }
+
+
+def disagreement(rank, world):
+    """Ranks with different tables must all raise, not hang."""
+    model = model_of("ddp")
+    optimizer = symlm.SymOptimizer(model, preset="default" if rank == 0 else "muon")
+    loss_of(model, batch(0)).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def nonfinite(rank, world):
+    """A bad gradient on one rank makes all skip."""
+    model = model_of("fsdp2")
+    shard(model, init_device_mesh("cpu", (world,)))
+    optimizer = optimizer_of("fsdp2", model)
+    train(model, optimizer, 1, rank, world)
+    before = whole(model)
+    loss_of(model, batch(1, rank, world)).backward()
+    if rank == world - 1:
+        next(p for p in model.parameters() if p.grad.to_local().numel()).grad.to_local().fill_(torch.nan)
+    optimizer.step()
+    after = whole(model)
+    return {"same": all(torch.equal(after[k], before[k]) for k in before), "skipped": optimizer.skipped_steps}
+
+
+def work(rank, world):
+    """Count the matrices whose polar factor this rank computes in one step under DDP."""
+    import symlm.step
+
+    counted = []
+    original = symlm.step.polar
+
+    def counting(X, *arguments, **options):
+        counted.append(len(X))
+        return original(X, *arguments, **options)
+
+    symlm.step.polar = counting
+    model = model_of("ddp")
+    optimizer = optimizer_of("ddp", model)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    symlm.step.polar = original
+    return {"matrices": sum(counted)}
+
+
+def traffic(rank, world):
+    """Count the bytes that exchanges sent, and what the counting function says."""
+    from symlm.collectives import Exchange, bytes_sent
+
+    sent = []
+    original = Exchange.receive
+
+    def counting(self):
+        found = original(self)
+        sent.append((self.moved, bytes_sent(self.layout, len(self.owners), self.parts[0].element_size())))
+        return found
+
+    Exchange.receive = counting
+    for case in ("ddp", "fsdp2") + (("hsdp",) if world == 4 else ()):
+        model = model_of(case)
+        if case != "ddp":
+            grid = (2, world // 2) if case == "hsdp" else (world,)
+            shard(model, init_device_mesh("cpu", grid, mesh_dim_names=("copies", "shards")[-len(grid) :]))
+        train(model, optimizer_of(case, model), 1, 0, 1)
+    Exchange.receive = original
+    return sent
+
+
+EXTRA_CASES = {
+    "mixed precision": mixed_precision,
+    "disagreement": disagreement,
+    "nonfinite": nonfinite,
+    "work": work,
+    "traffic": traffic,
+}

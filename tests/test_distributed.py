@@ -1,0 +1,72 @@
+"""Many processes give the numbers of one, share the work, and agree or all raise: real ranks, gloo on CPUs."""
+
+import pytest
+import torch
+from numerics import RANKS, RUN, relative
+from processes import CASES, EXTRA_CASES, WORLDS, model_of, optimizer_of, run, train, whole
+
+PAIRS = [(case, world) for case in CASES for world in WORLDS.get(case, (2,))]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Every case's results, all cases of a world in one start of its processes."""
+    results = {}
+    for world in (2, 4):
+        names = [case for case, size in PAIRS if size == world] + list(EXTRA_CASES)
+        results |= {(name, world): result for name, result in run(world, names).items()}
+    return results
+
+
+def result(found, case, world):
+    for rank, value in enumerate(found[case, world]):
+        assert not (isinstance(value, str) and value.startswith("Traceback")), f"rank {rank}: {value}"
+    return found[case, world]
+
+
+@pytest.mark.parametrize(("case", "world"), PAIRS, ids=lambda value: str(value))
+def test_many_ranks_are_one(found, case, world):
+    model = model_of(case)
+    train(model, optimizer_of(case, model))
+    for weights, _ in result(found, case, world):
+        for name, W in whole(model).items():
+            assert relative(weights[name], W) < (RUN if W.dtype == torch.float64 else RANKS), name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_that_disagree_all_raise_with_the_digests(found, world):
+    messages = result(found, "disagreement", world)
+    assert all("the ranks disagree" in message for message in messages)
+    assert len({message.split("all have")[1] for message in messages}) == 1
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_bad_rank_makes_all_skip(found, world):
+    assert result(found, "nonfinite", world) == [{"same": True, "skipped": 1}] * world
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_polar_work_is_shared(found, world):
+    counts = [rank["matrices"] for rank in result(found, "work", world)]
+    model = model_of("ddp")
+    total = sum(
+        layer.self_attn.config.num_attention_heads * 2 + layer.self_attn.config.num_key_value_heads * 2 + 3
+        for layer in model.model.layers
+    )
+    assert sum(counts) == total
+    assert max(counts) <= total / world * 1.5
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_are_what_the_counting_function_says(found, world):
+    sent = [pair for rank in result(found, "traffic", world) for pair in rank]
+    assert sent
+    assert all(moved == counted for moved, counted in sent)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_mixed_precision_shards_stay_wide_and_alike(found, world):
+    first, *others = result(found, "mixed precision", world)
+    for weights in others:
+        assert all(torch.equal(weights[name], W) for name, W in first.items())
+    assert all(W.dtype == torch.float32 and W.isfinite().all() for W in first.values())
