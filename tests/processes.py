@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from models import loss_of, tiny, tokens
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -268,7 +270,45 @@ def traffic(rank, world):
     return sent
 
 
+def checkpoint_folder():
+    return os.environ["SYMLM_TEST_CHECKPOINT"]
+
+
+def save(rank, world):
+    """Train five steps on shards and save them with torch's distributed checkpoint."""
+    model = model_of("fsdp2")
+    shard(model, init_device_mesh("cpu", (world,)))
+    optimizer = optimizer_of("fsdp2", model)
+    train(model, optimizer, 5, rank, world)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(parts, checkpoint_id=checkpoint_folder())
+    train(model, optimizer, 5, rank, world, first=5)
+    return whole(model)
+
+
+def load(rank, world):
+    """Load that checkpoint on this many ranks, as shards or repeated, and train on."""
+    return load_and_train(rank, world, sharded=True), load_and_train(rank, world, sharded=False)
+
+
+def load_and_train(rank, world, sharded):
+    model = model_of("fsdp2")
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    if sharded:
+        shard(model, init_device_mesh("cpu", (world,)))
+    optimizer = optimizer_of("fsdp2", model)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(parts, checkpoint_id=checkpoint_folder())
+    set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    wrapped = model if sharded or world == 1 else DistributedDataParallel(model)
+    train(wrapped, optimizer, 5, rank, world, first=5)
+    return whole(wrapped)
+
+
 EXTRA_CASES = {
+    "save": save,
+    "load": load,
     "mixed precision": mixed_precision,
     "disagreement": disagreement,
     "nonfinite": nonfinite,

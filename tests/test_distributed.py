@@ -13,7 +13,8 @@ def found():
     """Every case's results, all cases of a world in one start of its processes."""
     results = {}
     for world in (2, 4):
-        names = [case for case, size in PAIRS if size == world] + list(EXTRA_CASES)
+        names = [case for case, size in PAIRS if size == world]
+        names += [name for name in EXTRA_CASES if name not in ("save", "load")]
         results |= {(name, world): result for name, result in run(world, names).items()}
     return results
 
@@ -70,3 +71,20 @@ def test_mixed_precision_shards_stay_wide_and_alike(found, world):
     for weights in others:
         assert all(torch.equal(weights[name], W) for name, W in first.items())
     assert all(W.dtype == torch.float32 and W.isfinite().all() for W in first.values())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of four shards after five steps, and what the same run had after ten."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMLM_TEST_CHECKPOINT", str(tmp_path_factory.mktemp("checkpoint")))
+        yield result({("save", 4): run(4, ["save"])["save"]}, "save", 4)[0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_checkpoint_moves_to_another_number_of_ranks_and_another_wrapper(saved, world):
+    for shards, copies in result({("load", world): run(world, ["load"])["load"]}, "load", world):
+        for name, W in saved.items():
+            assert relative(shards[name], W) < RUN, name
+            assert relative(copies[name], W) < RUN, name
+            assert world != 4 or torch.equal(shards[name], W), name
