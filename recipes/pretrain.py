@@ -300,13 +300,13 @@ def main() -> None:
                 prepared.step()
                 prepared.zero_grad()
             loss += output.loss.detach() / train.accumulate
-        schedule.step()
         bar.update(per_step)
         row: dict[str, Any] = {"step": step, "tokens": step * per_step}
         if step % train.log_every == 0 or step == train.steps:
             row["train/loss"] = accelerator.reduce(loss, "mean").item()
             row |= watch(output, optimizer, routers, accelerator)
             bar.set_postfix(loss=f"{row['train/loss']:.3f}")
+        schedule.step()
         if step % train.validate_every == 0 or step == train.steps:
             row["val/loss"] = evaluate(model, held, accelerator)
         if len(row) > 2 and accelerator.is_main_process:
