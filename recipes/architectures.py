@@ -86,10 +86,11 @@ def build_model(
         raise ValueError(f"unknown model preset {preset!r}; choose one of {sorted(MODELS)}")
     fields = {} if path else dict(MODELS[preset])
     config = AutoConfig.from_pretrained(path) if path else AutoConfig.for_model(**fields)
-    for key, value in sizes.items():
-        if not hasattr(config, key):
-            raise ValueError(f"{type(config).__name__} has no field {key!r}, asked for by model.sizes")
-        setattr(config, key, value)
+    if unknown := [key for key in sizes if not hasattr(config, key)]:
+        raise ValueError(f"{type(config).__name__} has no field {unknown}, asked for by model.sizes")
+    if sizes:  # made anew, so that what follows from the sizes follows: the layers' types from their number
+        told = {k: v for k, v in config.to_dict().items() if k != "layer_types"} if path else fields
+        config = AutoConfig.for_model(**told | sizes)
     if vocabulary and not path and "vocab_size" not in fields | sizes:
         config.vocab_size = vocabulary
         config.bos_token_id = config.eos_token_id = config.pad_token_id = end

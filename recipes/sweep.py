@@ -36,7 +36,9 @@ def train(out: Path, width: int, depth: int, lr: float, more: list[str]) -> floa
         }
         command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), f"--name={name}", f"--out={out}"]
         command += [f"--model.sizes={json.dumps(sizes)}", f"--optimizer.lr={lr}", "--train.tracker=none"]
-        subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
     return read_metrics(folder)[-1]["val/loss"]
 
 

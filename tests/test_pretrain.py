@@ -12,7 +12,7 @@ import pretrain
 import pytest
 import torch
 import yaml
-from architectures import MODELS
+from architectures import MODELS, build_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -127,6 +127,14 @@ def test_tiny_runs_of_every_architecture(text, tmp_path, config):
         assert all(sum(load) == pytest.approx(1, abs=1e-3) for load in last["router/load"])
         assert 0 < last["router/load_entropy"] <= 1
         assert (folder / "expert_load.png").stat().st_size > 5000
+
+
+def test_sizes_change_a_model_whole():
+    model = build_model("qwen3-tiny", None, {"num_hidden_layers": 2, "hidden_size": 64}, 100, 0)
+    assert len(model.model.layers) == len(model.config.layer_types) == 2
+    assert model.config.vocab_size == 100
+    with pytest.raises(ValueError, match=r"Qwen3Config has no field \['layers'\]"):
+        build_model("qwen3-tiny", None, {"layers": 2}, 100, 0)
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
