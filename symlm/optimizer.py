@@ -176,11 +176,20 @@ class SymOptimizer(torch.optim.Optimizer):
         """At the first step, make sure that all ranks have one plan: shapes, roles, rules and options."""
         if self._agreed:
             return
+        for group in self.param_groups:
+            axes = MatrixView.parse(group["view"]).axes
+            for name, p in _named(group):
+                if p.ndim != axes:
+                    raise RuntimeError(
+                        f"{name} has {p.ndim} axes in the step and had {axes} at construction: a wrapper cut it flat, "
+                        "as DeepSpeed's ZeRO-1, 2 and 3 do, which symlm does not support yet; use FSDP2 or ZeRO-0"
+                    )
         lines = [
             f"{name} {tuple(p.shape)} {p.grad is None} "
             + " ".join(f"{key}={group[key]}" for key in sorted(group) if key not in _LOOSE)
             for group in self.param_groups
             for name, p in _named(group)
+            if group["shared"] or local(p) is not p
         ]
         check_agreement("\n".join(lines), local(self.param_groups[0]["params"][0]).device)
         self._agreed = True

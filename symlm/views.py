@@ -56,6 +56,11 @@ class MatrixView:
             raise ValueError(f"{self.pattern!r} is no rearrangement into three axes b m n")
         return stored, stack
 
+    @property
+    def axes(self) -> int:
+        """Return how many axes the stored tensor has."""
+        return len(self._sides[0])
+
     def _lengths(self, shape: tuple[int, ...]) -> dict[str, int]:
         """Solve for every axis length of a stored tensor of this shape."""
         stored, _ = self._sides

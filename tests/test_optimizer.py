@@ -235,3 +235,17 @@ def test_bad_input_is_named():
     nn.functional.embedding(torch.tensor([1]), table.weight, sparse=True).sum().backward()
     with pytest.raises(RuntimeError, match="sparse gradient"):
         opt.step()
+
+
+def test_parameters_that_a_wrapper_cut_flat_are_refused_before_any_update():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    before = weights(model)
+    group = opt.param_groups[0]
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))
+    group["params"], group["param_names"] = [flat], ["flat partition"]
+    loss_of(model, tokens()).backward()
+    flat.grad = torch.ones_like(flat)
+    with pytest.raises(RuntimeError, match=r"flat partition has 1 axes .* ZeRO-1, 2 and 3 .* use FSDP2 or ZeRO-0"):
+        opt.step()
+    assert all(torch.equal(W, before[name]) for name, W in weights(model).items())

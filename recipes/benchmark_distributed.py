@@ -1,0 +1,111 @@
+"""Time the optimizer's step on many processes: symlm's shared step, the redundant one, and FSDP2 with torch.optim.Muon.
+
+    torchrun --nproc_per_node 2 recipes/benchmark_distributed.py
+
+All in one run, on Qwen3-0.6B's shapes with few layers and a small vocabulary: rows are not what is shared. On a CPU the
+processes share the cores, so two processes with one thread each stand for two machines.
+"""
+
+import statistics
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from benchmark_step import qwen3
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import symlm
+from symlm.collectives import Exchange
+
+NOISE = 1e-3
+
+
+def seconds(step: Callable[[], object], runs: int) -> float:
+    """Return the median over the runs of the slowest rank's time."""
+    step()
+    times = []
+    for _ in range(runs):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        spent = torch.tensor([time.perf_counter() - start])
+        dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+        times.append(spent.item())
+    return statistics.median(times)
+
+
+def with_gradients(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * NOISE
+    return model
+
+
+def sharded(layers: int, device: str) -> nn.Module:
+    model, mesh = qwen3(layers, 1000).to(device), init_device_mesh(device, (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return with_gradients(fully_shard(model, mesh=mesh))
+
+
+class Counted:
+    """Count the bytes that this rank's exchanges send."""
+
+    def __init__(self) -> None:
+        self.bytes, self.receive = 0, Exchange.receive
+
+    def __enter__(self) -> "Counted":
+        def receive(exchange: Exchange) -> list[torch.Tensor]:
+            found = self.receive(exchange)
+            self.bytes += exchange.moved
+            return found
+
+        Exchange.receive = receive  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Exchange.receive = self.receive  # type: ignore[method-assign]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--skip-torch-muon", action="store_true", help="its emulated bf16 takes minutes a step")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    plain = with_gradients(qwen3(arguments.layers, 1000).to(device))
+    cut = sharded(arguments.layers, device)
+    modes: dict[str, torch.optim.Optimizer] = {
+        "every rank computes all": symlm.SymOptimizer(plain, shared=False),
+        "symlm, DDP": symlm.SymOptimizer(plain),
+        "symlm, FSDP2": symlm.SymOptimizer(cut),
+    }
+    if not arguments.skip_torch_muon:
+        matrices = [p for name, p in cut.named_parameters() if p.ndim == 2 and "layers" in name]
+        modes["torch.optim.Muon, FSDP2 (matrices only)"] = torch.optim.Muon(matrices)
+    spent, moved = {}, {}
+    for name, optimizer in modes.items():
+        with Counted() as counted:
+            optimizer.step()
+            moved[name] = counted.bytes
+        spent[name] = seconds(optimizer.step, arguments.runs)
+    if dist.get_rank() == 0:
+        base = spent["every rank computes all"]
+        for name, value in spent.items():
+            print(
+                f"{name:40} {value:8.3f} s   {value / base:5.2f} × redundant   {moved[name] / 2**20:8.1f} MiB sent a rank"
+            )
+        print(f"torch {torch.__version__}, {device}, {dist.get_world_size()} processes, {arguments.layers} layers")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
