@@ -100,9 +100,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         base = spent["every rank computes all"]
         for name, value in spent.items():
-            print(
-                f"{name:40} {value:8.3f} s   {value / base:5.2f} × redundant   {moved[name] / 2**20:8.1f} MiB sent a rank"
-            )
+            print(f"{name:40} {value:8.3f} s   {value / base:5.2f} × redundant   {moved[name] / 2**20:7.1f} MiB sent")
         print(f"torch {torch.__version__}, {device}, {dist.get_world_size()} processes, {arguments.layers} layers")
     dist.destroy_process_group()
 
