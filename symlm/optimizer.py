@@ -123,7 +123,7 @@ class SymOptimizer(torch.optim.Optimizer):
                 world = batch[0].layout.size
                 buckets.append(Bucket(group, batch, loads.setdefault(world, [0.0] * prod(world))))
         for bucket in overlapped(buckets, finite):
-            for updated, rows, updates in bucket.updates():
+            for updated, rows, updates in bucket.updates(finite):
                 apply(bucket.group, updated, rows, updates, finite)
             for member in bucket.batch:
                 store(bucket.group, member, finite)

@@ -49,28 +49,32 @@ class Rule:
         return self.function(M, polar) if self.spectral else self.function(M)
 
     def blocks(
-        self, M: Tensor, elements: int, rows: int | None = None, total: Callable[[Tensor], Tensor] = lambda x: x
+        self,
+        M: Tensor,
+        elements: int,
+        rows: int | None = None,
+        total: Callable[[Tensor], Tensor] = lambda x: x,
+        seen: Callable[[slice], Tensor] | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, U[rows]) in blocks of about `elements`, so that a vocabulary's temporaries stay in cache.
 
         Shapes: (m, n) -> (block, n). A centered rule passes over M twice more, for the two means. Where M is a part of
-        a matrix of `rows` rows, `total` sums a vector (n) over the parts.
+        a matrix of `rows` rows, `total` sums a vector (n) over the parts. `seen` gives rows to use in place of M's.
         Raises: ValueError for a rule that mixes rows.
         """
         if self.row_map is None:
             raise ValueError(f"rule {self.name!r} mixes rows: it has no blocks")
+        seen, f = seen or M.__getitem__, self.row_map
         size = max(1, elements // M.shape[-1])
         blocks = [slice(start, start + size) for start in range(0, len(M), size)]
         if not self.symmetry.shift:
-            yield from ((block, self.row_map(M[block])) for block in blocks)
+            yield from ((block, f(seen(block))) for block in blocks)
             return
         count = len(M) if rows is None else rows
-        shift = total(M.sum(dim=0)) / count
-        mean = torch.zeros_like(shift)
-        for block in blocks:
-            mean += self.row_map(M[block] - shift).sum(dim=0)
-        mean = total(mean) / count
-        yield from ((block, self.row_map(M[block] - shift).sub_(mean)) for block in blocks)
+        zero = seen(slice(0, 0)).sum(dim=0)
+        shift = total(sum((seen(block).sum(dim=0) for block in blocks), start=zero)) / count
+        mean = total(sum((f(seen(block) - shift).sum(dim=0) for block in blocks), start=zero)) / count
+        yield from ((block, f(seen(block) - shift).sub_(mean)) for block in blocks)
 
     def departures(self, M: Tensor, U: Tensor) -> dict[str, float]:
         """Return how far U is from what the rule promises of `rule(M)`, by promise; see `PROMISES` for the bounds.

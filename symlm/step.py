@@ -17,7 +17,8 @@ from symlm.scaling import SCALES
 from symlm.views import WHOLE, MatrixView
 
 BATCH_ELEMENTS = 2**26  # a batch of equal shapes holds at most this many, so that temporaries stay bounded
-CPU_BLOCK_ELEMENTS = 2**22  # rows that do not mix are updated in blocks that stay near a CPU's cache
+ALL = slice(None)
+CPU_BLOCK_ELEMENTS = 2**20  # rows that do not mix are updated in blocks that stay near a CPU's cache
 
 
 @dataclass
@@ -61,18 +62,24 @@ def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
             yield batch[start : start + size]
 
 
-def update_momenta(group: dict[str, Any], batch: list[Member], finite: Tensor) -> list[Tensor]:
-    """Phase 1: `M <- βM + (1−β)G`; return what the rule sees, M or its Nesterov look-ahead."""
-    beta = group["momentum"]
-    seen = []
+def update_momenta(group: dict[str, Any], batch: list[Member], finite: Tensor) -> None:
+    """Phase 1: `M <- βM + (1−β)G`."""
     for member in batch:
         M = member.momentum
-        G = member.gradient.to(M.dtype)
-        if G.device.type != "cpu":  # a CPU has not come here with a bad gradient
-            G = torch.where(finite, G, M)
-        M.lerp_(G, 1 - beta)
-        seen.append(G.lerp(M, beta) if group["nesterov"] else M)
-    return seen
+        M.lerp_(_masked(member.gradient, M, finite), 1 - group["momentum"])
+
+
+def seen_by_rule(group: dict[str, Any], member: Member, finite: Tensor, rows: slice = ALL) -> Tensor:
+    """Return what the rule sees of these rows, in fp32: M, or its Nesterov look-ahead `(1−β)G + βM`."""
+    M = member.momentum[rows]
+    look = _masked(member.gradient[rows], M, finite).lerp(M, group["momentum"]) if group["nesterov"] else M
+    return _wide(look)
+
+
+def _masked(G: Tensor, M: Tensor, finite: Tensor) -> Tensor:
+    """Return the gradient, or M on a device whose step must not happen; a CPU has not come here with a bad one."""
+    G = G.to(M.dtype)
+    return G if G.device.type == "cpu" else torch.where(finite, G, M)
 
 
 class Bucket:
@@ -95,29 +102,31 @@ class Bucket:
 
     def start(self, finite: Tensor) -> None:
         """Do phase 1, and start to move matrices to their owners."""
-        self.momenta = update_momenta(self.group, self.batch, finite)
+        update_momenta(self.group, self.batch, finite)
+        if not self.by_rows:
+            self.momenta = [seen_by_rule(self.group, member, finite) for member in self.batch]
         if self.exchange:
-            self.exchange.send([_wide(M).reshape(-1) for M in self.momenta])
+            self.exchange.send([M.reshape(-1) for M in self.momenta])
 
     def compute(self) -> None:
         """Compute what this rank owns, and start to move it back."""
         if self.exchange:
             self.exchange.compute(lambda wholes: whole_directions(self.group, wholes))
 
-    def updates(self) -> Iterator[tuple[list[Member], slice, list[Tensor]]]:
+    def updates(self, finite: Tensor) -> Iterator[tuple[list[Member], slice, list[Tensor]]]:
         """Yield members, rows of theirs, and `s·U` of these rows."""
         if self.exchange:
             parts = zip(self.exchange.receive(), self.momenta, strict=True)
-            yield self.batch, slice(None), [part.view(M.shape) for part, M in parts]
+            yield self.batch, ALL, [part.view(M.shape) for part, M in parts]
         elif self.by_rows:
-            for member, M in zip(self.batch, self.momenta, strict=True):
-                for rows, U in _directions_by_rows(self.group, M, self.layout):
+            for member in self.batch:
+                for rows, U in _directions_by_rows(self.group, member, finite):
                     yield [member], rows, [U]
         elif self.layout.gathered:
             for member, M in zip(self.batch, self.momenta, strict=True):
-                yield [member], slice(None), [_directions_everywhere(self.group, member, M)]
+                yield [member], ALL, [_directions_everywhere(self.group, member, M)]
         elif self.momenta[0].numel():
-            yield self.batch, slice(None), whole_directions(self.group, self.momenta, self.local_view)
+            yield self.batch, ALL, whole_directions(self.group, self.momenta, self.local_view)
 
 
 def overlapped(buckets: list[Bucket], finite: Tensor) -> Iterator[Bucket]:
@@ -167,11 +176,19 @@ def _polar(group: dict[str, Any], X: Tensor) -> Tensor:
     )
 
 
-def _directions_by_rows(group: dict[str, Any], M: Tensor, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield a row rule's `s·U` block by block, so that a vocabulary's temporaries stay small; no row travels."""
-    rule, size = get_rule(group["rule"]), _scale(group, WHOLE, layout.shape)
+    rule, layout, M = get_rule(group["rule"]), member.layout, member.momentum
+    size = _scale(group, WHOLE, layout.shape)
     elements = CPU_BLOCK_ELEMENTS if M.device.type == "cpu" else BATCH_ELEMENTS
-    for rows, U in rule.blocks(_wide(M), elements, layout.shape[0], lambda x: summed(x, layout)):
+
+    def total(x: Tensor) -> Tensor:
+        return summed(x, layout)
+
+    def seen(rows: slice) -> Tensor:
+        return seen_by_rule(group, member, finite, rows)
+
+    for rows, U in rule.blocks(M, elements, layout.shape[0], total, seen):
         yield rows, U.mul_(size)
 
 
