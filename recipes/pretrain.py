@@ -245,6 +245,7 @@ def main() -> None:
     config = read()
     train = config.train
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=train.mixed_precision,
         gradient_accumulation_steps=train.accumulate,
         log_with=None if train.tracker == "none" else train.tracker,

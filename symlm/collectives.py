@@ -172,6 +172,19 @@ class Exchange:
         """The matrices that this rank computes."""
         return self._owned(*self.layout.rank)
 
+    def bytes_to_send(self, element_size: int) -> int:
+        """Count what this rank will send to others, from the plan alone."""
+        (copies, shards), (_, own) = self.layout.size, self.layout.rank
+        lengths = [stop - start for start, stop in self.layout.intervals]
+        elements = 0
+        if shards > 1:
+            row = sum(len(self._owned(self.layout.rank[0], shard)) for shard in range(shards) if shard != own)
+            elements += row * lengths[own] + len(self.mine) * (sum(lengths) - lengths[own])
+        if copies > 1:
+            most = max(sum(owner[0] == copy for owner in self.owners) for copy in range(copies))
+            elements += (copies - 1) * most * lengths[own]
+        return elements * element_size
+
     def send(self, parts: Sequence[Tensor]) -> None:
         """Start to send this rank's part of every matrix to its owner.  parts: flat, one a matrix."""
         self.parts = parts
@@ -226,7 +239,7 @@ class Exchange:
         return dist.all_to_all_single(into, out, arriving, leaving, group=self.layout.shards, async_op=True)
 
     def _all_gather(self, parts: list[Tensor]) -> list[Tensor]:
-        """Spread what each copy has over all copies; counts differ by one at most, the shorter are padded."""
+        """Spread what each copy has over all copies; the shorter are padded."""
         copies, shards = self.layout.size
         by_copy = [[k for shard in range(shards) for k in self._owned(copy, shard)] for copy in range(copies)]
         size, most = self.parts[0].numel(), max(map(len, by_copy))
@@ -239,21 +252,6 @@ class Exchange:
         rows = found.view(copies, most, size)
         result = {k: rows[copy, place] for copy, queue in enumerate(by_copy) for place, k in enumerate(queue)}
         return [result[k] for k in range(len(self.owners))]
-
-
-def bytes_sent(layout: Layout, count: int, element_size: int) -> int:
-    """Count what an `Exchange` of `count` matrices sends from this rank, without sending it."""
-    exchange = Exchange(layout, count, [0.0] * prod(layout.size))
-    (copies, shards), (copy, own) = layout.size, layout.rank
-    lengths = [stop - start for start, stop in layout.intervals]
-    total = 0
-    if shards > 1:
-        total += sum(len(exchange._owned(copy, s)) for s in range(shards) if s != own) * lengths[own]
-        total += len(exchange.mine) * (sum(lengths) - lengths[own])
-    if copies > 1:
-        most = max(sum(1 for owner in exchange.owners if owner[0] == c) for c in range(copies))
-        total += (copies - 1) * most * lengths[own]
-    return total * element_size
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:

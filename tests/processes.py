@@ -249,14 +249,14 @@ def work(rank, world):
 
 def traffic(rank, world):
     """Count the bytes that exchanges sent, and what the counting function says."""
-    from symlm.collectives import Exchange, bytes_sent
+    from symlm.collectives import Exchange
 
     sent = []
     original = Exchange.receive
 
     def counting(self):
         found = original(self)
-        sent.append((self.moved, bytes_sent(self.layout, len(self.owners), self.parts[0].element_size())))
+        sent.append((self.moved, self.bytes_to_send(self.parts[0].element_size())))
         return found
 
     Exchange.receive = counting
