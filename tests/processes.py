@@ -306,7 +306,21 @@ def load_and_train(rank, world, sharded):
     return whole(wrapped)
 
 
+def watched(rank, world):
+    """Router and logit metrics of this rank's share of the tokens, gathered over all."""
+
+    def gather(x):
+        found = [torch.empty_like(x) for _ in range(world)]
+        dist.all_gather(found, x)
+        return torch.cat(found)
+
+    logits = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).chunk(world)[rank]
+    router = symlm.diagnostics.router_metrics(logits, 2, gather)
+    return {**router, **{f"logit {k}": v for k, v in symlm.diagnostics.logit_metrics(logits, gather).items()}}
+
+
 EXTRA_CASES = {
+    "watched": watched,
     "save": save,
     "load": load,
     "mixed precision": mixed_precision,

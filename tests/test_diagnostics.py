@@ -59,6 +59,19 @@ def fallback(M, polar):
     return M.sign()
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "gpt2"])
+def test_adamw_compatible_updates_have_adamws_size(kind):
+    model = tiny(kind)
+    opt = symlm.SymOptimizer(model, lr=1e-3, preset="adamw-compatible", polar_method="svd")
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    for p in model.parameters():  # every row and every matrix has a direction of full rank
+        p.grad = torch.randn_like(p)
+    opt.step()
+    for role, rms in update_rms(opt).items():
+        if role != "vector":
+            assert rms == pytest.approx(0.2e-3, rel=0.05), role
+
+
 def test_router_metrics_by_hand():
     logits = torch.log(torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]]))
     metrics = router_metrics(logits, top_k=1)

@@ -5,6 +5,8 @@ import torch
 from numerics import RANKS, RUN, relative
 from processes import CASES, EXTRA_CASES, WORLDS, model_of, optimizer_of, run, train, whole
 
+import symlm
+
 PAIRS = [(case, world) for case in CASES for world in WORLDS.get(case, (2,))]
 
 
@@ -71,6 +73,16 @@ def test_mixed_precision_shards_stay_wide_and_alike(found, world):
     for weights in others:
         assert all(torch.equal(weights[name], W) for name, W in first.items())
     assert all(W.dtype == torch.float32 and W.isfinite().all() for W in first.values())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_metrics_are_of_all_tokens(found, world):
+    logits = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    one = symlm.diagnostics.router_metrics(logits, 2)
+    one |= {f"logit {k}": v for k, v in symlm.diagnostics.logit_metrics(logits).items()}
+    for many in result(found, "watched", world):
+        assert set(many) == set(one)
+        assert all(torch.allclose(many[key], value, rtol=1e-5) for key, value in one.items())
 
 
 @pytest.fixture(scope="module")
