@@ -58,6 +58,8 @@ class SymOptimizer(torch.optim.Optimizer):
     Source: arXiv 2605.18106, section 3.
     """
 
+    _agreed = False  # of the class, since a pickled optimizer comes back without what its constructor set
+
     def __init__(
         self,
         params: nn.Module | Iterable[dict[str, Any]],
@@ -80,7 +82,6 @@ class SymOptimizer(torch.optim.Optimizer):
         elif preset != "default" or overrides or roles:
             raise ValueError("preset, overrides and roles belong to symlm.param_groups when groups are given")
         super().__init__(params, {"lr": lr, **DEFAULTS, **options})
-        self._agreed = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group made by `symlm.param_groups`.  Raises: TypeError without a route, ValueError for bad values."""

@@ -113,6 +113,10 @@ class Bucket:
         if self.exchange:
             self.exchange.compute(lambda wholes: whole_directions(self.group, wholes))
 
+    def release(self) -> None:
+        """Let go of what travelled and of the look-aheads: together they would be as large as the model."""
+        self.momenta, self.exchange = [], None
+
     def updates(self, finite: Tensor) -> Iterator[tuple[list[Member], slice, list[Tensor]]]:
         """Yield members, rows of theirs, and `s·U` of these rows."""
         if self.exchange:
@@ -138,6 +142,7 @@ def overlapped(buckets: list[Bucket], finite: Tensor) -> Iterator[Bucket]:
             following.start(finite)
         bucket.compute()
         yield bucket
+        bucket.release()
 
 
 def whole_directions(group: dict[str, Any], momenta: list[Tensor], view: MatrixView | None = None) -> list[Tensor]:

@@ -249,3 +249,13 @@ def test_parameters_that_a_wrapper_cut_flat_are_refused_before_any_update():
     with pytest.raises(RuntimeError, match=r"flat partition has 1 axes .* ZeRO-1, 2 and 3 .* use FSDP2 or ZeRO-0"):
         opt.step()
     assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+
+
+def test_a_pickled_optimizer_steps_on():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    train(model, opt, 1)
+    again, optimizer = pickle.loads(pickle.dumps((model, opt)))
+    train(model, opt, 1, first=1)
+    train(again, optimizer, 1, first=1)
+    assert all(torch.equal(W, weights(again)[name]) for name, W in weights(model).items())
