@@ -2,7 +2,11 @@
 
 import json
 import math
+import platform
 import shutil
+import statistics
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -241,6 +245,57 @@ def watch(output: Any, optimizer: symlm.SymOptimizer, routers: Routers, accelera
     }
 
 
+def train_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[torch.Tensor],
+    routers: Routers,
+    accelerator: Accelerator,
+    train: TrainConfig,
+) -> tuple[torch.Tensor, Any]:
+    """Take one step over `accumulate` batches; return their mean loss, and what the model said of the last."""
+    loss = torch.zeros((), device=accelerator.device)
+    for _ in range(train.accumulate):
+        x = next(stream, None)
+        if x is None:
+            raise ValueError(f"the dataset ended before step {train.steps}: use fewer steps")
+        with accelerator.accumulate(model):
+            output = model(input_ids=x, labels=x, **routers.inputs)
+            accelerator.backward(output.loss + routers.loss(output))
+            if train.clip and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), train.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss += output.loss.detach() / train.accumulate
+    return loss, output
+
+
+def write(row: dict[str, Any], folder: Path, accelerator: Accelerator) -> None:
+    """Append a row to the run's metrics, and send its numbers to the tracker."""
+    if accelerator.is_main_process:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    accelerator.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=row["step"])
+
+
+def device_name() -> str:
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+
+
+def summary(optimizer: symlm.SymOptimizer, seconds: list[float]) -> dict[str, Any]:
+    """Return what a run cost: seconds of a training step (mean, the first left out), bytes of this process's state."""
+    return {
+        "seconds_per_step": statistics.fmean(seconds[1:] or seconds or [math.nan]),
+        "optimizer_bytes": symlm.diagnostics.state_bytes(optimizer),
+        "torch": torch.__version__,
+        "device": device_name(),
+    }
+
+
 def main() -> None:
     config = read()
     train = config.train
@@ -287,46 +342,41 @@ def main() -> None:
         unit_scale=True,
         disable=not accelerator.is_main_process,
     )
+    seconds = []
     for step in range(first + 1, train.steps + 1):
-        loss = torch.zeros((), device=accelerator.device)
-        for _ in range(train.accumulate):
-            x = next(stream, None)
-            if x is None:
-                raise ValueError(f"the dataset ended at step {step} of {train.steps}: use fewer steps")
-            with accelerator.accumulate(model):
-                output = model(input_ids=x, labels=x, **routers.inputs)
-                accelerator.backward(output.loss + routers.loss(output))
-                if train.clip and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), train.clip)
-                prepared.step()
-                prepared.zero_grad()
-            loss += output.loss.detach() / train.accumulate
-        bar.update(per_step)
+        began = time.perf_counter()
+        loss, output = train_step(model, prepared, stream, routers, accelerator, train)
         row: dict[str, Any] = {"step": step, "tokens": step * per_step}
-        if step % train.log_every == 0 or step == train.steps:
+        logged, validated = (
+            step % every == 0 or step == train.steps for every in (train.log_every, train.validate_every)
+        )
+        if logged:  # reading the loss waits for the device: before the clock is read
             row["train/loss"] = accelerator.reduce(loss, "mean").item()
+        seconds.append(time.perf_counter() - began)
+        bar.update(per_step)
+        if logged:
             row |= watch(output, optimizer, routers, accelerator)
             bar.set_postfix(loss=f"{row['train/loss']:.3f}")
         schedule.step()
-        if step % train.validate_every == 0 or step == train.steps:
+        if validated:
             row["val/loss"] = evaluate(model, held, accelerator)
-        if len(row) > 2 and accelerator.is_main_process:
-            with (folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        if len(row) > 2:
-            accelerator.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
+        if logged or validated:
+            write(row, folder, accelerator)
         if step % train.save_every == 0 or step == train.steps:
             checkpoints.save(accelerator, step)
     bar.close()
-    finish(accelerator, model, tokenizer, folder)
+    finish(accelerator, model, tokenizer, folder, summary(optimizer, seconds))
 
 
-def finish(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+def finish(
+    accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path, cost: dict[str, Any]
+) -> None:
     """Save the model in Hugging Face's format, draw the report and print a sample."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         plain.save_pretrained(folder / "model")
+        (folder / "summary.json").write_text(json.dumps(cost, indent=1))
         pictures = report.draw([folder], folder)
         final = report.read_metrics(folder)[-1]
         print(f"validation loss {final['val/loss']:.4f} after {final['tokens']:,} tokens")

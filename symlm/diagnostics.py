@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.collectives import gathered
+from symlm.collectives import gathered, local
 from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
 from symlm.step import whole_directions
@@ -38,6 +38,11 @@ def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
             squares[role] = squares.get(role, torch.zeros_like(square)) + square
             counts[role] = counts.get(role, 0) + p.numel()
     return {role: float((squares[role] / counts[role]).sqrt()) for role in squares}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of the optimizer's state that this process holds, of symlm's or any other."""
+    return sum(local(x).nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
 
 
 def update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:

@@ -1,0 +1,154 @@
+"""Compare optimizers under one protocol:  python recipes/compare.py --bench small --out runs/small
+
+An arm is a run's configuration (`configs/adamw.yaml`); a bench gives every arm the same model, data, tokens and
+schedule (`configs/bench/small-dense.yaml`). Each arm gets the same number of trials, all its rates times one factor, on
+a seed that is not reported; its best factor then runs on the reported seeds. Finished runs are kept: start it again
+after a kill. What comes out is `results.json`, and what `evidence.py` draws from it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evidence
+import yaml
+from jsonargparse import CLI
+from report import read_metrics
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+ARMS = [str(HERE / "configs" / f"{name}.yaml") for name in ("adamw", "muon", "paper-row", "paper-hybrid", "default")]
+TRIAL_SEED = 0
+ROUTERS = ("router/load_cv", "router/dead_expert_fraction", "update_rms/router")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of pretrain.py: an arm on a model of the bench, all of the arm's rates times a factor."""
+
+    out: Path
+    bench: Path
+    arm: Path
+    factor: float
+    seed: int
+
+    @property
+    def model(self) -> str:
+        return self.bench.stem.rsplit("-", 1)[-1]
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.model / f"{self.arm.stem}-x{self.factor:g}-seed{self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    def command(self, more: list[str]) -> list[str]:
+        told = scaled(yaml.safe_load(self.arm.read_text())["optimizer"], self.factor)
+        fields = {f"optimizer.{key}": value for key, value in told.items()}
+        fields |= {"name": self.folder.name, "out": self.folder.parent, "train.seed": self.seed}
+        fields |= {"train.tracker": "none", "resume": (self.folder / "config.json").exists()}
+        texts = [f"--{key}={json.dumps(x) if isinstance(x, dict) else x}" for key, x in fields.items()]
+        return [sys.executable, str(HERE / "pretrain.py"), f"--config={self.bench}", *texts, *more]
+
+    def execute(self, more: list[str], threads: int) -> None:
+        """Run, or resume, and keep the numbers alone.  Raises: RuntimeError with the end of the run's errors."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(self.command(more), capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{self.folder} failed:\n{done.stderr[-2000:]}")
+        for heavy in ("checkpoints", "model"):
+            shutil.rmtree(self.folder / heavy, ignore_errors=True)
+
+    def result(self) -> dict[str, Any]:
+        rows = read_metrics(self.folder)
+        curve = [(row["tokens"], row["val/loss"]) for row in rows if "val/loss" in row]
+        routers = {key: [row[key] for row in rows if key in row] for key in ROUTERS}
+        return {
+            "model": self.model,
+            "arm": self.arm.stem,
+            "factor": self.factor,
+            "seed": self.seed,
+            "tokens": [tokens for tokens, _ in curve],
+            "loss": [loss for _, loss in curve],
+            **json.loads((self.folder / "summary.json").read_text()),
+            **{key: values for key, values in routers.items() if values},
+        }
+
+
+def scaled(optimizer: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Return an arm's optimizer with every rate times a factor."""
+    overrides = {
+        role: {key: value * factor if key == "lr" else value for key, value in values.items()}
+        for role, values in optimizer.get("overrides", {}).items()
+    }
+    return {**optimizer, "lr": optimizer.get("lr", 0.02) * factor, "overrides": overrides}
+
+
+def execute(runs: list[Run], jobs: int, more: list[str], what: str) -> None:
+    """Run what is not finished, `jobs` side by side; one failure is told after the others have ended."""
+    left = [run for run in runs if not run.finished]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with tqdm(total=len(left), unit="run", desc=what) as bar, ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run.execute, more, threads) for run in left]
+        for future in futures:
+            future.add_done_callback(lambda _: bar.update())
+    if failures := [str(error) for future in futures if (error := future.exception())]:
+        raise SystemExit("\n\n".join(failures) + f"\n{len(failures)} of {len(left)} runs failed; the rest is kept")
+
+
+def best_factor(trials: list[dict[str, Any]]) -> float:
+    """Return the factor of the trial that ended lowest; a run that blew up ended nowhere."""
+    return min(trials, key=lambda trial: trial["loss"][-1] if trial["loss"][-1] == trial["loss"][-1] else 1e9)["factor"]
+
+
+def main(
+    bench: str = "small",
+    arms: list[str] = ARMS,
+    out: str = "runs/compare",
+    models: list[str] = ["dense", "moe"],  # noqa: B006
+    factors: list[float] = [0.5, 1.0, 2.0],  # noqa: B006
+    seeds: int = 5,
+    jobs: int = 2,
+    more: list[str] = [],  # noqa: B006
+) -> None:
+    """Run a comparison, or what is left of it, and draw it.
+
+    Args:
+        bench: "tiny", "small" or "gpu", the files configs/bench/BENCH-MODEL.yaml.
+        arms: configurations of runs; of each only the optimizer counts.
+        out: the folder of the runs and of what is drawn.
+        models: "dense", "moe" or both.
+        factors: what all rates of an arm are multiplied by, one trial each.
+        seeds: how many runs of an arm are reported.
+        jobs: runs side by side, which share the cores.
+        more: fields for every run, for example '["--train.steps=4"]'.
+    """
+    results: list[dict[str, Any]] = []
+    for model in models:
+        path, folder = HERE / "configs" / "bench" / f"{bench}-{model}.yaml", Path(out)
+        if not path.exists():
+            raise SystemExit(f"no bench {path}; there are {sorted(p.stem for p in path.parent.glob('*.yaml'))}")
+        trials = {
+            arm: [Run(folder, path, Path(arm), factor, TRIAL_SEED) for factor in factors] for arm in map(str, arms)
+        }
+        execute([run for runs in trials.values() for run in runs], jobs, more, f"{model}: trials")
+        found = {arm: [run.result() for run in runs] for arm, runs in trials.items()}
+        chosen = {arm: best_factor(each) for arm, each in found.items()}
+        reported = [Run(folder, path, Path(arm), chosen[arm], seed + 1) for seed in range(seeds) for arm in arms]
+        execute(reported, jobs, more, f"{model}: seeds")
+        results += [trial | {"trial": True} for each in found.values() for trial in each]
+        results += [run.result() | {"trial": False} for run in reported]
+        (folder / "results.json").write_text(json.dumps({"bench": bench, **evidence.origin(), "runs": results}))
+    print("\n".join(map(str, evidence.draw(Path(out) / "results.json", Path(out)))))
+
+
+if __name__ == "__main__":
+    CLI(main, as_positional=False)

@@ -1,0 +1,178 @@
+"""Draw a comparison from its raw numbers:  python recipes/evidence.py recipes/results/small.json --out runs/small"""
+
+import base64
+import json
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from jinja2 import Template
+from jsonargparse import CLI
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BASELINE, OURS = "adamw", "default"
+PAGE = Template(
+    """<!doctype html><meta charset="utf-8"><title>{{ title }}</title>
+<style>body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ccc}
+img{max-width:100%}</style>
+<h1>{{ title }}</h1><p>{{ note }}</p>
+{% for model in models %}<h2>{{ model.name }}</h2>{{ model.table }}
+{% for picture in model.pictures %}<img alt="{{ picture.name }}" src="data:image/png;base64,{{ picture.data }}">
+{% endfor %}{% endfor %}"""
+)
+
+
+def origin() -> dict[str, Any]:
+    """Return where and when a comparison ran."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {"date": str(date.today()), "commit": commit or "unknown", "device": device, "torch": torch.__version__}
+
+
+def processor() -> str:
+    """Return the processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def interval(values: list[float]) -> str:
+    """Return mean ± half of the 95 % interval (Student's t)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def tokens_to(tokens: list[float], losses: list[float], goal: float) -> float:
+    """Return when a curve first comes down to a loss, by lines between its points; infinite where it never does."""
+    for k, loss in enumerate(losses):
+        if loss <= goal:
+            if k == 0:
+                return tokens[0]
+            share = (losses[k - 1] - goal) / (losses[k - 1] - loss)
+            return tokens[k - 1] + share * (tokens[k] - tokens[k - 1])
+    return float("inf")
+
+
+def table(runs: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one line an arm: factor, final loss, paired difference to ours, tokens to AdamW's loss, costs."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        by_arm.setdefault(run["arm"], {})[run["seed"]] = run
+    ours, baseline = by_arm.get(OURS, {}), by_arm.get(BASELINE, {})
+    lines = []
+    for arm, seeds in by_arm.items():
+        line: dict[str, Any] = {"arm": arm, "rates ×": f"{next(iter(seeds.values()))['factor']:g}"}
+        line["final loss"] = interval([run["loss"][-1] for run in seeds.values()])
+        if ours and arm != OURS:
+            common = [seed for seed in seeds if seed in ours]
+            line["minus default"] = interval([seeds[s]["loss"][-1] - ours[s]["loss"][-1] for s in common])
+        if baseline:
+            shares = [
+                tokens_to(run["tokens"], run["loss"], baseline[seed]["loss"][-1]) / run["tokens"][-1]
+                for seed, run in seeds.items()
+                if seed in baseline
+            ]
+            reached = all(np.isfinite(shares))
+            line[f"tokens to {BASELINE}'s loss"] = interval(shares) if reached else "not reached by every seed"
+        line["seconds a step"] = f"{np.mean([run['seconds_per_step'] for run in seeds.values()]):.3f}"
+        line["optimizer MB"] = f"{next(iter(seeds.values()))['optimizer_bytes'] / 1e6:.1f}"
+        if "router/load_cv" in next(iter(seeds.values())):
+            line["load CV"] = interval([run["router/load_cv"][-1] for run in seeds.values()])
+            line["dead experts"] = f"{max(run['router/dead_expert_fraction'][-1] for run in seeds.values()):.0%}"
+            line["router update RMS"] = f"{np.mean([np.mean(run['update_rms/router']) for run in seeds.values()]):.1e}"
+        lines.append(line)
+    return pd.DataFrame(lines).fillna("").set_index("arm")
+
+
+def draw_curves(runs: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw each arm's mean validation loss with the band of its seeds; the first fifth is left out."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for number, arm in enumerate(dict.fromkeys(run["arm"] for run in runs)):
+        own = [run for run in runs if run["arm"] == arm]
+        tokens, losses = np.array(own[0]["tokens"]), np.array([run["loss"] for run in own])
+        shown = tokens >= tokens[-1] / 5
+        axes.plot(tokens[shown], losses.mean(0)[shown], color=f"C{number}", label=arm)
+        axes.fill_between(
+            tokens[shown], losses.min(0)[shown], losses.max(0)[shown], color=f"C{number}", alpha=0.2, lw=0
+        )
+    seeds = len({run["seed"] for run in runs})
+    axes.set(
+        xlabel="tokens", ylabel="validation loss (nats a token)", title=f"{title}: mean and range of {seeds} seeds"
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_sensitivity(trials: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw each arm's final loss against the factor on all of its rates."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for number, arm in enumerate(dict.fromkeys(trial["arm"] for trial in trials)):
+        points = sorted((trial["factor"], trial["loss"][-1]) for trial in trials if trial["arm"] == arm)
+        axes.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", label=arm)
+    factors = sorted({trial["factor"] for trial in trials})
+    axes.set(xscale="log", xlabel="factor on all rates of the arm", ylabel="final validation loss")
+    axes.set_title(f"{title}: trials, one seed that is not reported")
+    axes.set_xticks(factors, labels=[f"{factor:g}" for factor in factors])
+    axes.minorticks_off()
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw(results: Path, out: Path) -> list[Path]:
+    """Write curves, sensitivity, table as Markdown, and one HTML page that holds them all; return the paths."""
+    told = json.loads(results.read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    title = f"symlm, bench {told['bench']}"
+    note = f"{told['device']}; torch {told['torch']}; {told['date']}; commit {told['commit']}. "
+    note += "Intervals: 95 %, Student's t."
+    paths, models, text = [], [], f"# {title}\n\n{note}\n"
+    for model in dict.fromkeys(run["model"] for run in told["runs"]):
+        trials = [run for run in told["runs"] if run["model"] == model and run["trial"]]
+        runs = [run for run in told["runs"] if run["model"] == model and not run["trial"]]
+        pictures = [out / f"{told['bench']}-{model}-curves.png", out / f"{told['bench']}-{model}-rates.png"]
+        draw_curves(runs, f"{told['bench']}, {model}", pictures[0])
+        draw_sensitivity(trials, f"{told['bench']}, {model}", pictures[1])
+        frame = table(runs)
+        text += (
+            f"\n## {model}\n\n{frame.to_markdown()}\n\n" + "\n".join(f"![{p.stem}]({p.name})" for p in pictures) + "\n"
+        )
+        images = [{"name": p.stem, "data": base64.b64encode(p.read_bytes()).decode()} for p in pictures]
+        models.append({"name": model, "table": frame.to_html(), "pictures": images})
+        paths += pictures
+    page, markdown = out / "report.html", out / "report.md"
+    page.write_text(PAGE.render(title=title, note=note, models=models))
+    markdown.write_text(text)
+    return [*paths, markdown, page]
+
+
+def main(results: str, out: str = "runs/evidence") -> None:
+    """Draw the comparison in a results.json.
+
+    Args:
+        results: the file that compare.py wrote.
+        out: the folder for pictures, Markdown and page.
+    """
+    print("\n".join(map(str, draw(Path(results), Path(out)))))
+
+
+if __name__ == "__main__":
+    CLI(main, as_positional=True)
