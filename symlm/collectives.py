@@ -35,7 +35,7 @@ class Layout:
     @property
     def rank(self) -> tuple[int, int]:
         """This process among the copies, and among the shards."""
-        return _rank(self.copies), _rank(self.shards)
+        return rank_in(self.copies), rank_in(self.shards)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,6 +83,18 @@ def _row_intervals(shape: tuple[int, ...], parts: int) -> tuple[tuple[int, int],
         return ((0, prod(shape)),)
     row, step = prod(shape[1:]), -(-shape[0] // parts)
     return tuple((min(k * step, shape[0]) * row, min((k + 1) * step, shape[0]) * row) for k in range(parts))
+
+
+def intervals_of_all(
+    own: Sequence[tuple[int, int]], group: Any, device: torch.device
+) -> list[tuple[tuple[int, int], ...]]:
+    """Return for each parameter the intervals that all ranks of a group hold, from this rank's own, one a parameter."""
+    if _size(group) == 1:
+        return [(interval,) for interval in own]
+    told = torch.tensor(own, dtype=torch.int64, device=device).reshape(-1, 2)
+    found = [torch.empty_like(told) for _ in range(_size(group))]
+    dist.all_gather(found, told, group=group)
+    return [tuple((start, stop) for start, stop in each) for each in torch.stack(found, dim=1).tolist()]
 
 
 def local(x: Any) -> Tensor:
@@ -266,5 +278,6 @@ def _size(group: Any) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def _rank(group: Any) -> int:
+def rank_in(group: Any) -> int:
+    """Return this process's place in a group; 0 where there is none."""
     return 0 if group is None else dist.get_rank(group)

@@ -1,9 +1,11 @@
 """SymOptimizer: one `torch.optim.Optimizer` in which every role is updated by its own rule."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from math import prod
+from types import MappingProxyType
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from symlm_kernels.selection import CHOICES
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from symlm.coefficients import get_schedule
 from symlm.collectives import aligned, check_agreement, everywhere, gathered, layout_of, local
+from symlm.partitions import Fragment, fragments_of, is_partition
 from symlm.polar import METHODS
 from symlm.routes import param_groups
 from symlm.rules import get_rule
@@ -58,7 +61,10 @@ class SymOptimizer(torch.optim.Optimizer):
     Source: arXiv 2605.18106, section 3.
     """
 
-    _agreed = False  # of the class, since a pickled optimizer comes back without what its constructor set
+    # Of the class, since a pickled optimizer comes back without what its constructor set.
+    _agreed: frozenset[tuple[str, str]] = frozenset()
+    _fragments: Mapping[Tensor, list[Fragment]] = MappingProxyType({})
+    _originals: Mapping[str, ReferenceType[nn.Parameter]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -91,6 +97,8 @@ class SymOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
+        # Weak, for wrappers that put other tensors in a parameter's place: FSDP2 to free it, ZeRO to point back at it.
+        self._originals = {**self._originals, **{name: ref(p) for name, p in _named(self.param_groups[-1])}}
 
     @property
     def skipped_steps(self) -> int:
@@ -115,7 +123,7 @@ class SymOptimizer(torch.optim.Optimizer):
         buckets: list[Bucket] = []
         loads: dict[Any, list[float]] = {}
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
+            group["step"] = group.get("step", 0) + (1 if group["params"] else 0)
             members = list(self._members(group))
             if get_rule(group["rule"]).stateful:
                 adamw_step(group, members, finite)
@@ -174,26 +182,44 @@ class SymOptimizer(torch.optim.Optimizer):
                 self.state[p] = state
 
     def _check_agreement(self) -> None:
-        """At the first step, make sure that all ranks have one plan: shapes, roles, rules and options."""
-        if self._agreed:
+        """At a group's first step, make sure that all ranks have one plan: shapes, roles, rules and options."""
+        groups = [group for group in self.param_groups if group["params"] and _key(group) not in self._agreed]
+        if not groups:
             return
-        for group in self.param_groups:
-            axes = MatrixView.parse(group["view"]).axes
-            for name, p in _named(group):
-                if p.ndim != axes:
-                    raise RuntimeError(
-                        f"{name} has {p.ndim} axes in the step and had {axes} at construction: a wrapper cut it flat, "
-                        "as DeepSpeed's ZeRO-1, 2 and 3 do, which symlm does not support yet; use FSDP2 or ZeRO-0"
-                    )
         lines = [
-            f"{name} {tuple(p.shape)} {p.grad is None} "
-            + " ".join(f"{key}={group[key]}" for key in sorted(group) if key not in _LOOSE)
-            for group in self.param_groups
-            for name, p in _named(group)
-            if group["shared"] or local(p) is not p
+            f"{name} {shape} {missing} " + " ".join(f"{key}={group[key]}" for key in sorted(group) if key not in _LOOSE)
+            for group in groups
+            for name, shape, missing in self._shapes(group)
         ]
-        check_agreement("\n".join(lines), local(self.param_groups[0]["params"][0]).device)
-        self._agreed = True
+        check_agreement("\n".join(lines), local(groups[0]["params"][0]).device)
+        self._agreed |= {_key(group) for group in groups}
+
+    def _shapes(self, group: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        """Yield name, whole shape and whether the gradient is missing of what the ranks must agree on.
+
+        Raises: RuntimeError for a parameter that a wrapper cut in a way that nobody can read back.
+        """
+        axes = MatrixView.parse(group["view"]).axes
+        for name, p in _named(group):
+            if fragments := self._fragments_of(group, p):
+                yield from ((fragment.name, fragment.layout.shape, p.grad is None) for fragment in fragments)
+            elif p.ndim != axes:
+                raise RuntimeError(
+                    f"{name} has {p.ndim} axes in the step and had {axes} at construction: a wrapper that is none of "
+                    "DDP, FSDP2 and DeepSpeed cut it flat; FSDP1 is one, use FSDP2 (fsdp_version: 2)"
+                )
+            elif group["shared"] or local(p) is not p:
+                yield name, tuple(p.shape), p.grad is None
+
+    def _fragments_of(self, group: dict[str, Any], p: Tensor) -> list[Fragment]:
+        """Return what a partition of ZeRO's holds, looked up once; nothing for a parameter that is its own."""
+        if p in self._fragments:
+            return self._fragments[p]
+        found = [(name, self._originals.get(name, lambda: None)()) for name in group.get("param_names", ())]
+        named = [(name, original) for name, original in found if original is not None]
+        fragments = fragments_of(p, named) if is_partition(p, [original for _, original in named]) else []
+        self._fragments = {**self._fragments, p: fragments}
+        return fragments
 
     def _finite(self) -> Tensor | None:
         """Return whether all gradients are finite, as a tensor on their device; None if the step ends here.
@@ -218,9 +244,14 @@ class SymOptimizer(torch.optim.Optimizer):
 
     def _members(self, group: dict[str, Any]) -> Iterator[Member]:
         for name, p in _named(group):
-            if p.grad is not None:
-                layout = layout_of(p, group["shared"])
-                yield member_of(name, p, aligned(p.grad, p), self.state[p], layout)
+            if p.grad is None:
+                continue
+            fragments = self._fragments_of(group, p)
+            if not fragments or get_rule(group["rule"]).stateful:  # elementwise: a partition is as good as its parts
+                yield member_of(name, p, aligned(p.grad, p), self.state[p], layout_of(p, group["shared"]))
+            for fragment in fragments if not get_rule(group["rule"]).stateful else ():
+                state = {key: fragment.of(value) for key, value in self.state[p].items()}
+                yield member_of(fragment.name, fragment.of(p), fragment.of(p.grad), state, fragment.layout)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep each state's own dtype: a bf16 parameter's fp32 momentum stays fp32."""
@@ -273,8 +304,14 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _named(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    names = group.get("param_names") or [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
+    names = group.get("param_names", ())
+    if len(names) != len(group["params"]):  # none were given, or one partition stands for many parameters
+        names = [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
     return zip(names, group["params"], strict=True)
+
+
+def _key(group: dict[str, Any]) -> tuple[str, str]:
+    return group["role"], group["view"]
 
 
 def _extremes(tensors: list[Tensor]) -> list[Tensor]:

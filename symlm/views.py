@@ -97,6 +97,8 @@ class MatrixView:
 
     def of_interval(self, shape: tuple[int, ...], intervals: tuple[tuple[int, int], ...]) -> "MatrixView | None":
         """Return the view of one part of the flat stored tensor, if every part holds whole matrices; else None."""
+        if all(edge in (0, prod(shape)) for interval in intervals for edge in interval):
+            return self
         left, right = self._sides
         first, lengths = left[0][0], self._lengths(shape)
         unit = prod(shape) // lengths[first]

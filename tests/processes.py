@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import symlm
 
 STEPS = 10
+CLIP = 0.1
 LIMIT = timedelta(seconds=120)
 ODD = {"vocab_size": 61, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1}
 
@@ -79,11 +80,19 @@ CASES = {
     "tp fsdp2": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
     "expert parallel": {"kind": "qwen3_moe", "vocab_size": 61},
 }
+CASES |= {
+    **{f"zero{stage}": {"kind": "qwen3", **ODD} for stage in range(4)},
+    "zero2 experts": {"kind": "qwen3_moe", "vocab_size": 61, "num_experts": 5},
+    "zero3 experts": {"kind": "qwen3_moe", "vocab_size": 61, "num_experts": 5},
+    "zero1 clipped": {"kind": "qwen3", **ODD},
+    "zero3 small groups": {"kind": "qwen3", **ODD},
+}
 WORLDS = {"hsdp": (4,), "tp fsdp2": (4,), "ddp": (2, 4), "fsdp2": (2, 4)}
 
 
 def model_of(case):
-    dtype = torch.float32 if "moe" in CASES[case]["kind"] else torch.float64  # routers and experts compute in fp32
+    # Routers and experts compute in fp32, and so does ZeRO.
+    dtype = torch.float32 if "moe" in CASES[case]["kind"] or "zero" in case else torch.float64
     return tiny(dtype=dtype, **CASES[case])
 
 
@@ -111,6 +120,8 @@ def run_case(case, rank, world):
         return expert_parallel(model, mesh, rank, world)
     elif case == "fsdp2 accelerate":
         return through_accelerate(case, model, rank, world)
+    elif case.startswith("zero"):
+        return through_deepspeed(case, model, rank, world)
     else:
         shard(model, mesh)
     optimizer = optimizer_of(case, model.module if case == "ddp" else model)
@@ -162,6 +173,66 @@ def through_accelerate(case, model, rank, world):
     return result, {}
 
 
+def deepspeed_plugin(stage, **more):
+    from accelerate import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(
+        hf_ds_config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # its own default is 1
+            "zero_optimization": {"stage": stage, **more.pop("zero", {})},
+            "zero_allow_untested_optimizer": True,
+            **more,
+        }
+    )
+
+
+def prepared_by_deepspeed(case, model, **more):
+    from accelerate import Accelerator
+
+    if "small groups" in case:
+        more["zero"] = {"sub_group_size": 2000}
+    accelerator = Accelerator(deepspeed_plugin=deepspeed_plugin(int(case[4]), **more))
+    engine, optimizer = accelerator.prepare(model, optimizer_of(case, model))
+    return accelerator, engine, optimizer
+
+
+def whole_under_zero(engine):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, p in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") or hasattr(p, "ds_tensor") else p
+        found[name] = full.detach().clone()
+    return found
+
+
+def through_deepspeed(case, model, rank, world):
+    clip = {"gradient_clipping": CLIP} if "clipped" in case else {}
+    accelerator, engine, optimizer = prepared_by_deepspeed(case, model, **clip)
+    assert engine.zero_optimization_stage() == int(case[4])
+    for step in range(STEPS):
+        accelerator.backward(loss_of(engine, batch(step, rank, world)))  # DeepSpeed steps inside
+        optimizer.step()
+        optimizer.zero_grad()
+    told = {"state": symlm.diagnostics.state_bytes(engine.basic_optimizer)}
+    result = whole_under_zero(engine)
+    engine.destroy()
+    leave_deepspeed()
+    return result, told
+
+
+def leave_deepspeed():
+    """Forget what accelerate and transformers keep for the whole process: the next model must be an ordinary one."""
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state(True)
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
 def mixed_precision(rank, world):
     """bf16 gradients and compute over fp32 shards: finite, and the same on all ranks."""
     model = model_of("fsdp2").float()
@@ -173,6 +244,7 @@ def mixed_precision(rank, world):
 
 def worker(rank, world, names, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=LIMIT)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import RANKS, RUN, relative
-from processes import CASES, EXTRA_CASES, WORLDS, model_of, optimizer_of, run, train, whole
+from processes import CASES, CLIP, EXTRA_CASES, WORLDS, model_of, optimizer_of, run, train, whole
 
 import symlm
 
@@ -30,10 +30,18 @@ def result(found, case, world):
 @pytest.mark.parametrize(("case", "world"), PAIRS, ids=lambda value: str(value))
 def test_many_ranks_are_one(found, case, world):
     model = model_of(case)
-    train(model, optimizer_of(case, model))
+    train(model, optimizer_of(case, model), clip=CLIP if "clipped" in case else None)
     for weights, _ in result(found, case, world):
         for name, W in whole(model).items():
             assert relative(weights[name], W) < (RUN if W.dtype == torch.float64 else RANKS), name
+
+
+@pytest.mark.parametrize("case", ["zero1", "zero2", "zero3"])
+def test_zero_cuts_the_optimizers_state(found, case):
+    alone = optimizer_of(case, model := model_of(case))
+    train(model, alone, steps=1)
+    shares = [told["state"] / symlm.diagnostics.state_bytes(alone) for _, told in result(found, case, 2)]
+    assert max(shares) < 0.55
 
 
 @pytest.mark.parametrize("world", [2, 4])

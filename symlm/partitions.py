@@ -1,0 +1,86 @@
+"""The flat partitions that DeepSpeed's ZeRO cuts a model into, read as parts of its parameters.
+
+Under ZeRO-1, 2 and 3 an optimizer is given 1-D tensors that hold this rank's parts of many parameters, end to end. Where
+each part lies is known to the parameters themselves, which ZeRO marks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from symlm.collectives import Layout, intervals_of_all, rank_in
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One parameter's part of a flat partition: `flat[start:stop]`, which lies in the whole as `layout` says."""
+
+    name: str
+    start: int
+    stop: int
+    layout: Layout
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return this part of the partition, or of a state shaped like it: in rows where no rank's part cuts one."""
+        part, row = flat[self.start : self.stop], self.layout.shape[1:]
+        if any(edge % prod(row) for interval in self.layout.intervals for edge in interval):
+            return part
+        return part.view(-1, *row)
+
+
+def is_partition(p: Tensor, originals: Sequence[nn.Parameter]) -> bool:
+    """Tell whether p is a partition of ZeRO's that stands for these parameters of the model."""
+    marked = any(hasattr(original, "_hp_mapping") or hasattr(original, "ds_tensor") for original in originals)
+    return marked and all(p is not original for original in originals)
+
+
+def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> list[Fragment]:
+    """Return the fragments of a partition, in the model's order, the empty ones too; all ranks call this together.
+
+    Raises: RuntimeError for a partition that lies on another device than the parameters (offload).
+    """
+    device = named[0][1].device
+    if flat.device.type != device.type:
+        raise RuntimeError(
+            f"DeepSpeed keeps the optimizer's partition on {flat.device} and the model on {device}: symlm does not run "
+            'offloaded; remove "offload_optimizer" from the DeepSpeed configuration'
+        )
+    third = hasattr(named[0][1], "ds_tensor")
+    found = [(name, p, *part) for name, p in named if (part := _part_of_3(p, flat) if third else _part_of_1_and_2(p))]
+    group = _group_of(found[0][1]) if found else None
+    everywhere = intervals_of_all([interval for *_, interval, _ in found], group, flat.device)
+    return [
+        Fragment(name, offset, offset + stop - start, Layout(_shape(p), intervals, shards=group))
+        for (name, p, (start, stop), offset), intervals in zip(found, everywhere, strict=True)
+    ]
+
+
+Part = tuple[tuple[int, int], int]  # [start, stop) of the flat parameter, and where in the partition it begins
+
+
+def _part_of_1_and_2(p: Any) -> Part:
+    if p._hp_mapping is None:
+        return (0, 0), 0
+    whole, own = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+    return (whole.start, whole.start + whole.numel), own.start
+
+
+def _part_of_3(p: Any, flat: Tensor) -> Part | None:
+    """Return this rank's slice, ⌈numel / world⌉ elements without its padding; None if in another sub-group's partition."""
+    zero = p._z3_optimizer
+    subgroup, offset, size = zero.grad_position[zero.get_param_id(p)]
+    if zero.fp32_partitioned_groups_flat[subgroup] is not flat:
+        return None
+    start = min(rank_in(_group_of(p)) * size, p.ds_numel)
+    return (start, min(start + size, p.ds_numel)), offset
+
+
+def _shape(p: Any) -> tuple[int, ...]:
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
+def _group_of(p: Any) -> Any:
+    return p.ds_process_group if hasattr(p, "ds_tensor") else p._dp_group
