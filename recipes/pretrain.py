@@ -17,11 +17,13 @@ import moe
 import report
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, set_seed
 from architectures import build_model
 from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import symlm
 
@@ -278,6 +280,28 @@ def write(row: dict[str, Any], folder: Path, accelerator: Accelerator) -> None:
     accelerator.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=row["step"])
 
 
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Return the launch's accelerator; without a GPU all its processes take the CPU.
+
+    Under DeepSpeed clipping and accumulation are the engine's, and accelerate would clip at 1 unasked: it is told ours.
+    """
+    train, deepspeed = config.train, parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,  # which accelerate would turn off
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
+        mixed_precision=train.mixed_precision,
+        gradient_accumulation_steps=train.accumulate,
+        log_with=None if train.tracker == "none" else train.tracker,
+        project_dir=str(Path(config.out) / config.name),
+        step_scheduler_with_optimizer=False,
+    )
+    if deepspeed:
+        told = {"gradient_clipping": train.clip or 0.0, "gradient_accumulation_steps": train.accumulate}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(told)
+    return accelerator
+
+
 def device_name() -> str:
     return (
         torch.cuda.get_device_name()
@@ -299,14 +323,7 @@ def summary(optimizer: symlm.SymOptimizer, seconds: list[float]) -> dict[str, An
 def main() -> None:
     config = read()
     train = config.train
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=train.mixed_precision,
-        gradient_accumulation_steps=train.accumulate,
-        log_with=None if train.tracker == "none" else train.tracker,
-        project_dir=str(Path(config.out) / config.name),
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = build_accelerator(config)
     folder = open_folder(config)
     set_seed(train.seed)
 
@@ -372,10 +389,10 @@ def finish(
     accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path, cost: dict[str, Any]
 ) -> None:
     """Save the model in Hugging Face's format, draw the report and print a sample."""
-    accelerator.wait_for_everyone()
+    weights = accelerator.get_state_dict(model)  # of all processes together: shards are gathered
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-        plain.save_pretrained(folder / "model")
+        plain.save_pretrained(folder / "model", state_dict=weights)
         (folder / "summary.json").write_text(json.dumps(cost, indent=1))
         pictures = report.draw([folder], folder)
         final = report.read_metrics(folder)[-1]
@@ -383,10 +400,16 @@ def finish(
         print("\n".join(str(path) for path in (folder / "model", folder / "metrics.jsonl", *pictures)))
         if tokenizer:
             tokenizer.save_pretrained(folder / "model")
-            prompt = tokenizer("def ", return_tensors="pt", return_token_type_ids=False).to(plain.device)
-            sample = plain.generate(**prompt, max_new_tokens=60, do_sample=True, temperature=0.8)
-            print("sample:\n" + tokenizer.decode(sample[0]))
+            print("sample:\n" + sample(folder / "model", tokenizer, accelerator.device))
     accelerator.end_training()
+
+
+def sample(saved: Path, tokenizer: Any, device: torch.device) -> str:
+    """Return what the saved model writes: read back from disk, since the trained one may lie in shards."""
+    unset_hf_deepspeed_config()  # or ZeRO-3 would cut this one too, and wait for the other processes
+    model = AutoModelForCausalLM.from_pretrained(saved).to(device)
+    prompt = tokenizer("def ", return_tensors="pt", return_token_type_ids=False).to(device)
+    return tokenizer.decode(model.generate(**prompt, max_new_tokens=60, do_sample=True, temperature=0.8)[0])
 
 
 if __name__ == "__main__":

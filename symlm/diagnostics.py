@@ -10,6 +10,7 @@ from symlm.collectives import gathered, local
 from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
 from symlm.step import whole_directions
+from symlm.views import MatrixView
 
 
 @torch.no_grad()
@@ -24,14 +25,16 @@ def polar_error(U: Tensor) -> Tensor:
 def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
     """Return the RMS of the last step's update by role, `√(Σ(ηsU)² / count)`, recomputed from the state.
 
-    With Nesterov momentum the look-ahead is gone after the step, and this is the update of the plain momentum.
+    With Nesterov momentum the look-ahead is gone after the step, and this is the update of the plain momentum. Roles
+    whose parameters lie in partitions of ZeRO's are left out: their momenta are nowhere whole.
     """
     squares: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for group in optimizer.param_groups:
+        axes = MatrixView.parse(group["view"]).axes
         for p in group["params"]:
             state = optimizer.state.get(p)
-            if not state or not p.numel():
+            if not state or not p.numel() or p.ndim != axes:
                 continue
             role = group["role"]
             square = update(group, state).double().square().sum()

@@ -15,6 +15,7 @@ from symlm.coefficients import get_schedule
 from symlm.collectives import aligned, check_agreement, everywhere, gathered, layout_of, local
 from symlm.partitions import Fragment, fragments_of, is_partition
 from symlm.polar import METHODS
+from symlm.roles import whole_shape
 from symlm.routes import param_groups
 from symlm.rules import get_rule
 from symlm.scaling import SCALES
@@ -97,6 +98,8 @@ class SymOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
+        for _, p in _named(self.param_groups[-1]):
+            MatrixView.parse(self.param_groups[-1]["view"]).shape(whole_shape(p))
         # Weak, for wrappers that put other tensors in a parameter's place: FSDP2 to free it, ZeRO to point back at it.
         self._originals = {**self._originals, **{name: ref(p) for name, p in _named(self.param_groups[-1])}}
 
@@ -148,6 +151,8 @@ class SymOptimizer(torch.optim.Optimizer):
         Returns the checks, a table when printed. Raises: RuntimeError, naming what no step has reached and what
         broke its promise.
         """
+        if any(self._fragments.values()):
+            raise RuntimeError("verify() reads whole momenta, which ZeRO keeps nowhere; verify a run of one process")
         checks, failures = Verification(), []
         for group in self.param_groups:
             rule = get_rule(group["rule"])
@@ -251,7 +256,7 @@ class SymOptimizer(torch.optim.Optimizer):
                 yield member_of(name, p, aligned(p.grad, p), self.state[p], layout_of(p, group["shared"]))
             for fragment in fragments if not get_rule(group["rule"]).stateful else ():
                 state = {key: fragment.of(value) for key, value in self.state[p].items()}
-                yield member_of(fragment.name, fragment.of(p), fragment.of(p.grad), state, fragment.layout)
+                yield member_of(fragment.name, fragment.of(p.detach()), fragment.of(p.grad), state, fragment.layout)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep each state's own dtype: a bf16 parameter's fp32 momentum stays fp32."""
@@ -295,12 +300,9 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
     if group["lr"] < 0 or not 0 <= group["momentum"] < 1 or group["weight_decay"] < 0:
         raise ValueError(f"group {role}: lr and weight_decay are not negative, 0 <= momentum < 1")
-    view = MatrixView.parse(group["view"])
     for name, p in _named(group):
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)")
-        if p.numel():
-            view.shape(tuple(p.shape))
 
 
 def _named(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,7 +1,7 @@
 """The flat partitions that DeepSpeed's ZeRO cuts a model into, read as parts of its parameters.
 
-Under ZeRO-1, 2 and 3 an optimizer is given 1-D tensors that hold this rank's parts of many parameters, end to end. Where
-each part lies is known to the parameters themselves, which ZeRO marks.
+Under ZeRO-1, 2 and 3 an optimizer is given 1-D tensors that hold this rank's parts of many parameters, end to end.
+Where each part lies is known to the parameters themselves, which ZeRO marks.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from symlm.collectives import Layout, intervals_of_all, rank_in
+from symlm.roles import whole_shape
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> lis
     group = _group_of(found[0][1]) if found else None
     everywhere = intervals_of_all([interval for *_, interval, _ in found], group, flat.device)
     return [
-        Fragment(name, offset, offset + stop - start, Layout(_shape(p), intervals, shards=group))
+        Fragment(name, offset, offset + stop - start, Layout(whole_shape(p), intervals, shards=group))
         for (name, p, (start, stop), offset), intervals in zip(found, everywhere, strict=True)
     ]
 
@@ -69,17 +70,13 @@ def _part_of_1_and_2(p: Any) -> Part:
 
 
 def _part_of_3(p: Any, flat: Tensor) -> Part | None:
-    """Return this rank's slice, ⌈numel / world⌉ elements without its padding; None if in another sub-group's partition."""
+    """Return this rank's slice, ⌈numel / world⌉ elements without padding; None if another sub-group holds it."""
     zero = p._z3_optimizer
     subgroup, offset, size = zero.grad_position[zero.get_param_id(p)]
     if zero.fp32_partitioned_groups_flat[subgroup] is not flat:
         return None
     start = min(rank_in(_group_of(p)) * size, p.ds_numel)
     return (start, min(start + size, p.ds_numel)), offset
-
-
-def _shape(p: Any) -> tuple[int, ...]:
-    return tuple(getattr(p, "ds_shape", p.shape))
 
 
 def _group_of(p: Any) -> Any:

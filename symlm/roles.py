@@ -33,6 +33,11 @@ class Role(StrEnum):
     VECTOR = "vector"
 
 
+def whole_shape(p: Tensor) -> tuple[int, ...]:
+    """Return a parameter's shape, also of one that ZeRO-3 has emptied: it keeps its shape aside between uses."""
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
 @dataclass(frozen=True)
 class Site:
     """A parameter where it stands: its first name, the module that holds it and that module's parent."""
@@ -43,7 +48,12 @@ class Site:
     parent: nn.Module | None
 
     def __str__(self) -> str:
-        return f"{self.name} {list(self.parameter.shape)} in {type(self.module).__name__}"
+        return f"{self.name} {list(self.shape)} in {type(self.module).__name__}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole parameter's."""
+        return whole_shape(self.parameter)
 
     @property
     def leaf(self) -> str:
@@ -159,9 +169,9 @@ class _EndMatrices:
         self.output: Tensor | None = _weight(model, "get_output_embeddings")
         tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         if self.output is None and tables:
-            shape = max((table.weight.shape for table in tables), key=lambda shape: shape[0])
+            shape = max((whole_shape(table.weight) for table in tables), key=lambda shape: shape[0])
             linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-            fitting = [linear.weight for linear in linears if linear.weight.shape == shape]
+            fitting = [linear.weight for linear in linears if whole_shape(linear.weight) == shape]
             self.output = fitting[-1] if fitting else None
         sparse = [path for path, module in model.named_modules() if getattr(module, "sparse", None) is True]
         if sparse:
@@ -174,7 +184,7 @@ class _EndMatrices:
         parameter = site.parameter
         is_input = parameter is self.input or id(parameter) in self.tables
         named = site.parent is self.root and site.leaf in HEADS and isinstance(site.module, nn.Linear)
-        if parameter is self.output or (named and parameter.ndim == 2 and parameter.shape[0] > 1):
+        if parameter is self.output or (named and len(site.shape) == 2 and site.shape[0] > 1):
             return Role.TIED_EMBEDDING if is_input else Role.LM_HEAD
         return Role.EMBEDDING if is_input else None
 
@@ -188,7 +198,7 @@ def _weight(model: nn.Module, getter: str) -> nn.Parameter | None:
 
 def _classify(site: Site, ends: _EndMatrices) -> Role | None:
     """Place one parameter, or return None; the order of the questions is the order of trust."""
-    shape, owner = site.parameter.shape, type(site.module).__name__
+    shape, owner = site.shape, type(site.module).__name__
     if role := ends.role(site):
         return role
     if len(shape) == 3 and owner.endswith("Experts"):

@@ -309,7 +309,7 @@ def describe_routing(model: nn.Module, preset: str = "default", roles: Mapping[s
         RoutedParameter(
             site.name,
             str(role),
-            tuple(site.parameter.shape),
+            site.shape,
             str(view_of(site, role, table[role].view)),
             table[role].rule,
             table[role].scale,

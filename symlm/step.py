@@ -7,7 +7,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from symlm.collectives import Exchange, Layout, gathered, local, placed_like, regrouped, summed
@@ -41,7 +41,7 @@ class Member:
         return local(self.state["momentum"])
 
 
-def member_of(name: str, p: nn.Parameter, gradient: Tensor, state: dict[str, Any], layout: Layout) -> Member:
+def member_of(name: str, p: Tensor, gradient: Tensor, state: dict[str, Any], layout: Layout) -> Member:
     """Gather what a step needs of a parameter; a low-precision one gets a wide master for the time of the step."""
     part = local(p.detach())
     master = part if part.dtype in (torch.float32, torch.float64) else part.float()

@@ -161,10 +161,10 @@ def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
     granularity: "whole", "heads" (attention), "transposed" (neurons of a down projection as rows) or "pair"
     (gate and up of a neuron in one row). Raises: ValueError when head counts do not divide the projection.
     """
-    tensor = site.parameter
-    if role is Role.VECTOR or tensor.ndim < 2:
-        return VECTOR if tensor.ndim == 1 else _rows_as_vectors(tensor.ndim)
-    if tensor.ndim == 3:
+    axes = len(site.shape)
+    if role is Role.VECTOR or axes < 2:
+        return VECTOR if axes == 1 else _rows_as_vectors(axes)
+    if axes == 3:
         return _expert_view(site, role, granularity)
     if role is Role.ATTENTION_QKV:
         return _fused_view(site, granularity)
@@ -204,7 +204,7 @@ def head_dim(site: Site, role: Role) -> int:
 
 def _head_view(site: Site, role: Role) -> MatrixView:
     columns, width = role is Role.ATTENTION_O, head_dim(site, role)
-    channels = site.parameter.shape[int(columns != site.transposed)]
+    channels = site.shape[int(columns != site.transposed)]
     if channels % width:
         raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
     return (column_heads if columns else row_heads)(channels // width, site.transposed)
@@ -216,7 +216,7 @@ def _fused_view(site: Site, granularity: str) -> MatrixView:
     if site.fused == "heads of k v":
         sizes = {"h": _sizes(site, "num_heads"), "m": _sizes(site, "qk_nope_head_dim", "v_head_dim")}
         return MatrixView(f"(h m) n -> {'1 (h m) n' if whole else 'h m n'}", sizes)
-    channels, width = site.parameter.shape[int(site.transposed)], head_dim(site, Role.ATTENTION_QKV)
+    channels, width = site.shape[int(site.transposed)], head_dim(site, Role.ATTENTION_QKV)
     if channels % width:
         raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
     if site.fused == "heads of q k v":
