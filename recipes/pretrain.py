@@ -175,25 +175,26 @@ class Checkpoints:
         return int(self.list()[-1].name.split("-")[1])
 
 
-def open_folder(config: RunConfig) -> Path:
+def open_folder(config: RunConfig, accelerator: Accelerator) -> Path:
     """Make the run's folder, or check that the one to resume holds this very configuration."""
     folder = Path(config.out) / config.name
     resolved = {key: value for key, value in asdict(config).items() if key != "resume"}
     path = folder / "config.json"
-    if config.resume and path.exists():
+    if config.resume and not path.exists():
+        raise ValueError(f"{folder} holds no run to resume")
+    if config.resume:
         before = json.loads(path.read_text())
         changed = [key for key in resolved if before.get(key) != resolved[key]]
         if changed:
             raise ValueError(
                 f"{folder} was run with another configuration ({changed}); resume with {path}'s, or rename"
             )
-    elif config.resume:
-        raise ValueError(f"{folder} holds no run to resume")
-    else:
+    elif accelerator.is_main_process:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(resolved, indent=1))
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(resolved, indent=1))
+    accelerator.wait_for_everyone()
     return folder
 
 
@@ -324,7 +325,7 @@ def main() -> None:
     config = read()
     train = config.train
     accelerator = build_accelerator(config)
-    folder = open_folder(config)
+    folder = open_folder(config, accelerator)
     set_seed(train.seed)
 
     samples = train.steps * train.accumulate * train.batch * accelerator.num_processes
@@ -346,8 +347,9 @@ def main() -> None:
 
     checkpoints = Checkpoints(folder / "checkpoints", train.keep)
     first = checkpoints.load(accelerator) if config.resume else 0
-    rows = [row for row in report.read_metrics(folder) if row["step"] <= first] if first else []
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if accelerator.is_main_process:
+        rows = [row for row in report.read_metrics(folder) if row["step"] <= first] if first else []
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if accelerator.log_with:
         accelerator.init_trackers("tensorboard")
     stream = iter(accelerator.skip_first_batches(loader, first * train.accumulate) if first else loader)

@@ -4,50 +4,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pretrain
 import pytest
 import torch
 import yaml
 from architectures import MODELS, build_model
-from numerics import RANKS, relative
+from recipe import CONFIGS, command, write_text
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import symlm
 
-LAUNCH = Path(__file__).parents[1] / "recipes" / "accelerate"
-CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
-SCRIPT = Path(__file__).parents[1] / "recipes" / "pretrain.py"
-SMALL = {
-    "train.steps": 12,
-    "train.batch": 2,
-    "train.validate_every": 6,
-    "train.save_every": 2,
-    "train.log_every": 3,
-    "data.length": 64,
-    "data.validation_blocks": 4,
-    "data.vocab_size": 400,
-    "train.tracker": "none",
-}
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for k in range(40):
-        (folder / f"{k:02}.txt").write_text(f"document {k}: " + "the quick brown fox jumps. " * (20 + k))
-    return folder
-
-
-def command(text, out, *more):
-    configs = [argument for argument in more if argument.startswith("--config")]  # before what changes them
-    rest = [argument for argument in more if argument not in configs]
-    fields = [f"--{key}={value}" for key, value in SMALL.items()]
-    return [sys.executable, str(SCRIPT), *configs, *fields, f"--data.dataset={text}", f"--out={out}", *rest]
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def run(*arguments):
@@ -92,23 +65,6 @@ def test_a_killed_run_resumes_bit_for_bit(text, whole, tmp_path):
     ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (tmp_path / "default", whole[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (tmp_path / "default" / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
-
-
-def test_two_processes_train_what_one_does(text, whole, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "cpu2.yaml")]
-    fields = [part for part in command(text, tmp_path)[1:] if not part.startswith("--train.batch")]
-    done = subprocess.run([*launch, *fields, "--train.batch=1"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (tmp_path / "default", whole[0]))
-    for name, W in theirs.items():
-        assert relative(ours[name], W) < RANKS, name
-    one, two = (
-        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
-        for f in (whole[0], tmp_path / "default")
-    )
-    for a, b in zip(one, two, strict=True):
-        assert a["tokens"] == b["tokens"]
-        assert all(b[key] == pytest.approx(a[key], rel=1e-3) for key in a if key.endswith("/loss"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""How tests start recipes/pretrain.py: a small text, small sizes, and the command."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "recipes" / "accelerate"
+CONFIGS = ROOT / "recipes" / "configs"
+SCRIPT = ROOT / "recipes" / "pretrain.py"
+SMALL = {
+    "train.steps": 12,
+    "train.batch": 2,
+    "train.validate_every": 6,
+    "train.save_every": 2,
+    "train.log_every": 3,
+    "data.length": 64,
+    "data.validation_blocks": 4,
+    "data.vocab_size": 400,
+    "train.tracker": "none",
+}
+
+
+def write_text(folder):
+    for k in range(40):
+        (folder / f"{k:02}.txt").write_text(f"document {k}: " + "the quick brown fox jumps. " * (20 + k))
+    return folder
+
+
+def command(text, out, *more):
+    configs = [argument for argument in more if argument.startswith("--config")]  # before what changes them
+    rest = [argument for argument in more if argument not in configs]
+    fields = [f"--{key}={value}" for key, value in SMALL.items()]
+    return [sys.executable, str(SCRIPT), *configs, *fields, f"--data.dataset={text}", f"--out={out}", *rest]
+
+
+def launch(config, *flags):
+    """Return the command that starts a script under a launch configuration of the repository."""
+    return [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={LAUNCH / config}", *flags]

@@ -1,0 +1,145 @@
+"""The recipe and the Trainer under the launchers: two processes, two machines, DeepSpeed, and a kill in a save."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from numerics import RANKS, relative
+from recipe import ROOT, command, launch, write_text
+from safetensors.torch import load_file
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+TWO = ("--train.batch=1",)  # a process: the batch of both is that of one process alone
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """What one process trains."""
+    out = tmp_path_factory.mktemp("whole")
+    subprocess.run(command(text, out), check=True, capture_output=True)
+    return out / "default"
+
+
+def run(*arguments, **environment):
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | environment, check=False)
+    raised = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
+    assert done.returncode == 0, raised or done.stderr[-4000:]
+    return done.stdout
+
+
+def recipe(text, out, *more):
+    """Return the recipe's own part of a launch: a launcher starts Python itself."""
+    fields = [part for part in command(text, out)[1:] if not part.startswith("--train.batch")]
+    return [*fields, *TWO, *more]
+
+
+def assert_alike(folder, whole):
+    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, whole))
+    for name, W in theirs.items():
+        assert relative(ours[name], W) < RANKS, name
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["val/loss"] for row in rows if "val/loss" in row]
+
+
+def test_two_processes_train_what_one_does(text, whole, tmp_path):
+    run(*launch("cpu2.yaml"), *recipe(text, tmp_path))
+    assert_alike(tmp_path / "default", whole)
+    assert losses(tmp_path / "default") == pytest.approx(losses(whole), rel=1e-3)
+
+
+def test_two_machines_train_what_one_does(text, whole, tmp_path):
+    """Two launchers on this machine, each with a rank of its own and one rendezvous, as two nodes would be."""
+    port = get_free_port()
+    flags = ["--num_machines=2", "--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+    nodes = [
+        subprocess.Popen(
+            [*launch("cpu2.yaml", *flags, f"--machine_rank={rank}"), *recipe(text, tmp_path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors[-4000:]
+    assert_alike(tmp_path / "default", whole)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_trains_and_resumes_bit_for_bit(text, whole, tmp_path, stage):
+    start = launch(f"zero{stage}.yaml", "--num_processes=2", "--mixed_precision=no")
+    run(*start, *recipe(text, tmp_path), DS_ACCELERATOR="cpu")
+    folder = tmp_path / "default"
+    before = load_file(folder / "model" / "model.safetensors")
+    if stage < 3:  # which draws its first weights in parts
+        assert_alike(folder, whole)
+    assert losses(folder)[-1] < losses(folder)[0]
+    (folder / "checkpoints" / "step-12").rename(folder / "checkpoints" / "lost")
+    run(*start, *recipe(text, tmp_path, "--resume=true"), DS_ACCELERATOR="cpu")
+    after = load_file(folder / "model" / "model.safetensors")
+    assert all((after[name] == W).all() for name, W in before.items())
+
+
+def test_a_kill_during_a_save_of_two_processes_leaves_a_usable_checkpoint(text, whole, tmp_path):
+    process = subprocess.Popen(
+        [*launch("cpu2.yaml"), *recipe(text, tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoints = tmp_path / "default" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if list(checkpoints.glob("step-*")) and (checkpoints / "unfinished").exists():
+            break
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in children_of(tmp_path):
+        os.kill(child, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "default" / "model").exists()
+    run(*launch("cpu2.yaml"), *recipe(text, tmp_path, "--resume=true"))
+    assert_alike(tmp_path / "default", whole)
+
+
+def children_of(out):
+    """Return the processes of a run: a launcher puts them in sessions of their own."""
+    found = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found if int(pid) != os.getpid()]
+
+
+LAUNCHES = {
+    "ddp": (),
+    "zero2": ({"zero_optimization": {"stage": 2}},),
+    "zero3": ({"zero_optimization": {"stage": 3}},),
+}
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_the_trainer_trains_and_resumes_under_launchers(whole, text, tmp_path, kind):
+    fields = [f"--model={whole / 'model'}", f"--text={text / '39.txt'}", "--length=32", f"--output_dir={tmp_path}"]
+    fields += ["--max_steps=4", "--save_steps=2", "--per_device_train_batch_size=1", "--report_to=none"]
+    for told in LAUNCHES[kind]:
+        automatic = {"train_micro_batch_size_per_gpu": "auto", "zero_allow_untested_optimizer": True}
+        (tmp_path / "deepspeed.json").write_text(json.dumps(told | automatic))
+        fields += [f"--deepspeed={tmp_path / 'deepspeed.json'}"]
+    script = [str(ROOT / "recipes" / "finetune_trainer.py"), *fields, "--ddp_backend=gloo"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={get_free_port()}"]
+    told = run(*start, *script, "--use_cpu", DS_ACCELERATOR="cpu")
+    assert "after" in told
+    assert (tmp_path / "checkpoint-4").exists()
+    run(*start, *script, "--use_cpu", "--resume", "--max_steps=6", DS_ACCELERATOR="cpu")
+    assert (tmp_path / "checkpoint-6").exists()
