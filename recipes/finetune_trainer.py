@@ -50,10 +50,12 @@ def main() -> None:
         optimizer_cls_and_kwargs=symlm.hf.trainer_optimizer(lr=fields.lr, preset=fields.preset),
     )
     print(symlm.describe_routing(model, fields.preset))
-    before = trainer.evaluate()["eval_loss"]
+    deepspeed = trainer.is_deepspeed_enabled  # whose engine evaluates only once it has trained
+    before = float("nan") if deepspeed else trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=fields.resume or None)
     after = trainer.evaluate()["eval_loss"]
-    print(trainer.optimizer.optimizer.verify())
+    if not deepspeed:
+        print(trainer.optimizer.optimizer.verify())
     print(f"loss on held-out blocks: {before:.3f} before, {after:.3f} after")
     trainer.save_model()
     tokenizer.save_pretrained(arguments.output_dir)

@@ -77,6 +77,19 @@ def layout_of(p: Any, shared: bool = True) -> Layout:
     return Layout(shape, _row_intervals(shape, _size(shards[0])), shards[0], copies[0])
 
 
+def layout_of_shards(shape: tuple[int, ...], shards: int, copies: int) -> Layout:
+    """Return the layout of a parameter cut by rows over ranks that need not exist: a plan, which only counts."""
+    over, repeated = (AbsentGroup(size) if size > 1 else None for size in (shards, copies))
+    return Layout(shape, _row_intervals(shape, shards), over, repeated)
+
+
+@dataclass(frozen=True)
+class AbsentGroup:
+    """Stands for a process group of this size in a plan."""
+
+    size: int
+
+
 def _row_intervals(shape: tuple[int, ...], parts: int) -> tuple[tuple[int, int], ...]:
     """Cut rows as DTensor does: equal parts of ⌈m/parts⌉ rows, the last ones shorter or empty."""
     if parts == 1:
@@ -164,7 +177,7 @@ class Exchange:
     """One bucket of equal matrices on its way: `send` parts to owners, `compute`, `receive` the directions' parts.
 
     The three are called in this order, with other buckets' in between, so that communication overlaps computation.
-    `moved` counts the bytes that this rank sent to others.
+    `moved` counts the bytes that this rank got from others.
     """
 
     def __init__(self, layout: Layout, count: int, loads: list[float], cost: float = 1.0) -> None:
@@ -184,17 +197,14 @@ class Exchange:
         """The matrices that this rank computes."""
         return self._owned(*self.layout.rank)
 
-    def bytes_to_send(self, element_size: int) -> int:
-        """Count what this rank will send to others, from the plan alone."""
-        (copies, shards), (_, own) = self.layout.size, self.layout.rank
+    def bytes_to_receive(self, element_size: int, rank: tuple[int, int] | None = None) -> int:
+        """Count what a rank (copy, shard), this one if none is named, will get from others, from the plan alone."""
+        (copies, shards), (copy, own) = self.layout.size, rank or self.layout.rank
         lengths = [stop - start for start, stop in self.layout.intervals]
-        elements = 0
+        here, mine = sum(owner[0] == copy for owner in self.owners), self.owners.count((copy, own))
+        elements = (len(self.owners) - here) * lengths[own] if copies > 1 else 0
         if shards > 1:
-            row = sum(len(self._owned(self.layout.rank[0], shard)) for shard in range(shards) if shard != own)
-            elements += row * lengths[own] + len(self.mine) * (sum(lengths) - lengths[own])
-        if copies > 1:
-            most = max(sum(owner[0] == copy for owner in self.owners) for copy in range(copies))
-            elements += (copies - 1) * most * lengths[own]
+            elements += mine * (sum(lengths) - lengths[own]) + (here - mine) * lengths[own]
         return elements * element_size
 
     def send(self, parts: Sequence[Tensor]) -> None:
@@ -247,23 +257,28 @@ class Exchange:
 
     def _all_to_all(self, into: Tensor, out: Tensor, arriving: list[int], leaving: list[int]) -> Any:
         own = self.layout.rank[1]
-        self.moved += (sum(leaving) - leaving[own]) * out.element_size()
+        self.moved += (sum(arriving) - arriving[own]) * out.element_size()
         return dist.all_to_all_single(into, out, arriving, leaving, group=self.layout.shards, async_op=True)
 
     def _all_gather(self, parts: list[Tensor]) -> list[Tensor]:
-        """Spread what each copy has over all copies; the shorter are padded."""
+        """Spread what each copy has over all copies: one all-gather of equal shares, else a broadcast of each share."""
         copies, shards = self.layout.size
         by_copy = [[k for shard in range(shards) for k in self._owned(copy, shard)] for copy in range(copies)]
-        size, most = self.parts[0].numel(), max(map(len, by_copy))
-        padded = self.parts[0].new_zeros(most * size)
-        if parts and size:
-            padded[: len(parts) * size] = torch.cat(parts)
-        found = padded.new_empty(copies * most * size)
-        self.moved += (copies - 1) * padded.numel() * padded.element_size()
-        dist.all_gather_into_tensor(found, padded, group=self.layout.copies)
-        rows = found.view(copies, most, size)
-        result = {k: rows[copy, place] for copy, queue in enumerate(by_copy) for place, k in enumerate(queue)}
-        return [result[k] for k in range(len(self.owners))]
+        size, group = self.parts[0].numel(), self.layout.copies
+        found = self.parts[0].new_empty(len(self.owners), size)
+        shares = list(found.split([len(queue) for queue in by_copy]))
+        own = _joined(parts, found)
+        self.moved += (found.numel() - own.numel()) * own.element_size()
+        if len({len(queue) for queue in by_copy}) == 1:
+            dist.all_gather_into_tensor(found.view(-1), own, group=group)
+        else:
+            shares[self.layout.rank[0]].copy_(own.view(-1, size))
+            sent = [(copy, share) for copy, share in enumerate(shares) if share.numel()]
+            works = [dist.broadcast(share, group=group, group_src=copy, async_op=True) for copy, share in sent]
+            for work in works:
+                work.wait()
+        order = [k for queue in by_copy for k in queue]
+        return [row for _, row in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -275,9 +290,11 @@ def _initialized() -> bool:
 
 
 def _size(group: Any) -> int:
+    if isinstance(group, AbsentGroup):
+        return group.size
     return 1 if group is None else dist.get_world_size(group)
 
 
 def rank_in(group: Any) -> int:
     """Return this process's place in a group; 0 where there is none."""
-    return 0 if group is None else dist.get_rank(group)
+    return 0 if group is None or isinstance(group, AbsentGroup) else dist.get_rank(group)

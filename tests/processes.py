@@ -328,7 +328,7 @@ def traffic(rank, world):
 
     def counting(self):
         found = original(self)
-        sent.append((self.moved, self.bytes_to_send(self.parts[0].element_size())))
+        sent.append((self.moved, self.bytes_to_receive(self.parts[0].element_size())))
         return found
 
     Exchange.receive = counting

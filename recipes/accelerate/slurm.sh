@@ -1,0 +1,14 @@
+#!/bin/bash
+# One launcher a node, FSDP2 over all of them:  sbatch --nodes 4 recipes/accelerate/slurm.sh --config recipes/configs/qwen3-0.6b.yaml
+#SBATCH --job-name=symlm
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+export MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export RECIPE_ARGUMENTS="$*"
+srun bash -c 'accelerate launch --config_file recipes/accelerate/nodes.yaml \
+  --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * 8)) \
+  --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN" --main_process_port 29500 \
+  recipes/pretrain.py $RECIPE_ARGUMENTS'

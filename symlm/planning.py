@@ -1,0 +1,81 @@
+"""What a step will cost on machines that are not there: bytes moved, memory borrowed, work shared; counted, not run."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symlm.collectives import Layout, layout_of_shards
+from symlm.optimizer import SymOptimizer
+from symlm.rules import get_rule
+from symlm.step import Bucket, Member, batches
+
+MASTER = 4  # bytes of an fp32 element
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank's share of a step. Bytes are of fp32, which momenta and directions travel in.
+
+    received: what the rank that gets most gets from others; gradients: the same of reducing the gradients, a yardstick;
+    temporary: the most that a rank borrows for the two buckets in flight, the polar iteration included;
+    imbalance: the operations of the busiest rank over an equal share: 1 is perfect, the number of ranks no sharing.
+    """
+
+    received: int
+    gradients: int
+    temporary: int
+    imbalance: float
+
+
+def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> Plan:
+    """Count a step of `SymOptimizer(model, **options)` on `shards · copies` ranks.
+
+    model: may lie on the meta device. shards: the ranks over which FSDP2 cuts each parameter by rows; copies: how often
+    that is repeated (HSDP), or with one shard the ranks of DDP.
+    Raises: as `SymOptimizer`; ValueError for fewer than one rank.
+    """
+    if shards < 1 or copies < 1:
+        raise ValueError(f"there is at least one shard and one copy, got {shards} and {copies}")
+    optimizer = SymOptimizer(model, **options)
+    loads: dict[Any, list[float]] = {}
+    received, temporary = [0] * (shards * copies), [0]
+    for group in optimizer.param_groups:
+        if get_rule(group["rule"]).stateful:
+            continue
+        members = [_member(p, layout_of_shards(tuple(p.shape), shards, copies)) for p in group["params"]]
+        for batch in batches(members):
+            bucket = Bucket(group, batch, loads.setdefault(batch[0].layout.size, [0.0] * shards * copies))
+            if not bucket.exchange:
+                continue
+            for rank in range(shards * copies):
+                received[rank] += bucket.exchange.bytes_to_receive(MASTER, divmod(rank, shards))
+            temporary.append(_temporary(bucket))
+    numel, ranks = sum(p.numel() for p in model.parameters()), shards * copies
+    work = max(loads.values(), key=sum, default=[0.0])
+    return Plan(
+        max(received),
+        2 * MASTER * numel * (ranks - 1) // ranks,
+        sum(sorted(temporary)[-2:]),
+        max(work) * len(work) / sum(work) if sum(work) else 1.0,
+    )
+
+
+def _member(p: Tensor, layout: Layout) -> Member:
+    part = torch.empty(layout.interval[1] - layout.interval[0], device="meta")
+    return Member("", part, part, {}, part, layout)
+
+
+def _temporary(bucket: Bucket) -> int:
+    """Bound what the busiest rank borrows for a bucket, by tensors alive at once.
+
+    Its parts: the look-ahead, what is sent, what comes back. Its owned matrices: what arrived, the same in rows, and of
+    the polar iteration X, X' and two Gram matrices, none of which is larger than X.
+    """
+    exchange, layout = bucket.exchange, bucket.layout
+    assert exchange is not None
+    owned = max(exchange.owners.count(owner) for owner in set(exchange.owners))
+    part = max(stop - start for start, stop in layout.intervals)
+    return MASTER * (3 * part * len(bucket.batch) + 6 * owned * prod(layout.shape))

@@ -1,0 +1,38 @@
+"""A plan counts what really moves, and sees what sharing does."""
+
+import pytest
+import torch
+from models import tiny
+
+import symlm
+from symlm.planning import plan
+
+
+def test_one_rank_moves_nothing():
+    told = plan(tiny())
+    assert (told.received, told.gradients, told.imbalance) == (0, 0, 1.0)
+
+
+def test_ddp_gets_every_direction_that_others_compute():
+    """Two ranks that share equally get half of all that travels: the matrices of spectral rules, in fp32."""
+    with torch.device("meta"):
+        model = tiny()
+    travels = sum(
+        p.numel()
+        for group in symlm.param_groups(model)
+        if group["rule"] in ("polar", "left_spectral")
+        for _, p in group["params"]
+    )
+    told = plan(model, copies=2)
+    assert told.received == pytest.approx(4 * travels / 2, rel=0.3)
+    assert told.imbalance < 1.3
+
+
+def test_shards_move_less_the_more_there_are():
+    received = [plan(tiny(), shards=ranks).received for ranks in (2, 4, 8)]
+    assert received == sorted(received, reverse=True)
+
+
+def test_a_plan_of_nobody_is_refused():
+    with pytest.raises(ValueError, match="at least one shard"):
+        plan(tiny(), shards=0)
