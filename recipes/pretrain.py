@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import symlm
+from symlm.step_control import StepControl
 
 
 @dataclass
@@ -70,6 +71,7 @@ class OptimizerConfig:
 class TrainConfig:
     """schedule: "linear" (warm-up, constant, then linear to zero over `decay` of the steps) or "cosine".
 
+    r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
     load_loss, z_loss: coefficients of the routers' auxiliary losses; the loss that is written is without them.
     """
 
@@ -80,6 +82,7 @@ class TrainConfig:
     warmup: int = 10
     decay: float = 0.4
     clip: float | None = None
+    r_target: float | None = None
     load_loss: float = 0.0
     z_loss: float = 0.0
     mixed_precision: str = "no"
@@ -255,6 +258,7 @@ def train_step(
     routers: Routers,
     accelerator: Accelerator,
     train: TrainConfig,
+    control: StepControl | None,
 ) -> tuple[torch.Tensor, Any]:
     """Take one step over `accumulate` batches; return their mean loss, and what the model said of the last."""
     loss = torch.zeros((), device=accelerator.device)
@@ -267,7 +271,10 @@ def train_step(
             accelerator.backward(output.loss + routers.loss(output))
             if train.clip and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), train.clip)
-            optimizer.step()
+            if control and accelerator.sync_gradients:
+                control.step(input_ids=x)
+            else:
+                optimizer.step()
             optimizer.zero_grad()
         loss += output.loss.detach() / train.accumulate
     return loss, output
@@ -301,6 +308,17 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         told = {"gradient_clipping": train.clip or 0.0, "gradient_accumulation_steps": train.accumulate}
         accelerator.state.deepspeed_plugin.deepspeed_config.update(told)
     return accelerator
+
+
+def build_control(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig, accelerator: Accelerator
+) -> StepControl | None:
+    """Return the step control that `train.r_target` asks for.  Raises: ValueError under several processes."""
+    if train.r_target is None:
+        return None
+    if accelerator.num_processes > 1:
+        raise ValueError("train.r_target measures a step on one process's batch: use one process, or leave it out")
+    return StepControl(model, optimizer, r_target=train.r_target)
 
 
 def device_name() -> str:
@@ -344,6 +362,7 @@ def main() -> None:
     held = DataLoader(validation, batch_size=train.batch, collate_fn=collate)
     model, prepared, loader, held = accelerator.prepare(model, optimizer, loader, held)
     accelerator.register_for_checkpointing(schedule)
+    control = build_control(model, prepared, train, accelerator)
 
     checkpoints = Checkpoints(folder / "checkpoints", train.keep)
     first = checkpoints.load(accelerator) if config.resume else 0
@@ -364,7 +383,7 @@ def main() -> None:
     seconds = []
     for step in range(first + 1, train.steps + 1):
         began = time.perf_counter()
-        loss, output = train_step(model, prepared, stream, routers, accelerator, train)
+        loss, output = train_step(model, prepared, stream, routers, accelerator, train, control)
         row: dict[str, Any] = {"step": step, "tokens": step * per_step}
         logged, validated = (
             step % every == 0 or step == train.steps for every in (train.log_every, train.validate_every)
@@ -373,6 +392,8 @@ def main() -> None:
             row["train/loss"] = accelerator.reduce(loss, "mean").item()
         seconds.append(time.perf_counter() - began)
         bar.update(per_step)
+        if logged and control and control.last:
+            row |= {"radius/proposed": control.last.proposed, "radius/taken": control.last.taken}
         if logged:
             row |= watch(output, optimizer, routers, accelerator)
             bar.set_postfix(loss=f"{row['train/loss']:.3f}")

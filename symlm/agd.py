@@ -1,0 +1,102 @@
+"""AGD, automatic gradient descent: an optimizer whose rate is global, computed from all layers' gradients at once."""
+
+from collections.abc import Callable
+from math import prod, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class AGD(torch.optim.Optimizer):
+    """Update every layer by `W_k <- W_k − gain·(η/L)·s_k·g_k/|g_k|`, with one rate η for all and nothing to tune.
+
+    s_k = √(outputs/inputs), for a convolution over the root of its kernel's positions; L = layers;
+    `G = (1/L) Σ s_k |g_k|_F`, `η = log((1 + √(1 + 4G))/2)`, the minimum of `−ηG + (e^η − 1)²/2`.
+    model: its layers in order of use; every trainable parameter has two axes or more. Call `initialize_(model)` first.
+    momentum β: the mean `m <- βm + (1−β)g` in g's place. layerwise: layer k's step is divided by k, the input's is 1.
+    weight_decay λ: g_k includes λW_k, and η solves `e^η(e^η − 1) + λd̃/L·η = G`, d̃ the mean of outputs/inputs.
+
+    The last three are reconstructed from descriptions, no published formula.
+    Raises: ValueError for biases and gains, which the bound does not cover, and for values out of range.
+    Source: Bernstein et al., arXiv 2304.05187, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gain: float = 1.0,
+        momentum: float = 0.0,
+        layerwise: bool = False,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if gain <= 0 or not 0 <= momentum < 1 or weight_decay < 0:
+            raise ValueError("gain is positive, 0 <= momentum < 1, weight_decay is not negative")
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if vectors := [name for name, p in named if p.ndim < 2]:
+            raise ValueError(f"AGD has no rate for {vectors}: build the model without biases and norm gains")
+        defaults = {"lr": gain, "momentum": momentum, "layerwise": layerwise, "weight_decay": weight_decay}
+        super().__init__([p for _, p in named], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Do one step.  Raises: RuntimeError for a layer without a gradient, since the rate needs them all."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        layers = group["params"]
+        if any(p.grad is None for p in layers):
+            raise RuntimeError("every layer needs a gradient: AGD's rate is computed from them all")
+        gradients = [self._gradient(group, p) for p in layers]
+        norms = [g.norm() for g in gradients]
+        scales = [layer_scale(p) for p in layers]
+        summary = sum(s * norm for s, norm in zip(scales, norms, strict=True)) / len(layers)
+        decay = group["weight_decay"] * sum(_fans(p)[0] / _fans(p)[1] for p in layers) / len(layers) ** 2
+        eta = rate(torch.as_tensor(summary), decay)
+        for k, (p, g, s, norm) in enumerate(zip(layers, gradients, scales, norms, strict=True), start=1):
+            size = group["lr"] * s / len(layers) / (k if group["layerwise"] else 1)
+            p.sub_(eta * size * g / torch.where(norm > 0, norm, 1.0))
+        return loss
+
+    def _gradient(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        assert p.grad is not None
+        g = p.grad + group["weight_decay"] * p if group["weight_decay"] else p.grad
+        if not group["momentum"]:
+            return g
+        mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        return mean.lerp_(g, 1 - group["momentum"])
+
+
+def rate(G: Tensor, decay: float = 0.0) -> Tensor:
+    """Return the η of `e^η(e^η − 1) + decay·η = G`; the closed form without decay, else eight Newton steps from it.
+
+    Shapes: scalar -> scalar. The left side is convex and grows, and the start lies above the root: no step overshoots.
+    """
+    eta = torch.log((1 + torch.sqrt(1 + 4 * G)) / 2)
+    for _ in range(8 if decay else 0):
+        e = eta.exp()
+        eta = eta - (e * (e - 1) + decay * eta - G) / (2 * e * e - e + decay)
+    return eta
+
+
+def layer_scale(W: Tensor) -> float:
+    """Return `√(outputs/inputs)`, over the root of the kernel's positions for a convolution."""
+    outputs, inputs = _fans(W)
+    return sqrt(outputs / inputs / prod(W.shape[2:]))
+
+
+@torch.no_grad()
+def initialize_(model: nn.Module) -> None:
+    """Make every layer semi-orthogonal times its scale, each position of a kernel on its own.  Source: algorithm 1."""
+    for p in model.parameters():
+        if p.ndim < 2:
+            continue
+        for position in p.flatten(2).unbind(2) if p.ndim > 2 else [p]:
+            position.copy_(nn.init.orthogonal_(torch.empty_like(position)))
+        p.mul_(layer_scale(p))
+
+
+def _fans(W: Tensor) -> tuple[int, int]:
+    return W.shape[0], W.shape[1]

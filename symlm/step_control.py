@@ -1,0 +1,141 @@
+"""Step control by the softmax radius: shorten a proposed step that would drive some position's logits too far apart."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import isfinite, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+REDUCTIONS = ("max", "mean")
+
+
+@dataclass
+class Told:
+    """What the last step was: r as proposed, the factor that the step was multiplied by, r as taken."""
+
+    proposed: float
+    factor: float
+
+    @property
+    def taken(self) -> float:
+        """The ratio after the clip."""
+        return self.proposed * self.factor
+
+
+class StepControl:
+    """Clip a step p to `p·min(1, r_target/r)`, `r = Δ_a/π`, `a = J p`: the logits' change, to first order.
+
+    Δ_a is the spread `max_k a_k − min_k a_k` of a position, reduced over positions: the largest, a quantile, the mean.
+    Beyond r = 1 the loss along the step has no Taylor series that converges. Any optimizer's step can be controlled, as
+    whatever it changed in the parameters. Costs a copy of the parameters, and a forward pass with its tangent.
+
+    logits: (model, inputs) -> logits (..., classes); by default the output itself, or its `logits`.
+    r_target: 1, or 0.5 to be careful. over: "max", "mean" or a quantile in (0, 1).
+    difference: take a finite difference instead, where a kernel of the model has no forward derivative.
+    Source: arXiv 2603.13552, the ghost radius.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        logits: Callable[..., Tensor] | None = None,
+        r_target: float = 1.0,
+        over: str | float = "max",
+        difference: bool = False,
+    ) -> None:
+        if r_target <= 0:
+            raise ValueError(f"r_target must be positive, got {r_target}")
+        if over not in REDUCTIONS and not (isinstance(over, float) and 0 < over < 1):
+            raise ValueError(f"over is one of {REDUCTIONS} or a quantile between 0 and 1, got {over!r}")
+        self.model, self.optimizer = model, optimizer
+        self.logits, self.r_target, self.over, self.difference = logits or _logits, r_target, over, difference
+        self.last: Told | None = None
+        self._warned = False
+
+    @torch.no_grad()
+    def step(self, *inputs: Any, **named: Any) -> Any:
+        """Let the optimizer step, measure the step on these inputs, and take back what is too long of it.
+
+        The optimizer's state moves as if the whole step were taken. Where no logits come out, or their derivative is
+        not finite, the step stays as it is, with one warning.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in parameters]
+        result = self.optimizer.step()
+        step = [p - old for p, old in zip(parameters, before, strict=True)]
+        for p, old in zip(parameters, before, strict=True):
+            p.copy_(old)
+        r = self._measured(step, *inputs, **named)
+        factor = 1.0 if r is None or r <= self.r_target else self.r_target / r
+        for p, old, d in zip(parameters, before, step, strict=True):
+            p.copy_(old + factor * d)
+        self.last = None if r is None else Told(r, factor)
+        return result
+
+    def _measured(self, step: list[Tensor], *inputs: Any, **named: Any) -> float | None:
+        try:
+            r = self.radius_ratio(step, *inputs, **named)
+            reason = None if isfinite(r) else "the derivative of the logits is not finite"
+        except (TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+            r, reason = 0.0, f"the logits could not be differentiated ({error})"
+        if reason and not self._warned:
+            warnings.warn(f"step control leaves the step alone: {reason}", stacklevel=3)
+            self._warned = True
+        return None if reason else r
+
+    @torch.no_grad()
+    def radius_ratio(self, step: Iterable[Tensor], *inputs: Any, **named: Any) -> float:
+        """Return r of a step from where the parameters are now.  step: one tensor a trainable parameter."""
+        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        tangents = {name: d for (name, _), d in zip(trainable, step, strict=True)}
+        training = self.model.training
+        self.model.eval()
+        try:
+            change = self._change(tangents, inputs, named)
+        finally:
+            self.model.train(training)
+        if change.ndim < 1 or change.shape[-1] < 2:
+            raise TypeError(f"logits of shape {tuple(change.shape)} have no classes")
+        return float(reduce_spread(change, self.over) / pi)
+
+    def _change(self, tangents: dict[str, Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        values = {name: p.detach() for name, p in self.model.named_parameters() if name in tangents}
+
+        def function(told: dict[str, Tensor]) -> Tensor:
+            return self.logits(_Call(self.model, told), *inputs, **named)
+
+        if not self.difference:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+                return torch.func.jvp(function, (values,), (tangents,))[1]
+        scale = max(float(torch.stack([d.abs().amax() for d in tangents.values() if d.numel()]).max()), 1e-30)
+        width = 1e-3 / scale if scale > 1e-3 else 1.0
+        moved = {name: value + width * tangents[name] for name, value in values.items()}
+        return (function(moved) - function(values)) / width
+
+
+class _Call:
+    """The model with other parameters, called like it."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
+        self.model, self.parameters = model, parameters
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return torch.func.functional_call(self.model, self.parameters, inputs, named, tie_weights=True)
+
+
+def _logits(model: Callable[..., Any], *inputs: Any, **named: Any) -> Tensor:
+    output = model(*inputs, **named)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def reduce_spread(change: Tensor, over: str | float = "max") -> Tensor:
+    """Return `max_k a_k − min_k a_k`, reduced over positions.  Shapes: (..., classes) -> scalar."""
+    spread = (change.amax(-1) - change.amin(-1)).flatten().float()
+    if isinstance(over, float):
+        return spread.quantile(over)
+    return spread.max() if over == "max" else spread.mean()
