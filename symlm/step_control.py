@@ -35,7 +35,7 @@ class StepControl:
 
     logits: (model, inputs) -> logits (..., classes); by default the output itself, or its `logits`.
     r_target: 1, or 0.5 to be careful. over: "max", "mean" or a quantile in (0, 1).
-    difference: take a finite difference instead, where a kernel of the model has no forward derivative.
+    difference: take a finite difference instead; done by itself once a kernel of the model has no forward derivative.
     Source: arXiv 2603.13552, the ghost radius.
     """
 
@@ -110,8 +110,11 @@ class StepControl:
             return self.logits(_Call(self.model, told), *inputs, **named)
 
         if not self.difference:
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-                return torch.func.jvp(function, (values,), (tangents,))[1]
+            try:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward derivative
+                    return torch.func.jvp(function, (values,), (tangents,))[1]
+            except NotImplementedError:  # nor have the grouped products of experts
+                self.difference = True
         scale = max(float(torch.stack([d.abs().amax() for d in tangents.values() if d.numel()]).max()), 1e-30)
         width = 1e-3 / scale if scale > 1e-3 else 1.0
         moved = {name: value + width * tangents[name] for name, value in values.items()}
