@@ -26,6 +26,7 @@ from symlm.views import MatrixView
 DEFAULTS: dict[str, Any] = {
     "momentum": 0.95,
     "nesterov": False,
+    "momentum_of": "gradients",
     "weight_decay": 0.0,
     "weight_decay_multiplier": 1.0,
     "betas": (0.9, 0.95),
@@ -49,6 +50,7 @@ class SymOptimizer(torch.optim.Optimizer):
     lr, preset, overrides, roles: as in `symlm.param_groups`.
     options: defaults of every group, which `overrides` may set by role:
         momentum β (0.95); nesterov: U((1−β)G + βM) instead (False); weight_decay λ (0.0);
+        momentum_of: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM` (PolarGrad's polar-first);
         betas, eps: AdamW's, for roles routed to it;
         polar_method, schedule, steps, compute_dtype, kernels: see `symlm.polar`;
         momentum_dtype: "float32", or "bfloat16" to save memory;
@@ -292,6 +294,7 @@ def _check_group(group: dict[str, Any]) -> None:
         "kernels": CHOICES,
         "rounding": ("stochastic", "compensated"),
         "nonfinite": ("skip", "raise"),
+        "momentum_of": ("gradients", "directions"),
         "momentum_dtype": ("float32", "bfloat16"),
         "outputs": ("rows", "columns"),
     }

@@ -9,6 +9,7 @@ import torch
 from symlm_kernels.reference import center, unit_rows
 from torch import Tensor
 
+from symlm.coefficients import get_schedule
 from symlm.polar import polar as polar_factor
 from symlm.scaling import nuclear_norm
 from symlm.symmetry import Symmetry, permutations, rotations, signed_permutations
@@ -205,6 +206,46 @@ def centered_polar_then_row(M: Tensor, polar: Polar) -> Tensor:
 def sign(M: Tensor) -> Tensor:
     """Return the sign of every entry: the negative control that Adam stands for."""
     return M.sign()
+
+
+def brake(X: Tensor, gamma: float = 1.0) -> Tensor:
+    """Return `√(mean cosh²(γX/|X|_F))` of each matrix, `1 + γ²/2N` to first order in a matrix of N entries."""
+    scaled = gamma * unit_matrix(X)
+    return scaled.cosh().square().mean(dim=(-2, -1), keepdim=True).sqrt()
+
+
+def unit_matrix(M: Tensor) -> Tensor:
+    """Return `M/|M|_F`, through the largest entry so that no square overflows; a zero matrix stays zero."""
+    largest = M.abs().amax(dim=(-2, -1), keepdim=True)
+    scaled = M / torch.where(largest > 0, largest, 1.0)
+    norm = scaled.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    return scaled / torch.where(norm > 0, norm, 1.0)
+
+
+@rule(ELEMENTS)
+def auon(M: Tensor) -> Tensor:
+    """Return `X/√(mean cosh²X)`, `X = M/|M|_F`: the momentum's own direction, of Frobenius norm near 1.
+
+    Source: arXiv 2509.24320, the paper's rule.
+    """
+    X = unit_matrix(M)
+    return X / brake(X)
+
+
+@rule(ELEMENTS, degree=1)
+def auon_unnormalized(M: Tensor) -> Tensor:
+    """Return `M/√(mean cosh²(γM/|M|_F))`, γ = 1.5: not normalized.  Source: arXiv 2509.24320, the code."""
+    return M / brake(M, gamma=1.5)
+
+
+@rule(ELEMENTS)
+def hybrid_auon(M: Tensor) -> Tensor:
+    """Return `Y/√(mean cosh²Y)`, Y one Newton–Schulz step of `M/|M|_F`.  Source: arXiv 2509.24320, the hybrid."""
+    a, b, c = get_schedule("muon").steps(1)[0]
+    X = unit_matrix(M)
+    A = X @ X.mT
+    Y = a * X + (b * A + c * A @ A) @ X
+    return Y / Y.cosh().square().mean(dim=(-2, -1), keepdim=True).sqrt()
 
 
 @rule(ELEMENTS, stateful=True)

@@ -63,8 +63,8 @@ def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
 
 
 def update_momenta(group: dict[str, Any], batch: list[Member], finite: Tensor) -> None:
-    """Phase 1: `M <- βM + (1−β)G`."""
-    for member in batch:
+    """Phase 1: `M <- βM + (1−β)G`; nothing yet where the momentum is of directions."""
+    for member in batch if group["momentum_of"] == "gradients" else ():
         M = member.momentum
         M.lerp_(_masked(member.gradient, M, finite), 1 - group["momentum"])
 
@@ -72,6 +72,8 @@ def update_momenta(group: dict[str, Any], batch: list[Member], finite: Tensor) -
 def seen_by_rule(group: dict[str, Any], member: Member, finite: Tensor, rows: slice = ALL) -> Tensor:
     """Return what the rule sees of these rows, in fp32: M, or its Nesterov look-ahead `(1−β)G + βM`."""
     M = member.momentum[rows]
+    if group["momentum_of"] == "directions":
+        return _wide(_masked(member.gradient[rows], M, finite))
     look = _masked(member.gradient[rows], M, finite).lerp(M, group["momentum"]) if group["nesterov"] else M
     return _wide(look)
 
@@ -226,11 +228,14 @@ def _cost(group: dict[str, Any], layout: Layout) -> float:
 
 
 def apply(group: dict[str, Any], members: list[Member], rows: slice, updates: list[Tensor], finite: Tensor) -> None:
-    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on these rows of the fp32 master."""
+    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on these rows of the fp32 master; or with U's own momentum in its place."""
     lr = group["lr"] if members[0].master.device.type == "cpu" else group["lr"] * finite
     decay = group["weight_decay"] * group["weight_decay_multiplier"]
     for member, U in zip(members, updates, strict=True):
         W = member.master[rows]
+        if group["momentum_of"] == "directions":
+            M = member.momentum[rows]
+            U = M.lerp_(_masked(U, M, finite), 1 - group["momentum"])
         if decay:
             W.mul_(1 - lr * decay)
         if isinstance(lr, Tensor):

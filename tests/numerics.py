@@ -2,6 +2,7 @@
 
 EXACT = 1e-12  # float64: rounding of a few hundred additions, relative
 MUST_FAIL = 0.05  # relative change that a broken symmetry shows at least
+BRAKE = 1e-6  # the same of AuON, whose scalar alone breaks it, by about 1/6N of N entries squared
 RUN = 1e-8  # float64 after five training steps of a network
 FP32 = 2e-6  # fp32 rounding of one update, relative
 BF16_POLAR = 0.03  # two bf16 Newton–Schulz iterations that round in different places, relative
