@@ -1,0 +1,246 @@
+"""Symmetry teleportation: move a model along the group that leaves its loss unchanged, to where the gradient is large.
+
+A group acts on a weight as `W' = L W R^{-1}`. The loss is the same there, so its gradient, and any mean of gradients in
+an optimizer's state, moves as the covector `G' = L^{-T} G R^T`: the search needs one gradient and no further look at
+the model. Source: Zhao, Dehmamy, Walters & Yu, NeurIPS 2022; the transformer's groups are derived.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 1e-10  # of float64, relative; fp32 gets 1e-5
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How a group element acts on a weight (m, n): `W' = L W R^{-1} + shift`.
+
+    left, right: None for the identity; a vector, the diagonal; or a stack (b, k, k), the blocks on the diagonal.
+    shift: added to every row (n), as softmax ignores it in a head or a router.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    shift: Tensor | None = None
+
+    def weight(self, W: Tensor) -> Tensor:
+        """Return `L W R^{-1} + shift`.  Shapes: (m, n) -> same."""
+        moved = _times(self.left, W)
+        moved = _times(_inverse_transposed(self.right), moved.mT).mT
+        return moved if self.shift is None else moved + self.shift
+
+    def covector(self, G: Tensor) -> Tensor:
+        """Return `L^{-T} G R^T`, how gradients and momenta move.  Shapes: (m, n) -> same."""
+        return _times(self.right, _times(_inverse_transposed(self.left), G).mT).mT
+
+
+def _times(A: Tensor | None, W: Tensor) -> Tensor:
+    if A is None:
+        return W
+    if A.ndim == 1:
+        return A[:, None] * W
+    return (A @ W.reshape(len(A), -1, W.shape[-1])).reshape(W.shape)
+
+
+def _inverse_transposed(A: Tensor | None) -> Tensor | None:
+    if A is None:
+        return None
+    return 1 / A if A.ndim == 1 else torch.linalg.inv(A).mT
+
+
+Transports = Mapping[str, Transport]
+
+
+def neuron_scales(model: nn.Module, T: Tensor) -> dict[str, Transport]:
+    """Return the scales `up' = e^T up`, `down' = down e^{-T}` of a SwiGLU's neurons.  Shapes: T (layers, neurons)."""
+    found = {}
+    for path, t in zip(_paths(model, "up_proj"), T, strict=True):
+        found[f"{path}.up_proj.weight"] = Transport(left=t.exp())
+        found[f"{path}.down_proj.weight"] = Transport(right=t.exp())
+    return found
+
+
+def neuron_permutations(model: nn.Module, orders: Tensor) -> dict[str, Transport]:
+    """Return permutations of gate, up and down together.  Shapes: orders (layers, neurons), each a permutation."""
+    found = {}
+    for path, order in zip(_paths(model, "up_proj"), orders, strict=True):
+        P = torch.eye(len(order), dtype=_dtype(model), device=order.device)[order][None]
+        for name in ("gate_proj", "up_proj"):
+            found[f"{path}.{name}.weight"] = Transport(left=P)
+        found[f"{path}.down_proj.weight"] = Transport(right=P)
+    return found
+
+
+def value_output(model: nn.Module, T: Tensor) -> dict[str, Transport]:
+    """Return `v' = g v`, `o' = o g^{-1}`, `g = exp(T)` in GL(head), of each head of values.
+
+    Shapes: T (layers, value heads, head, head). Query heads that share a value head share its g.
+    """
+    found = {}
+    for path, t in zip(_paths(model, "v_proj"), T, strict=True):
+        g = torch.linalg.matrix_exp(t)
+        attention = model.get_submodule(path)
+        groups = attention.o_proj.weight.shape[1] // attention.v_proj.weight.shape[0]
+        found[f"{path}.v_proj.weight"] = Transport(left=g)
+        found[f"{path}.o_proj.weight"] = Transport(right=g.repeat_interleave(groups, dim=0))
+    return found
+
+
+def head_shift(model: nn.Module, v: Tensor) -> dict[str, Transport]:
+    """Return the shift of every row of an untied head by v, which no softmax sees.  Shapes: v (d)."""
+    return {"lm_head.weight": Transport(shift=v)}
+
+
+def residual_rotation(model: nn.Module, Q: Tensor) -> dict[str, Transport]:
+    """Return the rotation of the residual stream: readers `W Qᵀ`, writers `Q W`.  Shapes: Q (d, d), orthogonal.
+
+    It leaves the loss unchanged where every norm of the stream has unit gains.
+    """
+    readers = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "embed_tokens")
+    found = {}
+    for name, p in model.named_parameters():
+        leaf = name.split(".")[-2] if "." in name else name
+        if p.ndim == 2 and leaf in readers:
+            found[name] = Transport(right=Q[None])
+        elif p.ndim == 2 and leaf in ("o_proj", "down_proj"):
+            found[name] = Transport(left=Q[None])
+    return found
+
+
+def _paths(model: nn.Module, leaf: str) -> list[str]:
+    found = [name.rpartition(".")[0] for name, _ in model.named_modules() if name.rpartition(".")[2] == leaf]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no {leaf}: this action is not one of its symmetries")
+    return found
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+@torch.no_grad()
+def teleport(
+    model: nn.Module,
+    transports: Transports,
+    loss: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Act on a model, and on the gradients' means in its optimizer's state; or leave both alone and raise.
+
+    loss: evaluated before and after, and must not change by more than `tolerance` (relative; by dtype).
+    Raises: ValueError where the loss changed, for an unknown weight, and for an elementwise second moment under
+    a group element that mixes elements; everything is then as it was.
+    """
+    weights = dict(model.named_parameters())
+    if unknown := sorted(set(transports) - set(weights)):
+        raise ValueError(f"the model has no {unknown}")
+    tolerance = tolerance or (TOLERANCE if _dtype(model) == torch.float64 else 1e-5)
+    states = _states(optimizer, transports, weights) if optimizer else []
+    before, kept = loss().item(), {name: weights[name].detach().clone() for name in transports}
+    for name, transport in transports.items():
+        weights[name].copy_(transport.weight(kept[name]))
+    after = loss().item()
+    if not abs(after - before) <= tolerance * max(1.0, abs(before)):
+        for name, W in kept.items():
+            weights[name].copy_(W)
+        raise ValueError(
+            f"the loss went from {before:.12g} to {after:.12g}: the action is no symmetry of this model (norm gains "
+            "that are not 1? biases? an activation that is not bijective?); the weights are as they were"
+        )
+    for value, transport in states:
+        value.copy_(transport.covector(value))
+    for name, transport in transports.items():
+        gradient = weights[name].grad
+        if gradient is not None:
+            weights[name].grad = transport.covector(gradient)
+
+
+def _states(
+    optimizer: torch.optim.Optimizer, transports: Transports, weights: Mapping[str, nn.Parameter]
+) -> list[tuple[Tensor, Transport]]:
+    found = []
+    for name, transport in transports.items():
+        for key, value in optimizer.state.get(weights[name], {}).items():
+            if not isinstance(value, Tensor) or value.shape != weights[name].shape:
+                continue
+            if key in ("exp_avg_sq", "compensation"):
+                raise ValueError(f"{key} of {name} is elementwise and cannot move with the group; reset it first")
+            found.append((value, transport))
+    return found
+
+
+def climb(
+    family: Callable[[Tensor], Transports],
+    start: Tensor,
+    gradients: Mapping[str, Tensor],
+    lr: float = 0.1,
+    steps: int = 10,
+) -> tuple[Tensor, float]:
+    """Search a group for the place of the largest gradient, by ascent in its Lie algebra.
+
+    family: T -> the transports of exp(T); start: T's first value, zero for the identity; each step has length `lr`.
+    Returns T and `|∇L|` there over `|∇L|` here, of the weights that move.
+    """
+    T = start.detach().clone().requires_grad_()
+    with torch.no_grad():
+        here = torch.stack([gradients[name].square().sum() for name in family(T)]).sum()
+    for _ in range(steps):
+        (direction,) = torch.autograd.grad(_square(family(T), gradients), T)
+        with torch.no_grad():
+            T += lr * direction / direction.norm().clamp(min=1e-30)
+    with torch.no_grad():
+        ratio = float((_square(family(T), gradients) / here).sqrt())
+    return T.detach(), ratio
+
+
+def _square(transports: Transports, gradients: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([t.covector(gradients[name]).square().sum() for name, t in transports.items()]).sum()
+
+
+def ascend(
+    act: Callable[[Tensor, Any], Any], loss: Callable[[Any], Tensor], w: Any, theta: Tensor, lr: float, steps: int
+) -> Any:
+    """Return `act(θ, w)` after gradient ascent of `|∇loss|²` over θ: for actions that are not linear in w.
+
+    w: a tensor, or a list of them; act and loss are differentiable. θ starts at `theta`.
+    """
+    theta = theta.detach().clone().requires_grad_()
+    for _ in range(steps):
+        moved = act(theta, w)
+        parts = list(moved) if isinstance(moved, (list, tuple)) else [moved]
+        gradients = torch.autograd.grad(loss(moved), parts, create_graph=True)
+        size = torch.stack([g.square().sum() for g in gradients]).sum()
+        (direction,) = torch.autograd.grad(size, theta)
+        with torch.no_grad():
+            theta += lr * direction
+    moved = act(theta.detach(), w)
+    return [x.detach() for x in moved] if isinstance(moved, (list, tuple)) else moved.detach()
+
+
+def act_on_mlp(
+    weights: list[Tensor],
+    X: Tensor,
+    layer: int,
+    g: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """Let g of GL(k) act on the outputs h of a layer of `h_m = σ(W_m h_{m-1})`, exactly, for the data X.
+
+    `W_m' = σ^{-1}(g σ(W_m h)) h^+`, `W_{m+1}' = W_{m+1} g^{-1}`, h the layer's inputs. Shapes: X (inputs, samples).
+    Raises: ValueError where h has more samples than rows: then no weights give these outputs.
+    """
+    h = X
+    for W in weights[:layer]:
+        h = activation(W @ h)
+    if h.shape[1] > h.shape[0]:
+        raise ValueError(f"a batch of {h.shape[1]} is larger than the width {h.shape[0]}: the action is not exact")
+    moved = list(weights)
+    moved[layer] = inverse(g @ activation(weights[layer] @ h)) @ torch.linalg.pinv(h)
+    moved[layer + 1] = weights[layer + 1] @ torch.linalg.inv(g)
+    return moved
