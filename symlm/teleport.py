@@ -7,6 +7,7 @@ the model. Source: Zhao, Dehmamy, Walters & Yu, NeurIPS 2022; the transformer's 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -83,8 +84,8 @@ def value_output(model: nn.Module, T: Tensor) -> dict[str, Transport]:
     found = {}
     for path, t in zip(_paths(model, "v_proj"), T, strict=True):
         g = torch.linalg.matrix_exp(t)
-        attention = model.get_submodule(path)
-        groups = attention.o_proj.weight.shape[1] // attention.v_proj.weight.shape[0]
+        value, output = (model.get_parameter(f"{path}.{leaf}.weight") for leaf in ("v_proj", "o_proj"))
+        groups = output.shape[1] // value.shape[0]
         found[f"{path}.v_proj.weight"] = Transport(left=g)
         found[f"{path}.o_proj.weight"] = Transport(right=g.repeat_interleave(groups, dim=0))
     return found
@@ -203,23 +204,32 @@ def _square(transports: Transports, gradients: Mapping[str, Tensor]) -> Tensor:
 
 
 def ascend(
-    act: Callable[[Tensor, Any], Any], loss: Callable[[Any], Tensor], w: Any, theta: Tensor, lr: float, steps: int
+    act: Callable[[Tensor, Any], Any],
+    loss: Callable[[Any], Tensor],
+    w: Any,
+    theta: Tensor,
+    lr: float,
+    steps: int,
+    longest: float = inf,
 ) -> Any:
     """Return `act(θ, w)` after gradient ascent of `|∇loss|²` over θ: for actions that are not linear in w.
 
-    w: a tensor, or a list of them; act and loss are differentiable. θ starts at `theta`.
+    w: a tensor, or a list of them; act and loss are differentiable. θ starts at `theta`; no step of it is longer than
+    `longest`, so that an element near the identity stays one that can be inverted.
     """
     theta = theta.detach().clone().requires_grad_()
+    many = isinstance(w, (list, tuple))
+    w = [x.detach().requires_grad_() for x in w] if many else w.detach().requires_grad_()
     for _ in range(steps):
         moved = act(theta, w)
-        parts = list(moved) if isinstance(moved, (list, tuple)) else [moved]
+        parts = list(moved) if many else [moved]
         gradients = torch.autograd.grad(loss(moved), parts, create_graph=True)
         size = torch.stack([g.square().sum() for g in gradients]).sum()
         (direction,) = torch.autograd.grad(size, theta)
         with torch.no_grad():
-            theta += lr * direction
+            theta += direction * (longest / direction.norm()).clamp(max=lr)
     moved = act(theta.detach(), w)
-    return [x.detach() for x in moved] if isinstance(moved, (list, tuple)) else moved.detach()
+    return [x.detach() for x in moved] if many else moved.detach()
 
 
 def act_on_mlp(

@@ -1,10 +1,11 @@
-"""Teleports: Rosenbrock, Booth, a quadratic, a LeakyReLU regression, a tiny Qwen3:  python recipes/reproduce/teleport.py
+"""Teleports of Rosenbrock, Booth, a quadratic, an MLP, a tiny Qwen3:  python recipes/reproduce/teleport.py
 
 Source: Zhao et al., NeurIPS 2022. The regression takes the exact action; the published code's is of first order and
 changes the loss. The transformer's teleport is ours: [RECONSTRUCTED] has no target.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -154,7 +155,7 @@ def jump(weights: list[Tensor], X: Tensor, loss) -> list[Tensor]:
             def act(T: Tensor, W: list[Tensor], layer=layer, eye=eye) -> list[Tensor]:
                 return act_on_mlp(W, X, layer, eye + T, lambda h: leaky_relu(h, 0.1), lambda h: leaky_relu(h, 10.0))
 
-            weights = ascend(act, loss, weights, torch.zeros_like(eye), 1e-7, 1)
+            weights = ascend(act, loss, weights, torch.zeros_like(eye), 1e-7, 1, longest=0.1)
     return weights
 
 
@@ -169,13 +170,13 @@ def transformer(axes) -> list[Check]:
         torch.manual_seed(0)
         model = unit_precision(build_model("qwen3-tiny", None, sizes, None, None))
         x = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(1))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
         def loss(model=model, x=x) -> Tensor:
             return cross_entropy(model(input_ids=x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
 
         losses = []
-        for step in tqdm(range(60), desc=arm):
+        for step in tqdm(range(40), desc=arm, mininterval=2):
             optimizer.zero_grad()
             value = loss()
             value.backward()
@@ -187,7 +188,7 @@ def transformer(axes) -> list[Check]:
                     (value_output, torch.zeros(layers, 2, 16, 16)),
                 ):
                     gradients = {name: p.grad for name, p in model.named_parameters()}
-                    T, ratio = climb(lambda T, f=family: f(model, T), start.double(), gradients, lr=0.5, steps=20)
+                    T, ratio = climb(partial(family, model), start.double(), gradients, lr=0.1, steps=20)
                     teleport(model, family(model, T), loss)
                     checks.append(Check(f"tiny Qwen3, {family.__name__}: |∇L| there / here", "> 1", ratio, ratio > 1))
                     change = abs(loss().item() / losses[-1] - 1)
