@@ -1,0 +1,63 @@
+"""Comparisons: one protocol, finished runs are kept, and the numbers of the table by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from evidence import interval, table, tokens_to
+from recipe import CONFIGS, ROOT
+
+
+def compare(out):
+    arms = json.dumps([str(CONFIGS / f"{name}.yaml") for name in ("adamw", "default")])
+    steps = '["--train.steps=2","--train.validate_every=1","--data.validation_blocks=4","--data.length=32"]'
+    fields = [f"--out={out}", f"--arms={arms}", '--models=["moe"]', "--factors=[1.0]", "--seeds=1", f"--more={steps}"]
+    script = str(ROOT / "recipes" / "compare.py")
+    done = subprocess.run([sys.executable, script, "--bench=tiny", *fields], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_a_comparison_runs_draws_and_is_not_run_twice(tmp_path):
+    compare(tmp_path)
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert [(run["arm"], run["seed"], run["trial"]) for run in told["runs"]] == [
+        ("adamw", 0, True),
+        ("default", 0, True),
+        ("adamw", 1, False),
+        ("default", 1, False),
+    ]
+    assert told["runs"][3]["optimizer_bytes"] < 0.55 * told["runs"][2]["optimizer_bytes"]
+    assert "load CV" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 2
+    assert not list(tmp_path.rglob("*.safetensors"))
+    when = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+    again = compare(tmp_path)
+    assert when == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+    assert "0it" in again.stderr.replace("0run", "0it")
+
+
+def test_tokens_to_a_loss_are_read_between_the_points():
+    assert tokens_to([10, 20, 30], [4.0, 3.0, 2.0], 2.5) == 25
+    assert tokens_to([10, 20], [4.0, 3.0], 4.0) == 10
+    assert tokens_to([10, 20], [4.0, 3.0], 1.0) == float("inf")
+
+
+def test_the_interval_is_students():
+    assert interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"
+    assert interval([1.5]) == "1.500"
+
+
+def test_the_table_pairs_seeds():
+    def run(arm, seed, last):
+        told = {"factor": 1.0, "seconds_per_step": 0.5, "optimizer_bytes": 10**6}
+        return {"arm": arm, "seed": seed, "tokens": [1, 2], "loss": [5.0, last], **told}
+
+    runs = [run("adamw", 1, 4.0), run("adamw", 2, 4.2), run("default", 1, 3.0), run("default", 2, 3.2)]
+    frame = table(runs)
+    assert frame.loc["adamw", "minus default"] == "1.000 ± 0.000"
+    assert frame.loc["default", "tokens to adamw's loss"].startswith("0.7")
+    assert frame.loc["adamw", "tokens to adamw's loss"] == "1.000 ± 0.000"
+    with pytest.raises(KeyError):
+        frame.loc["muon"]

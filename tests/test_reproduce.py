@@ -1,0 +1,18 @@
+"""Every reproduction runs, prints its targets, draws its figure and passes its own criteria."""
+
+import subprocess
+import sys
+
+import pytest
+from recipe import ROOT
+
+SCRIPTS = ("agd", "polargrad", "softmax_radius", "teleport", "auon")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_reproduction_passes(name, tmp_path):
+    script = ROOT / "recipes" / "reproduce" / f"{name}.py"
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "passed" in done.stdout
+    assert (tmp_path / "runs" / "reproduce" / f"{name}.png").stat().st_size > 5000
