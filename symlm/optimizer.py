@@ -246,7 +246,8 @@ class SymOptimizer(torch.optim.Optimizer):
         if self.defaults["nonfinite"] == "raise" and not finite:
             bad = [name for name, gradient in named if not local(gradient).isfinite().all()]
             raise FloatingPointError(f"non-finite gradients in {bad}; nothing was updated")
-        self.param_groups[0]["skipped"] = self.param_groups[0].get("skipped", 0) + (~finite).to(torch.int64)
+        skipped = torch.as_tensor(self.param_groups[0].get("skipped", 0), dtype=torch.int64, device=device)
+        self.param_groups[0]["skipped"] = skipped.add_(~finite)  # in place: a captured step counts on in a replay
         return None if device.type == "cpu" and not finite else finite
 
     def _members(self, group: dict[str, Any]) -> Iterator[Member]:

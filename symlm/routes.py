@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from symlm_kernels.selection import choose
 from torch import Tensor, nn
 
-from symlm.roles import Role, place
+from symlm.polar import fastest_dtype
+from symlm.roles import Role, Site, place
 from symlm.rules import get_rule
 from symlm.scaling import SCALES
 from symlm.symmetry import Symmetry, permutations, rotations, trivial
@@ -275,6 +277,7 @@ class RoutedParameter:
     rule: str
     scale: str
     lr_multiplier: float
+    products: str
     why: str
 
 
@@ -285,11 +288,11 @@ class Routing(list[RoutedParameter]):
         lines: dict[tuple[str, ...], list[int]] = {}
         for row in self:
             multiplier = f"{row.lr_multiplier:g}"
-            key = (row.role, row.view, row.rule, row.scale, multiplier, row.why)
+            key = (row.role, row.view, row.rule, row.scale, multiplier, row.products, row.why)
             count = lines.setdefault(key, [0, 0])
             count[0] += 1
             count[1] += prod(row.shape)
-        head = ("role", "tensors", "parameters", "view", "rule", "scale", "lr ×", "why")
+        head = ("role", "tensors", "parameters", "view", "rule", "scale", "lr ×", "products", "why")
         body = [(key[0], str(tensors), f"{count:,}", *key[1:]) for key, (tensors, count) in lines.items()]
         widths = [max(len(cells[k]) for cells in (head, *body)) for k in range(len(head))]
         right = (1, 2, 6)
@@ -302,8 +305,14 @@ class Routing(list[RoutedParameter]):
         )
 
 
-def describe_routing(model: nn.Module, preset: str = "default", roles: Mapping[str, str] | None = None) -> Routing:
-    """Return which update each parameter gets, and why; print it for the table.  Raises: as `param_groups`."""
+def describe_routing(
+    model: nn.Module, preset: str = "default", roles: Mapping[str, str] | None = None, kernels: str = "auto"
+) -> Routing:
+    """Return which update each parameter gets, and why; print it for the table.
+
+    kernels: as `symlm.polar.polar`; `products` tells whose matrix products that means on the model's device.
+    Raises: as `param_groups`, and RuntimeError where Triton's are asked for in vain.
+    """
     table = get_preset(preset)
     return Routing(
         RoutedParameter(
@@ -314,7 +323,17 @@ def describe_routing(model: nn.Module, preset: str = "default", roles: Mapping[s
             table[role].rule,
             table[role].scale,
             table[role].lr,
+            _products(site, role, table[role], kernels),
             table[role].why,
         )
         for site, role in place(model, roles)
     )
+
+
+def _products(site: Site, role: Role, route: Route, kernels: str) -> str:
+    """Name whose products a spectral rule's polar factor is multiplied with; nothing for the other rules."""
+    if not get_rule(route.rule).spectral:
+        return ""
+    _, m, n = view_of(site, role, route.view).shape(site.shape)
+    device = site.parameter.device.type
+    return choose(device, fastest_dtype(device), min(m, n), kernels)

@@ -17,19 +17,27 @@ FASTER_FROM: int | None = None
 def select_products(X: Tensor, kernels: str = "auto") -> ModuleType:
     """Return the module with `gram`, `symmetric_product` and `apply_polynomial` for this stack (b, m, n).
 
-    Raises: ValueError for an unknown choice; RuntimeError, with the reason, where "triton" is asked for in vain.
+    Raises: as `choose`.
     """
-    if kernels not in CHOICES:
-        raise ValueError(f"unknown kernels {kernels!r}; choose one of {CHOICES}")
-    reason = why_not_triton(X.device.type, X.dtype)
-    if kernels == "triton" and reason:
-        raise RuntimeError(f"Triton's products were asked for, but {reason}; use kernels='auto' or 'torch'")
-    faster = FASTER_FROM is not None and X.shape[-2] >= FASTER_FROM
-    if reason or kernels == "torch" or (kernels == "auto" and not faster):
+    if choose(X.device.type, X.dtype, X.shape[-2], kernels) == "torch":
         return reference
     from symlm_kernels import products
 
     return products
+
+
+def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto") -> str:
+    """Return whose products serve matrices of this shorter side, "torch" or "triton".
+
+    Raises: ValueError for an unknown choice; RuntimeError, with the reason, where "triton" is asked for in vain.
+    """
+    if kernels not in CHOICES:
+        raise ValueError(f"unknown kernels {kernels!r}; choose one of {CHOICES}")
+    reason = why_not_triton(device, dtype)
+    if kernels == "triton" and reason:
+        raise RuntimeError(f"Triton's products were asked for, but {reason}; use kernels='auto' or 'torch'")
+    faster = FASTER_FROM is not None and side >= FASTER_FROM
+    return "torch" if reason or kernels == "torch" or (kernels == "auto" and not faster) else "triton"
 
 
 def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
