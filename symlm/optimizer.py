@@ -1,5 +1,6 @@
 """SymOptimizer: one `torch.optim.Optimizer` in which every role is updated by its own rule."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from math import prod
@@ -22,6 +23,8 @@ from symlm.scaling import SCALES
 from symlm.step import Bucket, Member, adamw_step, apply, batches, member_of, overlapped, store
 from symlm.verification import Check, Verification, departures
 from symlm.views import MatrixView
+
+log = logging.getLogger("symlm")
 
 DEFAULTS: dict[str, Any] = {
     "momentum": 0.95,
@@ -121,7 +124,7 @@ class SymOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._create_state()
-        self._check_agreement()
+        is_first = self._check_agreement()
         finite = self._finite()
         if finite is None:
             return loss
@@ -136,6 +139,9 @@ class SymOptimizer(torch.optim.Optimizer):
             for batch in batches(members):
                 world = batch[0].layout.size
                 buckets.append(Bucket(group, batch, loads.setdefault(world, [0.0] * prod(world))))
+        if is_first and (exchanges := [bucket.exchange for bucket in buckets if bucket.exchange]):
+            received = sum(exchange.bytes_to_receive(4) for exchange in exchanges)
+            log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(exchanges))
         for bucket in overlapped(buckets, finite):
             for updated, rows, updates in bucket.updates(finite):
                 apply(bucket.group, updated, rows, updates, finite)
@@ -188,11 +194,11 @@ class SymOptimizer(torch.optim.Optimizer):
                     state["compensation"] = torch.zeros_like(p)
                 self.state[p] = state
 
-    def _check_agreement(self) -> None:
-        """At a group's first step, make sure that all ranks have one plan: shapes, roles, rules and options."""
+    def _check_agreement(self) -> bool:
+        """At a group's first step, make sure that all ranks have one plan; tell whether there was such a group."""
         groups = [group for group in self.param_groups if group["params"] and _key(group) not in self._agreed]
         if not groups:
-            return
+            return False
         lines = [
             f"{name} {shape} {missing} " + " ".join(f"{key}={group[key]}" for key in sorted(group) if key not in _LOOSE)
             for group in groups
@@ -200,6 +206,7 @@ class SymOptimizer(torch.optim.Optimizer):
         ]
         check_agreement("\n".join(lines), local(groups[0]["params"][0]).device)
         self._agreed |= {_key(group) for group in groups}
+        return True
 
     def _shapes(self, group: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         """Yield name, whole shape and whether the gradient is missing of what the ranks must agree on.
