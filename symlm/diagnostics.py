@@ -56,6 +56,8 @@ def update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         first = whole["exp_avg"] / (1 - group["betas"][0] ** t)
         second = whole["exp_avg_sq"] / (1 - group["betas"][1] ** t)
         return group["lr"] * first / (second.sqrt() + group["eps"])
+    if group["momentum_of"] == "directions":
+        return group["lr"] * whole["momentum"]
     return group["lr"] * whole_directions(group, [whole["momentum"]])[0]
 
 

@@ -261,3 +261,21 @@ def test_a_pickled_optimizer_steps_on():
     train(model, opt, 1, first=1)
     train(again, optimizer, 1, first=1)
     assert all(torch.equal(W, weights(again)[name]) for name, W in weights(model).items())
+
+
+def test_polar_first_is_its_formula():
+    """PolarGrad's other order: the momentum is of nuclear norm times polar factor, arXiv 2505.21799."""
+    layer = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+    opt = symlm.SymOptimizer(
+        layer, lr=0.1, preset="polargrad", momentum_of="directions", polar_method="svd", nesterov=False
+    )
+    W, M = layer.weight.detach().clone(), torch.zeros(4, 6, dtype=torch.float64)
+    for seed in range(3):
+        G = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        layer.weight.grad = G.clone()
+        opt.step()
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        M = 0.95 * M + 0.05 * S.sum() * U @ Vh
+        W = W - 0.1 * M
+    assert relative(layer.weight, W) < EXACT
+    assert symlm.diagnostics.update_rms(opt)["matrix"] == pytest.approx(0.1 * M.square().mean().sqrt().item())
