@@ -65,7 +65,7 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
 
 def _member(p: Tensor, layout: Layout) -> Member:
     part = torch.empty(layout.interval[1] - layout.interval[0], device="meta")
-    return Member("", part, part, {}, part, layout)
+    return Member("", part, part, {}, layout)
 
 
 def _temporary(bucket: Bucket) -> int:

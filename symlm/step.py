@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 from zlib import crc32
@@ -23,16 +24,12 @@ CPU_BLOCK_ELEMENTS = 2**20  # rows that do not mix are updated in blocks that st
 
 @dataclass
 class Member:
-    """This rank's part of one parameter in a step, and where the part lies in the whole.
-
-    master: the fp32 tensor that the update is done in, the parameter itself where that is wide enough.
-    """
+    """This rank's part of one parameter in a step, and where the part lies in the whole."""
 
     name: str
     parameter: Tensor
     gradient: Tensor
     state: dict[str, Any]
-    master: Tensor
     layout: Layout
 
     @property
@@ -40,14 +37,23 @@ class Member:
         """This rank's part of the momentum."""
         return local(self.state["momentum"])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the update is done in, fp32 or wider."""
+        return torch.promote_types(self.parameter.dtype, torch.float32)
+
+    @cached_property
+    def master(self) -> Tensor:
+        """What is updated: the parameter itself where it is wide enough, else a wide copy, made when asked for."""
+        if self.parameter.dtype == self.dtype:
+            return self.parameter
+        wide = self.parameter.to(self.dtype)
+        return wide + local(self.state["compensation"]) if "compensation" in self.state else wide
+
 
 def member_of(name: str, p: Tensor, gradient: Tensor, state: dict[str, Any], layout: Layout) -> Member:
-    """Gather what a step needs of a parameter; a low-precision one gets a wide master for the time of the step."""
-    part = local(p.detach())
-    master = part if part.dtype in (torch.float32, torch.float64) else part.float()
-    if "compensation" in state:
-        master = master + local(state["compensation"]).float()
-    return Member(name, part, gradient, state, master, layout)
+    """Gather what a step needs of a parameter."""
+    return Member(name, local(p.detach()), gradient, state, layout)
 
 
 def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
@@ -55,7 +61,7 @@ def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
     alike: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         if prod(member.layout.shape):
-            alike.setdefault((member.layout, member.master.dtype, member.master.device), []).append(member)
+            alike.setdefault((member.layout, member.dtype, member.parameter.device), []).append(member)
     for batch in alike.values():
         size = max(1, BATCH_ELEMENTS // prod(batch[0].layout.shape))
         for start in range(0, len(batch), size):
@@ -229,7 +235,7 @@ def _cost(group: dict[str, Any], layout: Layout) -> float:
 
 def apply(group: dict[str, Any], members: list[Member], rows: slice, updates: list[Tensor], finite: Tensor) -> None:
     """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on these rows of the fp32 master; or with U's own momentum in its place."""
-    lr = group["lr"] if members[0].master.device.type == "cpu" else group["lr"] * finite
+    lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     decay = group["weight_decay"] * group["weight_decay_multiplier"]
     for member, U in zip(members, updates, strict=True):
         W = member.master[rows]
@@ -276,6 +282,7 @@ def store(group: dict[str, Any], member: Member, finite: Tensor) -> None:
     p, master = member.parameter, member.master
     if master is p:
         return
+    del member.master  # wide copies of a whole model at once would be twice its size
     if "compensation" in member.state:
         rounded = master.to(p.dtype)
         local(member.state["compensation"]).copy_(master - rounded.float())

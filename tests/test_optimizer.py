@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from models import loss_of, tiny, tokens, train
-from numerics import BF16_POLAR, FP32, RUN, relative
+from numerics import BF16_POLAR, EXACT, FP32, RUN, relative
 from torch import nn
 
 import symlm
