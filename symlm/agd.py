@@ -65,8 +65,10 @@ class AGD(torch.optim.Optimizer):
         g = p.grad + group["weight_decay"] * p if group["weight_decay"] else p.grad
         if not group["momentum"]:
             return g
-        mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        return mean.lerp_(g, 1 - group["momentum"])
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        return state["momentum"].lerp_(g, 1 - group["momentum"])
 
 
 def rate(G: Tensor, decay: float = 0.0) -> Tensor:

@@ -159,7 +159,7 @@ class SymOptimizer(torch.optim.Optimizer):
         Returns the checks, a table when printed. Raises: RuntimeError, naming what no step has reached and what
         broke its promise.
         """
-        if any(self._fragments.values()):
+        if self._fragments:
             raise RuntimeError("verify() reads whole momenta, which ZeRO keeps nowhere; verify a run of one process")
         checks, failures = Verification(), []
         for group in self.param_groups:
@@ -229,11 +229,13 @@ class SymOptimizer(torch.optim.Optimizer):
         """Return what a partition of ZeRO's holds, looked up once; nothing for a parameter that is its own."""
         if p in self._fragments:
             return self._fragments[p]
-        found = [(name, self._originals.get(name, lambda: None)()) for name in group.get("param_names", ())]
-        named = [(name, original) for name, original in found if original is not None]
-        fragments = fragments_of(p, named) if is_partition(p, [original for _, original in named]) else []
-        self._fragments = {**self._fragments, p: fragments}
-        return fragments
+        found = ((name, self._originals.get(name, lambda: None)()) for name in group.get("param_names", ()))
+        named = ((name, original) for name, original in found if original is not None)
+        first = next(named, None)
+        if first is None or not is_partition(p, first[1]):
+            return []
+        self._fragments = {**self._fragments, p: fragments_of(p, [first, *named])}
+        return self._fragments[p]
 
     def _finite(self) -> Tensor | None:
         """Return whether all gradients are finite, as a tensor on their device; None if the step ends here.

@@ -32,10 +32,9 @@ class Fragment:
         return part.view(-1, *row)
 
 
-def is_partition(p: Tensor, originals: Sequence[nn.Parameter]) -> bool:
-    """Tell whether p is a partition of ZeRO's that stands for these parameters of the model."""
-    marked = any(hasattr(original, "_hp_mapping") or hasattr(original, "ds_tensor") for original in originals)
-    return marked and all(p is not original for original in originals)
+def is_partition(p: Tensor, original: nn.Parameter) -> bool:
+    """Tell whether p is a partition of ZeRO's that holds a part of this parameter, or of others like it."""
+    return p is not original and (hasattr(original, "_hp_mapping") or hasattr(original, "ds_tensor"))
 
 
 def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> list[Fragment]:

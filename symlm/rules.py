@@ -208,18 +208,14 @@ def sign(M: Tensor) -> Tensor:
     return M.sign()
 
 
-def brake(X: Tensor, gamma: float = 1.0) -> Tensor:
-    """Return `√(mean cosh²(γX/|X|_F))` of each matrix, `1 + γ²/2N` to first order in a matrix of N entries."""
-    scaled = gamma * unit_matrix(X)
-    return scaled.cosh().square().mean(dim=(-2, -1), keepdim=True).sqrt()
+def brake(X: Tensor) -> Tensor:
+    """Return `√(mean cosh²X)` of each matrix: `1 + γ²/2N` to first order for N entries of `γM/|M|_F`."""
+    return X.cosh().square().mean(dim=(-2, -1), keepdim=True).sqrt()
 
 
 def unit_matrix(M: Tensor) -> Tensor:
-    """Return `M/|M|_F`, through the largest entry so that no square overflows; a zero matrix stays zero."""
-    largest = M.abs().amax(dim=(-2, -1), keepdim=True)
-    scaled = M / torch.where(largest > 0, largest, 1.0)
-    norm = scaled.square().sum(dim=(-2, -1), keepdim=True).sqrt()
-    return scaled / torch.where(norm > 0, norm, 1.0)
+    """Return `M/|M|_F`; a zero matrix stays zero.  Shapes: (..., m, n) -> same."""
+    return unit_rows(M.flatten(-2)).reshape(M.shape)
 
 
 @rule(ELEMENTS)
@@ -235,7 +231,7 @@ def auon(M: Tensor) -> Tensor:
 @rule(ELEMENTS, degree=1)
 def auon_unnormalized(M: Tensor) -> Tensor:
     """Return `M/√(mean cosh²(γM/|M|_F))`, γ = 1.5: not normalized.  Source: arXiv 2509.24320, the code."""
-    return M / brake(M, gamma=1.5)
+    return M / brake(1.5 * unit_matrix(M))
 
 
 @rule(ELEMENTS)
@@ -245,7 +241,7 @@ def hybrid_auon(M: Tensor) -> Tensor:
     X = unit_matrix(M)
     A = X @ X.mT
     Y = a * X + (b * A + c * A @ A) @ X
-    return Y / Y.cosh().square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    return Y / brake(Y)
 
 
 @rule(ELEMENTS, stateful=True)

@@ -68,21 +68,19 @@ class StepControl:
         before = [p.detach().clone() for p in parameters]
         result = self.optimizer.step()
         step = [p - old for p, old in zip(parameters, before, strict=True)]
-        for p, old in zip(parameters, before, strict=True):
-            p.copy_(old)
-        r = self._measured(step, *inputs, **named)
+        r = self._measured(before, step, inputs, named)
         factor = 1.0 if r is None or r <= self.r_target else self.r_target / r
-        for p, old, d in zip(parameters, before, step, strict=True):
-            p.copy_(old + factor * d)
+        for p, old in zip(parameters, before, strict=True) if factor < 1 else ():
+            p.lerp_(old, 1 - factor)
         self.last = None if r is None else Told(r, factor)
         return result
 
-    def _measured(self, step: list[Tensor], *inputs: Any, **named: Any) -> float | None:
+    def _measured(self, before: list[Tensor], step: list[Tensor], inputs: Any, named: Any) -> float | None:
         try:
-            r = self.radius_ratio(step, *inputs, **named)
+            r = self._ratio(before, step, inputs, named)
             reason = None if isfinite(r) else "the derivative of the logits is not finite"
-        except (TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
-            r, reason = 0.0, f"the logits could not be differentiated ({error})"
+        except (TypeError, AttributeError) as error:
+            r, reason = 0.0, f"the model gives no logits ({error})"
         if reason and not self._warned:
             warnings.warn(f"step control leaves the step alone: {reason}", stacklevel=3)
             self._warned = True
@@ -91,21 +89,25 @@ class StepControl:
     @torch.no_grad()
     def radius_ratio(self, step: Iterable[Tensor], *inputs: Any, **named: Any) -> float:
         """Return r of a step from where the parameters are now.  step: one tensor a trainable parameter."""
-        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        tangents = {name: d for (name, _), d in zip(trainable, step, strict=True)}
+        now = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        return self._ratio(now, list(step), inputs, named)
+
+    def _ratio(self, start: list[Tensor], step: list[Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> float:
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        values, tangents = (dict(zip(names, tensors, strict=True)) for tensors in (start, step))
         training = self.model.training
         self.model.eval()
         try:
-            change = self._change(tangents, inputs, named)
+            change = self._change(values, tangents, inputs, named)
         finally:
             self.model.train(training)
         if change.ndim < 1 or change.shape[-1] < 2:
             raise TypeError(f"logits of shape {tuple(change.shape)} have no classes")
         return float(reduce_spread(change, self.over) / pi)
 
-    def _change(self, tangents: dict[str, Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-        values = {name: p.detach() for name, p in self.model.named_parameters() if name in tangents}
-
+    def _change(
+        self, values: dict[str, Tensor], tangents: dict[str, Tensor], inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> Tensor:
         def function(told: dict[str, Tensor]) -> Tensor:
             return self.logits(_Call(self.model, told), *inputs, **named)
 
@@ -113,7 +115,9 @@ class StepControl:
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward derivative
                     return torch.func.jvp(function, (values,), (tangents,))[1]
-            except NotImplementedError:  # nor have the grouped products of experts
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # nor have the grouped products of experts, nor many a custom function
                 self.difference = True
         scale = max(float(torch.stack([d.abs().amax() for d in tangents.values() if d.numel()]).max()), 1e-30)
         width = 1e-3 / scale if scale > 1e-3 else 1.0

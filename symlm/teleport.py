@@ -91,6 +91,23 @@ def value_output(model: nn.Module, T: Tensor) -> dict[str, Transport]:
     return found
 
 
+def rope_rotations(model: nn.Module, angles: Tensor) -> dict[str, Transport]:
+    """Return `q' = R q`, `k' = R k`, R turning the pair (i, i + head/2) of each head by its angle, as RoPE does.
+
+    Shapes: angles (layers, key heads, head/2). Query heads that share a key head share its R. Gains of a norm on q
+    and k must be equal within a pair.
+    """
+    found = {}
+    for path, angle in zip(_paths(model, "k_proj"), angles, strict=True):
+        cos, sin = torch.diag_embed(angle.cos()), torch.diag_embed(angle.sin())
+        R = torch.cat([torch.cat([cos, -sin], dim=-1), torch.cat([sin, cos], dim=-1)], dim=-2)
+        query, key = (model.get_parameter(f"{path}.{leaf}.weight") for leaf in ("q_proj", "k_proj"))
+        groups = query.shape[0] // key.shape[0]
+        found[f"{path}.q_proj.weight"] = Transport(left=R.repeat_interleave(groups, dim=0))
+        found[f"{path}.k_proj.weight"] = Transport(left=R)
+    return found
+
+
 def head_shift(model: nn.Module, v: Tensor) -> dict[str, Transport]:
     """Return the shift of every row of an untied head by v, which no softmax sees.  Shapes: v (d)."""
     return {"lm_head.weight": Transport(shift=v)}
@@ -166,6 +183,8 @@ def _states(
 ) -> list[tuple[Tensor, Transport]]:
     found = []
     for name, transport in transports.items():
+        if transport.left is None and transport.right is None:
+            continue  # a shift moves no gradient
         for key, value in optimizer.state.get(weights[name], {}).items():
             if not isinstance(value, Tensor) or value.shape != weights[name].shape:
                 continue

@@ -23,6 +23,7 @@ ACTIONS = {
         model, torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(k)) for k in range(2)])
     ),
     "value and output": lambda model: t.value_output(model, random(2, 2, 8, 8)),
+    "rope rotations": lambda model: t.rope_rotations(model, random(2, 2, 4)),
     "head shift": lambda model: t.head_shift(model, random(32)),
     "residual rotation": lambda model: t.residual_rotation(model, orthogonal(32)),
 }
@@ -99,6 +100,7 @@ def test_elementwise_second_moments_do_not_move():
     optimizer.step()
     with pytest.raises(ValueError, match=r"exp_avg_sq of .* is elementwise"):
         t.teleport(model, ACTIONS["value and output"](model), lambda: loss_of(model, x), optimizer)
+    t.teleport(model, ACTIONS["head shift"](model), lambda: loss_of(model, x), optimizer)  # moves no gradient
 
 
 def test_a_batch_larger_than_the_width_is_refused():

@@ -1,0 +1,90 @@
+"""AGD: its rate is the root it claims, its step the paper's formula, and all layers turn together under rotations."""
+
+from math import log, sqrt
+
+import pytest
+import torch
+from numerics import EXACT, relative
+from torch import nn
+
+from symlm.agd import AGD, initialize_, layer_scale, rate
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 9, bias=False), nn.Linear(9, 4, bias=False)).double()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.03, 0.5])
+@pytest.mark.parametrize("G", [0.0, 1e-6, 0.3, 7.0, 1e6])
+def test_the_rate_is_the_root_of_its_equation(G, decay):
+    eta = rate(torch.tensor(G, dtype=torch.float64), decay)
+    assert float(eta.exp() * (eta.exp() - 1) + decay * eta) == pytest.approx(G, rel=1e-10, abs=1e-12)
+
+
+def test_a_step_is_the_papers_formula():
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    AGD(model).step()
+    scales = [sqrt(9 / 6), sqrt(4 / 9)]
+    G = sum(s * float(p.grad.norm()) for s, p in zip(scales, model.parameters(), strict=True)) / 2
+    eta = log((1 + sqrt(1 + 4 * G)) / 2)
+    for W, s, p in zip(before, scales, model.parameters(), strict=True):
+        assert relative(p.detach(), W - eta / 2 * s * p.grad / p.grad.norm()) < EXACT
+
+
+def test_layerwise_divides_a_layers_step_by_its_number():
+    plain, layerwise = network(), network()
+    before = [p.detach().clone() for p in plain.parameters()]
+    AGD(plain).step()
+    AGD(layerwise, layerwise=True).step()
+    for k, (W, p, q) in enumerate(zip(before, plain.parameters(), layerwise.parameters(), strict=True), start=1):
+        assert relative(q.detach() - W, (p.detach() - W) / k) < EXACT
+
+
+def test_momentum_is_the_mean_of_gradients():
+    model = network()
+    optimizer = AGD(model, momentum=0.9)
+    first, second = ([torch.randn_like(p) for p in model.parameters()] for _ in range(2))
+    for gradients in (first, second):
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+    for p, a, b in zip(model.parameters(), first, second, strict=True):
+        assert relative(optimizer.state[p]["momentum"], 0.9 * 0.1 * a + 0.1 * b) < EXACT
+
+
+def test_a_rotation_of_both_sides_of_a_layer_turns_its_step():
+    plain, turned = network(), network()
+    L = torch.linalg.qr(torch.randn(9, 9).double())[0]
+    for W in (turned[0].weight, turned[0].weight.grad):
+        W.data = L @ W.data
+    for W in (turned[1].weight, turned[1].weight.grad):
+        W.data = W.data @ L.T
+    for model in (plain, turned):
+        AGD(model, weight_decay=0.1).step()
+    assert relative(turned[0].weight, L @ plain[0].weight) < EXACT
+    assert relative(turned[1].weight, plain[1].weight @ L.T) < EXACT
+
+
+def test_initialization_is_semi_orthogonal_times_the_scale():
+    model = nn.Sequential(nn.Conv2d(5, 3, 2, bias=False), nn.Linear(9, 4, bias=False)).double()
+    initialize_(model)
+    kernel, W = (p.detach() / layer_scale(p) for p in model.parameters())
+    assert relative(W @ W.T, torch.eye(4)) < EXACT
+    for position in kernel.flatten(2).unbind(2):
+        assert relative(position @ position.T, torch.eye(3)) < EXACT
+
+
+def test_what_the_bound_does_not_cover_is_refused():
+    with pytest.raises(ValueError, match="no rate for .*bias"):
+        AGD(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="gain is positive"):
+        AGD(network(), gain=0)
+    model = network()
+    model[1].weight.grad = None
+    with pytest.raises(RuntimeError, match="every layer needs a gradient"):
+        AGD(model).step()
