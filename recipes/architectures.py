@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 QWEN3 = {"model_type": "qwen3", "tie_word_embeddings": False}
@@ -97,3 +99,15 @@ def build_model(
     if vocabulary and vocabulary > config.vocab_size:
         raise ValueError(f"the tokenizer has {vocabulary} tokens, the model's vocabulary only {config.vocab_size}")
     return AutoModelForCausalLM.from_config(config)
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model float64 through and through, to test it: transformers' own norms compute in fp32."""
+    model = model.double()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model

@@ -1,6 +1,7 @@
 """Tiny real transformers models."""
 
 import torch
+from architectures import in_float64
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -54,18 +55,7 @@ def tiny(kind="qwen3", dtype=torch.float32, seed=0, **changes):
     torch.manual_seed(seed)
     attention = "eager" if kind == "gpt_oss" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
-    return _without_fp32_islands(model) if dtype == torch.float64 else model
-
-
-def _without_fp32_islands(model):
-    """Give a float64 model norms that stay in float64: transformers' own compute in fp32."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
-                norm.weight = child.weight
-                setattr(module, name, norm)
-    return model
+    return in_float64(model) if dtype == torch.float64 else model
 
 
 def loss_of(model, x):

@@ -80,7 +80,7 @@ def test_initialization_is_semi_orthogonal_times_the_scale():
 
 
 def test_what_the_bound_does_not_cover_is_refused():
-    with pytest.raises(ValueError, match="no rate for .*bias"):
+    with pytest.raises(ValueError, match=r"no rate for .*bias"):
         AGD(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="gain is positive"):
         AGD(network(), gain=0)

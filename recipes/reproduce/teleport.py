@@ -12,7 +12,7 @@ from statistics import median
 import matplotlib.pyplot as plt
 import torch
 from shared import Check, finish
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, leaky_relu
 from tqdm import tqdm
 
@@ -161,14 +161,14 @@ def jump(weights: list[Tensor], X: Tensor, loss) -> list[Tensor]:
 
 def transformer(axes) -> list[Check]:
     """Gradient descent on a tiny Qwen3 in float64, teleported once along neuron scales and V–O before step 10."""
-    from architectures import build_model
+    from architectures import build_model, in_float64
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
     checks, found = [], {}
     for arm in ("plain", "teleported"):
         torch.manual_seed(0)
-        model = unit_precision(build_model("qwen3-tiny", None, sizes, None, None))
+        model = in_float64(build_model("qwen3-tiny", None, sizes, None, None))
         x = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -202,17 +202,6 @@ def transformer(axes) -> list[Check]:
         *checks,
         Check("tiny Qwen3, teleported / plain: loss at step 20", "-", found["teleported"] / found["plain"]),
     ]
-
-
-def unit_precision(model: nn.Module) -> nn.Module:
-    """Make a model float64 through and through: transformers' norms compute in fp32."""
-    model = model.double()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=DOUBLE)
-                setattr(module, name, norm)
-    return model
 
 
 def main() -> None:
