@@ -7,6 +7,7 @@ after a kill. What comes out is `results.json`, and what `evidence.py` draws fro
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ from report import read_metrics
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-ARMS = [str(HERE / "configs" / f"{name}.yaml") for name in ("adamw", "muon", "paper-row", "paper-hybrid", "default")]
+ARMS = tuple(
+    str(HERE / "configs" / f"{name}.yaml") for name in ("adamw", "muon", "paper-row", "paper-hybrid", "default")
+)
 TRIAL_SEED = 0
 ROUTERS = ("router/load_cv", "router/dead_expert_fraction", "update_rms/router")
 
@@ -50,7 +53,7 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / "summary.json").exists()
 
-    def command(self, more: list[str]) -> list[str]:
+    def command(self, more: tuple[str, ...]) -> list[str]:
         told = scaled(yaml.safe_load(self.arm.read_text())["optimizer"], self.factor)
         fields = {f"optimizer.{key}": value for key, value in told.items()}
         fields |= {"name": self.folder.name, "out": self.folder.parent, "train.seed": self.seed}
@@ -58,7 +61,7 @@ class Run:
         texts = [f"--{key}={json.dumps(x) if isinstance(x, dict) else x}" for key, x in fields.items()]
         return [sys.executable, str(HERE / "pretrain.py"), f"--config={self.bench}", *texts, *more]
 
-    def execute(self, more: list[str], threads: int) -> None:
+    def execute(self, more: tuple[str, ...], threads: int) -> None:
         """Run, or resume, and keep the numbers alone.  Raises: RuntimeError with the end of the run's errors."""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(self.command(more), capture_output=True, text=True, env=environment)
@@ -92,7 +95,7 @@ def scaled(optimizer: dict[str, Any], factor: float) -> dict[str, Any]:
     return {**optimizer, "lr": optimizer.get("lr", 0.02) * factor, "overrides": overrides}
 
 
-def execute(runs: list[Run], jobs: int, more: list[str], what: str) -> None:
+def execute(runs: list[Run], jobs: int, more: tuple[str, ...], what: str) -> None:
     """Run what is not finished, `jobs` side by side; one failure is told after the others have ended."""
     left = [run for run in runs if not run.finished]
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -106,18 +109,18 @@ def execute(runs: list[Run], jobs: int, more: list[str], what: str) -> None:
 
 def best_factor(trials: list[dict[str, Any]]) -> float:
     """Return the factor of the trial that ended lowest; a run that blew up ended nowhere."""
-    return min(trials, key=lambda trial: trial["loss"][-1] if trial["loss"][-1] == trial["loss"][-1] else 1e9)["factor"]
+    return min(trials, key=lambda trial: (math.isnan(trial["loss"][-1]), trial["loss"][-1]))["factor"]
 
 
 def main(
     bench: str = "small",
-    arms: list[str] = ARMS,
+    arms: tuple[str, ...] = ARMS,
     out: str = "runs/compare",
-    models: list[str] = ["dense", "moe"],  # noqa: B006
-    factors: list[float] = [0.5, 1.0, 2.0],  # noqa: B006
+    models: tuple[str, ...] = ("dense", "moe"),
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0),
     seeds: int = 5,
     jobs: int = 2,
-    more: list[str] = [],  # noqa: B006
+    more: tuple[str, ...] = (),
 ) -> None:
     """Run a comparison, or what is left of it, and draw it.
 

@@ -68,15 +68,20 @@ def tokens_to(tokens: list[float], losses: list[float], goal: float) -> float:
     return float("inf")
 
 
-def table(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one line an arm: factor, final loss, paired difference to ours, tokens to AdamW's loss, costs."""
+def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one line an arm: factor, final loss, paired difference to ours, tokens to AdamW's loss, costs.
+
+    A factor at the edge of those tried is marked: the arm's best may lie beyond.
+    """
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run
     ours, baseline = by_arm.get(OURS, {}), by_arm.get(BASELINE, {})
     lines = []
     for arm, seeds in by_arm.items():
-        line: dict[str, Any] = {"arm": arm, "rates ×": f"{next(iter(seeds.values()))['factor']:g}"}
+        tried, factor = {t["factor"] for t in trials if t["arm"] == arm}, next(iter(seeds.values()))["factor"]
+        edge = " (edge)" if len(tried) > 1 and factor in (min(tried), max(tried)) else ""
+        line: dict[str, Any] = {"arm": arm, "rates ×": f"{factor:g}{edge}", "seeds": len(seeds)}
         line["final loss"] = interval([run["loss"][-1] for run in seeds.values()])
         if ours and arm != OURS:
             common = [seed for seed in seeds if seed in ours]
@@ -106,14 +111,11 @@ def draw_curves(runs: list[dict[str, Any]], title: str, path: Path) -> None:
         own = [run for run in runs if run["arm"] == arm]
         tokens, losses = np.array(own[0]["tokens"]), np.array([run["loss"] for run in own])
         shown = tokens >= tokens[-1] / 5
-        axes.plot(tokens[shown], losses.mean(0)[shown], color=f"C{number}", label=arm)
+        axes.plot(tokens[shown], losses.mean(0)[shown], color=f"C{number}", label=f"{arm} ({len(own)} seeds)")
         axes.fill_between(
             tokens[shown], losses.min(0)[shown], losses.max(0)[shown], color=f"C{number}", alpha=0.2, lw=0
         )
-    seeds = len({run["seed"] for run in runs})
-    axes.set(
-        xlabel="tokens", ylabel="validation loss (nats a token)", title=f"{title}: mean and range of {seeds} seeds"
-    )
+    axes.set(xlabel="tokens", ylabel="validation loss (nats a token)", title=f"{title}: mean and range over seeds")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
@@ -151,7 +153,7 @@ def draw(results: Path, out: Path) -> list[Path]:
         pictures = [out / f"{told['bench']}-{model}-curves.png", out / f"{told['bench']}-{model}-rates.png"]
         draw_curves(runs, f"{told['bench']}, {model}", pictures[0])
         draw_sensitivity(trials, f"{told['bench']}, {model}", pictures[1])
-        frame = table(runs)
+        frame = table(runs, trials)
         text += (
             f"\n## {model}\n\n{frame.to_markdown()}\n\n" + "\n".join(f"![{p.stem}]({p.name})" for p in pictures) + "\n"
         )

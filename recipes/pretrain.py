@@ -3,12 +3,10 @@
 import json
 import math
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, set_seed
 from architectures import build_model
-from jsonargparse import ArgumentParser
+from run_config import ModelConfig, RunConfig, TrainConfig, read
+from run_folder import Checkpoints, forget_after, open_folder, write
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -27,103 +26,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import symlm
 from symlm.step_control import StepControl
-
-
-@dataclass
-class DataConfig:
-    """dataset: "stdlib" (embedded), a local file or folder (text, JSONL, Parquet, .bin shards), or a Hub name."""
-
-    dataset: str = corpus.EMBEDDED
-    subset: str | None = None
-    column: str = "text"
-    tokenizer: str | None = None
-    vocab_size: int = 4096
-    length: int = 256
-    validation_blocks: int = 128
-    held_out: int = 500
-
-
-@dataclass
-class ModelConfig:
-    """preset: a name in architectures.py; config: a Hugging Face config instead, by name or path.
-
-    sizes: fields of either to change.
-    """
-
-    preset: str = "qwen3-tiny"
-    config: str | None = None
-    sizes: dict[str, Any] = field(default_factory=dict)
-    compile: bool = False
-    gradient_checkpointing: bool = False
-
-
-@dataclass
-class OptimizerConfig:
-    """As `symlm.SymOptimizer`: one dial, a table by name, absolute values by role."""
-
-    lr: float = 0.02
-    preset: str = "default"
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class TrainConfig:
-    """schedule: "linear" (warm-up, constant, then linear to zero over `decay` of the steps) or "cosine".
-
-    r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
-    load_loss, z_loss: coefficients of the routers' auxiliary losses; the loss that is written is without them.
-    """
-
-    steps: int = 400
-    batch: int = 8
-    accumulate: int = 1
-    schedule: str = "linear"
-    warmup: int = 10
-    decay: float = 0.4
-    clip: float | None = None
-    r_target: float | None = None
-    load_loss: float = 0.0
-    z_loss: float = 0.0
-    mixed_precision: str = "no"
-    seed: int = 42
-    validate_every: int = 50
-    log_every: int = 10
-    save_every: int = 100
-    keep: int = 2
-    tracker: str = "tensorboard"
-
-
-@dataclass
-class RunConfig:
-    """One run; its name is its folder under `runs`."""
-
-    name: str = "default"
-    out: str = "runs"
-    resume: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-
-class Parser(ArgumentParser):
-    """jsonargparse's parser, whose error for an unknown key names the nearest one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        known = [action.dest for action in self._actions]
-        words = [word.strip("'\"`-.,[]").split("=")[0] for word in str(message).split()]
-        near = [match for word in words if word not in known for match in get_close_matches(word, known, 1, 0.75)]
-        super().error(f"{message}\nDid you mean {near[0]!r}?" if near else message, ex)
-
-
-def read(arguments: list[str] | None = None) -> RunConfig:
-    """Read the command line, and the YAML files that it names."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(RunConfig, None)
-    values = vars(parser.instantiate(parser.parse_args(arguments)))
-    return RunConfig(**{key: value for key, value in values.items() if key != "config"})
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
@@ -146,59 +48,6 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerato
     losses = [accelerator.gather_for_metrics(model(input_ids=x, labels=x).loss.repeat(len(x))) for x in loader]
     model.train()
     return torch.cat(losses).mean().item()
-
-
-class Checkpoints:
-    """Complete checkpoints `step-N` in a folder: written under another name, renamed when whole, the newest kept."""
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-
-    def list(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-
-    def save(self, accelerator: Accelerator, step: int) -> None:
-        temporary = self.folder / "unfinished"
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            target = self.folder / f"step-{step}"
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            for old in self.list()[: -self.keep]:
-                shutil.rmtree(old)
-
-    def load(self, accelerator: Accelerator) -> int:
-        if not self.list():
-            return 0
-        accelerator.load_state(str(self.list()[-1]))
-        return int(self.list()[-1].name.split("-")[1])
-
-
-def open_folder(config: RunConfig, accelerator: Accelerator) -> Path:
-    """Make the run's folder, or check that the one to resume holds this very configuration."""
-    folder = Path(config.out) / config.name
-    resolved = {key: value for key, value in asdict(config).items() if key != "resume"}
-    path = folder / "config.json"
-    if config.resume and not path.exists():
-        raise ValueError(f"{folder} holds no run to resume")
-    if config.resume:
-        before = json.loads(path.read_text())
-        changed = [key for key in resolved if before.get(key) != resolved[key]]
-        if changed:
-            raise ValueError(
-                f"{folder} was run with another configuration ({changed}); resume with {path}'s, or rename"
-            )
-    elif accelerator.is_main_process:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(resolved, indent=1))
-    accelerator.wait_for_everyone()
-    return folder
 
 
 class Routers:
@@ -239,29 +88,39 @@ def prepare_model(config: ModelConfig, tokenizer: Any) -> torch.nn.Module:
     return model
 
 
-def watch(output: Any, optimizer: symlm.SymOptimizer, routers: Routers, accelerator: Accelerator) -> dict[str, Any]:
-    """Return what the report draws beside the losses: update RMS by role, logits, routers."""
+@dataclass
+class Training:
+    """What a run trains and what with, as accelerate prepared it; `plain` is the optimizer without its wrapper."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    plain: symlm.SymOptimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    loader: DataLoader
+    held: DataLoader
+    routers: Routers
+    control: StepControl | None
+
+
+def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what the report draws beside the losses: update RMS by role, logits, routers, the softmax radius."""
     logits = output.logits.detach().flatten(0, 1)
     some = logits[torch.linspace(0, len(logits) - 1, min(64, len(logits)), device=logits.device).long()]
     sizes = symlm.diagnostics.logit_metrics(some, accelerator.gather)
+    told = job.control and job.control.last
     return {
-        **{f"update_rms/{role}": rms for role, rms in symlm.diagnostics.update_rms(optimizer).items()},
+        **{f"update_rms/{role}": rms for role, rms in symlm.diagnostics.update_rms(job.plain).items()},
         **{f"logits/{key}": value.item() for key, value in sizes.items()},
-        **routers.metrics(output, accelerator),
+        **job.routers.metrics(output, accelerator),
+        **({"radius/proposed": told.proposed, "radius/taken": told.taken} if told else {}),
     }
 
 
 def train_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stream: Iterator[torch.Tensor],
-    routers: Routers,
-    accelerator: Accelerator,
-    train: TrainConfig,
-    control: StepControl | None,
+    job: Training, stream: Iterator[torch.Tensor], accelerator: Accelerator, train: TrainConfig
 ) -> tuple[torch.Tensor, Any]:
     """Take one step over `accumulate` batches; return their mean loss, and what the model said of the last."""
-    loss = torch.zeros((), device=accelerator.device)
+    model, routers, loss = job.model, job.routers, torch.zeros((), device=accelerator.device)
     for _ in range(train.accumulate):
         x = next(stream, None)
         if x is None:
@@ -271,21 +130,13 @@ def train_step(
             accelerator.backward(output.loss + routers.loss(output))
             if train.clip and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), train.clip)
-            if control and accelerator.sync_gradients:
-                control.step(input_ids=x)
+            if job.control and accelerator.sync_gradients:
+                job.control.step(input_ids=x)
             else:
-                optimizer.step()
-            optimizer.zero_grad()
+                job.optimizer.step()
+            job.optimizer.zero_grad()
         loss += output.loss.detach() / train.accumulate
     return loss, output
-
-
-def write(row: dict[str, Any], folder: Path, accelerator: Accelerator) -> None:
-    """Append a row to the run's metrics, and send its numbers to the tracker."""
-    if accelerator.is_main_process:
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    accelerator.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=row["step"])
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -339,73 +190,65 @@ def summary(optimizer: symlm.SymOptimizer, seconds: list[float]) -> dict[str, An
     }
 
 
-def main() -> None:
-    config = read()
+def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]:
+    """Build data, model, optimizer and schedule, and have accelerate prepare them; return the tokenizer too."""
     train = config.train
-    accelerator = build_accelerator(config)
-    folder = open_folder(config, accelerator)
-    set_seed(train.seed)
-
     samples = train.steps * train.accumulate * train.batch * accelerator.num_processes
     tokenizer, data, validation = corpus.load(config.data, train.seed, samples)
     model = prepare_model(config.model, tokenizer)
     collate = corpus.Collate(model.config.vocab_size)
     routers = Routers(model, train)
-    accelerator.print(symlm.describe_routing(model, config.optimizer.preset))
-    optimizer = symlm.SymOptimizer(
+    kernels = config.optimizer.options.get("kernels", "auto")
+    accelerator.print(symlm.describe_routing(model, config.optimizer.preset, kernels=kernels))
+    plain = symlm.SymOptimizer(
         model, config.optimizer.lr, config.optimizer.preset, config.optimizer.overrides, **config.optimizer.options
     )
-    schedule = build_schedule(optimizer, train)
+    schedule = build_schedule(plain, train)
     if config.model.compile:
         model = torch.compile(model)
     loader = DataLoader(data, batch_size=train.batch, shuffle=False, drop_last=True, collate_fn=collate)
     held = DataLoader(validation, batch_size=train.batch, collate_fn=collate)
-    model, prepared, loader, held = accelerator.prepare(model, optimizer, loader, held)
+    model, optimizer, loader, held = accelerator.prepare(model, plain, loader, held)
     accelerator.register_for_checkpointing(schedule)
-    control = build_control(model, prepared, train, accelerator)
+    control = build_control(model, optimizer, train, accelerator)
+    return Training(model, optimizer, plain, schedule, loader, held, routers, control), tokenizer
 
-    checkpoints = Checkpoints(folder / "checkpoints", train.keep)
+
+def run(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path) -> list[float]:
+    """Train from the last checkpoint, if one is asked for, to the end; return the seconds of every step."""
+    train, checkpoints = config.train, Checkpoints(folder / "checkpoints", config.train.keep)
     first = checkpoints.load(accelerator) if config.resume else 0
     if accelerator.is_main_process:
-        rows = [row for row in report.read_metrics(folder) if row["step"] <= first] if first else []
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        forget_after(first, folder)
     if accelerator.log_with:
         accelerator.init_trackers("tensorboard")
-    stream = iter(accelerator.skip_first_batches(loader, first * train.accumulate) if first else loader)
+    stream = iter(accelerator.skip_first_batches(job.loader, first * train.accumulate) if first else job.loader)
     per_step = train.batch * train.accumulate * config.data.length * accelerator.num_processes
-    bar = tqdm(
-        total=train.steps * per_step,
-        initial=first * per_step,
-        unit="tok",
-        unit_scale=True,
-        disable=not accelerator.is_main_process,
-    )
+    told = {"unit": "tok", "unit_scale": True, "disable": not accelerator.is_main_process}
     seconds = []
-    for step in range(first + 1, train.steps + 1):
-        began = time.perf_counter()
-        loss, output = train_step(model, prepared, stream, routers, accelerator, train, control)
-        row: dict[str, Any] = {"step": step, "tokens": step * per_step}
-        logged, validated = (
-            step % every == 0 or step == train.steps for every in (train.log_every, train.validate_every)
-        )
-        if logged:  # reading the loss waits for the device: before the clock is read
-            row["train/loss"] = accelerator.reduce(loss, "mean").item()
-        seconds.append(time.perf_counter() - began)
-        bar.update(per_step)
-        if logged and control and control.last:
-            row |= {"radius/proposed": control.last.proposed, "radius/taken": control.last.taken}
-        if logged:
-            row |= watch(output, optimizer, routers, accelerator)
-            bar.set_postfix(loss=f"{row['train/loss']:.3f}")
-        schedule.step()
-        if validated:
-            row["val/loss"] = evaluate(model, held, accelerator)
-        if logged or validated:
-            write(row, folder, accelerator)
-        if step % train.save_every == 0 or step == train.steps:
-            checkpoints.save(accelerator, step)
-    bar.close()
-    finish(accelerator, model, tokenizer, folder, summary(optimizer, seconds))
+    with tqdm(total=train.steps * per_step, initial=first * per_step, **told) as bar:
+        for step in range(first + 1, train.steps + 1):
+            began = time.perf_counter()
+            loss, output = train_step(job, stream, accelerator, train)
+            row: dict[str, Any] = {"step": step, "tokens": step * per_step}
+            logged, validated = (
+                step % every == 0 or step == train.steps for every in (train.log_every, train.validate_every)
+            )
+            if logged:  # reading the loss waits for the device: before the clock is read
+                row["train/loss"] = accelerator.reduce(loss, "mean").item()
+            seconds.append(time.perf_counter() - began)
+            bar.update(per_step)
+            if logged:
+                row |= watch(output, job, accelerator)
+                bar.set_postfix(loss=f"{row['train/loss']:.3f}")
+            job.schedule.step()
+            if validated:
+                row["val/loss"] = evaluate(job.model, job.held, accelerator)
+            if logged or validated:
+                write(row, folder, accelerator)
+            if step % train.save_every == 0 or step == train.steps:
+                checkpoints.save(accelerator, step)
+    return seconds
 
 
 def finish(
@@ -433,6 +276,16 @@ def sample(saved: Path, tokenizer: Any, device: torch.device) -> str:
     model = AutoModelForCausalLM.from_pretrained(saved).to(device)
     prompt = tokenizer("def ", return_tensors="pt", return_token_type_ids=False).to(device)
     return tokenizer.decode(model.generate(**prompt, max_new_tokens=60, do_sample=True, temperature=0.8)[0])
+
+
+def main() -> None:
+    config = read()
+    accelerator = build_accelerator(config)
+    folder = open_folder(config, accelerator)
+    set_seed(config.train.seed)
+    job, tokenizer = prepare(config, accelerator)
+    seconds = run(job, config, accelerator, folder)
+    finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def test_the_table_pairs_seeds():
         return {"arm": arm, "seed": seed, "tokens": [1, 2], "loss": [5.0, last], **told}
 
     runs = [run("adamw", 1, 4.0), run("adamw", 2, 4.2), run("default", 1, 3.0), run("default", 2, 3.2)]
-    frame = table(runs)
+    frame = table(runs, [run("adamw", 0, 4.0), run("adamw", 0, 4.1) | {"factor": 2.0}, run("default", 0, 3.0)])
+    assert frame.loc["adamw", "rates ×"] == "1 (edge)"
+    assert frame.loc["default", "rates ×"] == "1"
     assert frame.loc["adamw", "minus default"] == "1.000 ± 0.000"
     assert frame.loc["default", "tokens to adamw's loss"].startswith("0.7")
     assert frame.loc["adamw", "tokens to adamw's loss"] == "1.000 ± 0.000"

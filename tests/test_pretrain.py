@@ -6,8 +6,8 @@ import signal
 import subprocess
 import time
 
-import pretrain
 import pytest
+import run_config
 import torch
 import yaml
 from architectures import MODELS, build_model
@@ -123,4 +123,4 @@ def test_every_configuration_is_read_and_its_roles_exist(config):
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model | small))
     groups = symlm.param_groups(network, optimizer.get("lr", 0.02), optimizer["preset"], optimizer.get("overrides"))
     assert set(optimizer.get("overrides", {})) <= {group["role"] for group in groups}
-    pretrain.read([f"--config={CONFIGS / config}.yaml"])
+    run_config.read([f"--config={CONFIGS / config}.yaml"])
