@@ -127,6 +127,15 @@ def regrouped(part: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
+def repeated_like(whole: Tensor, p: Any) -> Any:
+    """Return a tensor that every rank has whole as a DTensor on p's mesh, so that checkpoints know it is one."""
+    if not hasattr(p, "placements"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(whole, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
+
+
 def placed_like(whole: Tensor, x: Any) -> Tensor:
     """Return this rank's part of a whole tensor that every rank has, cut as the DTensor x."""
     from torch.distributed.tensor import distribute_tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 from symlm.collectives import gathered, local
 from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
-from symlm.step import whole_directions
+from symlm.step import rule_state, whole_directions
 from symlm.views import MatrixView
 
 
@@ -49,16 +49,17 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    """Return the update `ηsU` of a parameter, whole, recomputed from its state."""
+    """Return the update `ηsU` of a parameter, whole, recomputed from its state, with which a rule's own goes on."""
     whole = {key: gathered(value) for key, value in state.items()}
-    if get_rule(group["rule"]).stateful:
+    if get_rule(group["rule"]).elementwise:
         t = max(float(whole["step"]), 1.0)
         first = whole["exp_avg"] / (1 - group["betas"][0] ** t)
         second = whole["exp_avg_sq"] / (1 - group["betas"][1] ** t)
         return group["lr"] * first / (second.sqrt() + group["eps"])
     if group["momentum_of"] == "directions":
         return group["lr"] * whole["momentum"]
-    return group["lr"] * whole_directions(group, [whole["momentum"]])[0]
+    (U,), _ = whole_directions(group, [whole["momentum"]], states=[rule_state(group, whole)])
+    return group["lr"] * U
 
 
 Gather = Callable[[Tensor], Tensor]  # (1, ...) of this process -> (processes, ...)

@@ -13,7 +13,7 @@ from symlm_kernels.selection import CHOICES
 from torch import Tensor, nn
 
 from symlm.coefficients import get_schedule
-from symlm.collectives import aligned, check_agreement, everywhere, gathered, layout_of, local
+from symlm.collectives import aligned, check_agreement, everywhere, layout_of, local, repeated_like
 from symlm.partitions import Fragment, fragments_of, is_partition
 from symlm.polar import METHODS
 from symlm.roles import whole_shape
@@ -22,7 +22,7 @@ from symlm.rules import get_rule
 from symlm.scaling import SCALES
 from symlm.step import Bucket, Member, adamw_step, apply, batches, member_of, overlapped, store
 from symlm.verification import Check, Verification, departures
-from symlm.views import MatrixView
+from symlm.views import WHOLE, MatrixView
 
 log = logging.getLogger("symlm")
 
@@ -132,8 +132,9 @@ class SymOptimizer(torch.optim.Optimizer):
         loads: dict[Any, list[float]] = {}
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + (1 if group["params"] else 0)
+            self._count_step(group, finite)
             members = list(self._members(group))
-            if get_rule(group["rule"]).stateful:
+            if get_rule(group["rule"]).elementwise:
                 adamw_step(group, members, finite)
                 continue
             for batch in batches(members):
@@ -154,7 +155,7 @@ class SymOptimizer(torch.optim.Optimizer):
         """Check that every route's rule really ran, from what the last step left: no step is made, nothing changes.
 
         Directions are computed again from the momenta, and held to what their rules promise: unit rows, zero column
-        sums, singular values near 1 (`symlm.rules.PROMISES`). matrices: how many of each parameter are looked at.
+        sums, singular values near 1 (`symlm.verification.PROMISES`). matrices: how many of a parameter are looked at.
 
         Returns the checks, a table when printed. Raises: RuntimeError, naming what no step has reached and what
         broke its promise.
@@ -168,8 +169,8 @@ class SymOptimizer(torch.optim.Optimizer):
                 state = self.state.get(p, {})
                 if not state or group.get("step", 0) < 1:
                     failures.append(f"{name} ({group['role']}): no step has reached it")
-                elif p.numel() and not rule.stateful:
-                    for promise, departure in departures(group, rule, gathered(state["momentum"]), matrices).items():
+                elif p.numel() and not rule.elementwise:
+                    for promise, departure in departures(group, state, matrices).items():
                         checks.append(Check(name, group["role"], rule.name, promise, departure))
         failures += [str(check) for check in checks if not check.kept]
         if failures:
@@ -179,20 +180,42 @@ class SymOptimizer(torch.optim.Optimizer):
     def _create_state(self) -> None:
         """Give every parameter its state at once, so that all ranks and checkpoints agree on the keys."""
         for group in self.param_groups:
-            stateful = get_rule(group["rule"]).stateful
-            for p in group["params"]:
+            rule = get_rule(group["rule"])
+            for name, p in _named(group):
                 if self.state.get(p):
                     continue
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 momentum_dtype = getattr(torch, group["momentum_dtype"]) if dtype == torch.float32 else dtype
-                keys = ("exp_avg", "exp_avg_sq") if stateful else ("momentum",)
-                kind = dtype if stateful else momentum_dtype
+                keys = ("exp_avg", "exp_avg_sq") if rule.elementwise else ("momentum",)
+                kind = dtype if rule.elementwise else momentum_dtype
                 state = {key: torch.zeros_like(p, dtype=kind, memory_format=torch.preserve_format) for key in keys}
-                if stateful:
+                if rule.state:
+                    state |= self._state_of_rule(group, name, p, dtype)
+                if rule.elementwise or rule.state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 if p.dtype != dtype and group["rounding"] == "compensated":
                     state["compensation"] = torch.zeros_like(p)
                 self.state[p] = state
+
+    def _state_of_rule(self, group: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return what the rule keeps: numbers by rows lie as the rows do, matrices are whole on every rank."""
+        rule, view = get_rule(group["rule"]), MatrixView.parse(group["view"])
+        fragments = self._fragments_of(group, p)
+        if rule.row_map:
+            if fragments:
+                return {
+                    key: torch.zeros(sum(f.rows for f in fragments), 1, dtype=dtype, device=p.device)
+                    for key in rule.state
+                }
+            if not layout_of(p).gathered:
+                return {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in rule.state}
+        if fragments:
+            raise RuntimeError(
+                f"{name}: rule {rule.name!r} keeps whole matrices, for which DeepSpeed's partitions have no place; "
+                "train it with DDP or FSDP2"
+            )
+        whole = rule.start(torch.zeros(view.shape(tuple(p.shape)), dtype=dtype, device=p.device))
+        return {key: repeated_like(value[0] if rule.row_map else value, p) for key, value in whole.items()}
 
     def _check_agreement(self) -> bool:
         """At a group's first step, make sure that all ranks have one plan; tell whether there was such a group."""
@@ -259,15 +282,27 @@ class SymOptimizer(torch.optim.Optimizer):
         self.param_groups[0]["skipped"] = skipped.add_(~finite)  # in place: a captured step counts on in a replay
         return None if device.type == "cpu" and not finite else finite
 
+    def _count_step(self, group: dict[str, Any], finite: Tensor) -> None:
+        """Count the step in the state of rules that have one; torch's AdamW counts its own."""
+        for p in group["params"] if get_rule(group["rule"]).state else ():
+            if p.grad is not None:
+                self.state[p]["step"].add_(finite.to(self.state[p]["step"].device))
+
     def _members(self, group: dict[str, Any]) -> Iterator[Member]:
         for name, p in _named(group):
             if p.grad is None:
                 continue
             fragments = self._fragments_of(group, p)
-            if not fragments or get_rule(group["rule"]).stateful:  # elementwise: a partition is as good as its parts
+            if not fragments or get_rule(group["rule"]).elementwise:  # a partition is as good as its parts
                 yield member_of(name, p, aligned(p.grad, p), self.state[p], layout_of(p, group["shared"]))
-            for fragment in fragments if not get_rule(group["rule"]).stateful else ():
-                state = {key: fragment.of(value) for key, value in self.state[p].items()}
+                continue
+            keys, row = get_rule(group["rule"]).state, 0
+            for fragment in fragments:
+                state = {key: fragment.of(x) for key, x in self.state[p].items() if key not in (*keys, "step")}
+                state |= {key: self.state[p][key][row : row + fragment.rows] for key in keys}
+                if keys:
+                    state["step"] = self.state[p]["step"]
+                row += fragment.rows
                 yield member_of(fragment.name, fragment.of(p.detach()), fragment.of(p.grad), state, fragment.layout)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,8 +330,10 @@ def _refuse_unknown(what: str, key: str, known: dict[str, Any]) -> None:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    role = group["role"]
-    get_rule(group["rule"])
+    role, rule, view = group["role"], get_rule(group["rule"]), MatrixView.parse(group["view"])
+    if rule.state and (view != WHOLE if rule.row_map else view.unequal):
+        needed = "view 'whole'" if rule.row_map else "a view of equal matrices"
+        raise ValueError(f"group {role}: rule {rule.name!r} keeps a state, which needs {needed}; it has {view}")
     get_schedule(group["schedule"]).steps(group["steps"])
     choices = {
         "scale": tuple(SCALES),

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from symlm.by_rows import rows_held
 from symlm.collectives import Layout, intervals_of_all, rank_in
 from symlm.roles import whole_shape
 
@@ -24,12 +25,17 @@ class Fragment:
     stop: int
     layout: Layout
 
+    @property
+    def rows(self) -> int:
+        """How many rows of the parameter this part has any of."""
+        first, last = rows_held(self.layout)
+        return last - first
+
     def of(self, flat: Tensor) -> Tensor:
         """Return this part of the partition, or of a state shaped like it: in rows where no rank's part cuts one."""
         part, row = flat[self.start : self.stop], self.layout.shape[1:]
-        if any(edge % prod(row) for interval in self.layout.intervals for edge in interval):
-            return part
-        return part.view(-1, *row)
+        cut = any(edge % prod(row) for interval in self.layout.intervals for edge in interval)
+        return part if cut else part.view(-1, *row)
 
 
 def is_partition(p: Tensor, original: nn.Parameter) -> bool:

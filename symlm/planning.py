@@ -43,7 +43,7 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
     loads: dict[Any, list[float]] = {}
     received, temporary = [0] * (shards * copies), [0]
     for group in optimizer.param_groups:
-        if get_rule(group["rule"]).stateful:
+        if get_rule(group["rule"]).elementwise:
             continue
         members = [_member(p, layout_of_shards(tuple(p.shape), shards, copies)) for p in group["params"]]
         for batch in batches(members):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from symlm.collectives import Exchange, Layout, gathered, local, placed_like, regrouped, summed
+from symlm.by_rows import ALL, Block, RowStep
+from symlm.collectives import Exchange, Layout, gathered, local, placed_like, regrouped
 from symlm.polar import operations, polar
 from symlm.rules import get_rule
 from symlm.scaling import SCALES
 from symlm.views import WHOLE, MatrixView
 
 BATCH_ELEMENTS = 2**26  # a batch of equal shapes holds at most this many, so that temporaries stay bounded
-ALL = slice(None)
 CPU_BLOCK_ELEMENTS = 2**20  # rows that do not mix are updated in blocks that stay near a CPU's cache
 
 
@@ -50,6 +50,12 @@ class Member:
         wide = self.parameter.to(self.dtype)
         return wide + local(self.state["compensation"]) if "compensation" in self.state else wide
 
+    def keep(self, state: dict[str, Tensor], finite: Tensor, rows: slice = ALL.rows) -> None:
+        """Take over the next state of a rule, or of these rows of it, where the step happens."""
+        for key, value in state.items():
+            own = local(self.state[key])[rows]
+            own.copy_(value if own.device.type == "cpu" else torch.where(finite, value, own))
+
 
 def member_of(name: str, p: Tensor, gradient: Tensor, state: dict[str, Any], layout: Layout) -> Member:
     """Gather what a step needs of a parameter."""
@@ -75,13 +81,12 @@ def update_momenta(group: dict[str, Any], batch: list[Member], finite: Tensor) -
         M.lerp_(_masked(member.gradient, M, finite), 1 - group["momentum"])
 
 
-def seen_by_rule(group: dict[str, Any], member: Member, finite: Tensor, rows: slice = ALL) -> Tensor:
+def seen_by_rule(group: dict[str, Any], member: Member, finite: Tensor, block: Block = ALL) -> Tensor:
     """Return what the rule sees of these rows, in fp32: M, or its Nesterov look-ahead `(1−β)G + βM`."""
-    M = member.momentum[rows]
+    M, G = block.of(member.momentum), block.of(member.gradient)
     if group["momentum_of"] == "directions":
-        return _wide(_masked(member.gradient[rows], M, finite))
-    look = _masked(member.gradient[rows], M, finite).lerp(M, group["momentum"]) if group["nesterov"] else M
-    return _wide(look)
+        return _wide(_masked(G, M, finite))
+    return _wide(_masked(G, M, finite).lerp(M, group["momentum"]) if group["nesterov"] else M)
 
 
 def _masked(G: Tensor, M: Tensor, finite: Tensor) -> Tensor:
@@ -101,11 +106,12 @@ class Bucket:
         layout = self.layout = batch[0].layout
         view, rule = MatrixView.parse(group["view"]), get_rule(group["rule"])
         self.local_view = view if layout.whole else view.of_interval(layout.shape, layout.intervals)
-        whole_rows = all(edge % layout.shape[-1] == 0 for interval in layout.intervals for edge in interval)
-        cut = not layout.whole and not layout.gathered
-        self.by_rows = rule.row_map is not None and view == WHOLE and whole_rows and (cut or len(batch) == 1)
+        rows_lie_here = rule.row_map is not None and view == WHOLE and not layout.gathered
+        self.by_rows = rows_lie_here and (not layout.whole or len(batch) == 1 or bool(rule.state))
+        # A state by matrices is kept whole on every rank, which then computes every direction.
+        self.everywhere = layout.gathered or (bool(rule.state) and not layout.whole and not self.by_rows)
         shared = layout.whole and prod(layout.size) > 1 and rule.spectral
-        travels = shared or (cut and not self.by_rows and self.local_view is None)
+        travels = shared or (not layout.whole and not self.by_rows and not self.everywhere and self.local_view is None)
         self.exchange = Exchange(layout, len(batch), loads, _cost(group, layout)) if travels else None
 
     def start(self, finite: Tensor) -> None:
@@ -119,26 +125,30 @@ class Bucket:
     def compute(self) -> None:
         """Compute what this rank owns, and start to move it back."""
         if self.exchange:
-            self.exchange.compute(lambda wholes: whole_directions(self.group, wholes))
+            self.exchange.compute(lambda wholes: whole_directions(self.group, wholes)[0])
 
     def release(self) -> None:
         """Let go of what travelled and of the look-aheads: together they would be as large as the model."""
         self.momenta, self.exchange = [], None
 
-    def updates(self, finite: Tensor) -> Iterator[tuple[list[Member], slice, list[Tensor]]]:
-        """Yield members, rows of theirs, and `s·U` of these rows."""
+    def updates(self, finite: Tensor) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
+        """Yield members, a block of theirs, and its `s·U`; what the rule keeps is kept."""
         if self.exchange:
             parts = zip(self.exchange.receive(), self.momenta, strict=True)
             yield self.batch, ALL, [part.view(M.shape) for part, M in parts]
         elif self.by_rows:
             for member in self.batch:
-                for rows, U in _directions_by_rows(self.group, member, finite):
-                    yield [member], rows, [U]
-        elif self.layout.gathered:
+                for block, U in _directions_by_rows(self.group, member, finite):
+                    yield [member], block, [U]
+        elif self.everywhere:
             for member, M in zip(self.batch, self.momenta, strict=True):
-                yield [member], ALL, [_directions_everywhere(self.group, member, M)]
+                yield [member], ALL, [_direction_everywhere(self.group, member, M, finite)]
         elif self.momenta[0].numel():
-            yield self.batch, ALL, whole_directions(self.group, self.momenta, self.local_view)
+            states = [rule_state(self.group, member.state) for member in self.batch]
+            found, states = whole_directions(self.group, self.momenta, self.local_view, states)
+            for member, state in zip(self.batch, states, strict=True):
+                member.keep(state, finite)
+            yield self.batch, ALL, found
 
 
 def overlapped(buckets: list[Bucket], finite: Tensor) -> Iterator[Bucket]:
@@ -153,29 +163,52 @@ def overlapped(buckets: list[Bucket], finite: Tensor) -> Iterator[Bucket]:
         bucket.release()
 
 
-def whole_directions(group: dict[str, Any], momenta: list[Tensor], view: MatrixView | None = None) -> list[Tensor]:
-    """Return `s·rule(M)` of each whole momentum of one shape, all of a section as one stack (k·b, m, n)."""
+States = list[dict[str, Tensor]]  # what the rule keeps, of each parameter
+
+
+def rule_state(group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the part of a parameter's state that is its rule's, and the number of the step."""
+    keys = get_rule(group["rule"]).state
+    return {key: local(state[key]) for key in (*keys, "step")} if keys else {}
+
+
+def whole_directions(
+    group: dict[str, Any], momenta: list[Tensor], view: MatrixView | None = None, states: States | None = None
+) -> tuple[list[Tensor], States]:
+    """Return `s·rule(M)` of whole momenta of one shape, all of a section as one stack, and the rule's next states.
+
+    states: as `rule_state` gives them; without them, those of a rule's first step.
+    """
     view = view or MatrixView.parse(group["view"])
     shape = tuple(momenta[0].shape)
     parts = [view.sections(_wide(M)) for M in momenta]
     if len(parts[0]) == 1:
-        return _stack_directions(group, view, [_wide(M) for M in momenta], shape)
+        return _stack_directions(group, view, [_wide(M) for M in momenta], shape, states)
     results = [torch.empty_like(_wide(M), memory_format=torch.contiguous_format) for M in momenta]
     for k, (section_view, first) in enumerate(parts[0]):
-        found = _stack_directions(group, section_view, [own[k][1] for own in parts], tuple(first.shape))
+        found, _ = _stack_directions(group, section_view, [own[k][1] for own in parts], tuple(first.shape))
         for result, U in zip(results, found, strict=True):
             view.sections(result)[k][1].copy_(U)
-    return results
+    return results, [{} for _ in momenta]
 
 
 def _stack_directions(
-    group: dict[str, Any], view: MatrixView, momenta: list[Tensor], shape: tuple[int, ...]
-) -> list[Tensor]:
-    stacks = [view.to_matrices(M) for M in momenta]
-    stack = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
-    U = get_rule(group["rule"])(stack, polar=lambda X: _polar(group, X))
-    U = U.mul_(_scale(group, view, shape))
-    return [view.from_matrices(part, shape) for part in U.split(len(stacks[0]))]
+    group: dict[str, Any],
+    view: MatrixView,
+    momenta: list[Tensor],
+    shape: tuple[int, ...],
+    states: States | None = None,
+) -> tuple[list[Tensor], States]:
+    rule, stacks = get_rule(group["rule"]), [view.to_matrices(M) for M in momenta]
+    stack, count = stacks[0] if len(stacks) == 1 else torch.cat(stacks), len(stacks[0])
+    told: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
+    kept = rule.start(stack)
+    if rule.state and states:
+        kept = {key: torch.cat([state[key].view(count, *kept[key].shape[1:]) for state in states]) for key in kept}
+        told["step"] = torch.cat([state["step"].expand(count) for state in states]).view(-1, 1, 1)
+    U, kept = rule.advance(stack, kept, **told)
+    found = [view.from_matrices(part, shape) for part in U.mul_(_scale(group, view, shape)).split(count)]
+    return found, [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(stacks))]
 
 
 def _polar(group: dict[str, Any], X: Tensor) -> Tensor:
@@ -189,26 +222,27 @@ def _polar(group: dict[str, Any], X: Tensor) -> Tensor:
     )
 
 
-def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -> Iterator[tuple[Block, Tensor]]:
     """Yield a row rule's `s·U` block by block, so that a vocabulary's temporaries stay small; no row travels."""
-    rule, layout, M = get_rule(group["rule"]), member.layout, member.momentum
-    size = _scale(group, WHOLE, layout.shape)
-    elements = CPU_BLOCK_ELEMENTS if M.device.type == "cpu" else BATCH_ELEMENTS
+    state = rule_state(group, member.state)
+    settings = {"step": state.pop("step"), "beta2": group["betas"][1]} if state else {}
+    elements = CPU_BLOCK_ELEMENTS if member.parameter.device.type == "cpu" else BATCH_ELEMENTS
 
-    def total(x: Tensor) -> Tensor:
-        return summed(x, layout)
+    def seen(block: Block) -> Tensor:
+        return seen_by_rule(group, member, finite, block)
 
-    def seen(rows: slice) -> Tensor:
-        return seen_by_rule(group, member, finite, rows)
+    rows = RowStep(get_rule(group["rule"]), member.layout, member.momentum, seen, state, settings)
+    size = _scale(group, WHOLE, member.layout.shape)
+    for block, U, kept in rows.directions(elements):
+        member.keep(kept, finite, block.rows)
+        yield block, U.mul_(size)
 
-    for rows, U in rule.blocks(M, elements, layout.shape[0], total, seen):
-        yield rows, U.mul_(size)
 
-
-def _directions_everywhere(group: dict[str, Any], member: Member, M: Tensor) -> Tensor:
-    """Gather a momentum whose placement is no interval on every rank, and keep this rank's part of `s·U`."""
+def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, finite: Tensor) -> Tensor:
+    """Gather a momentum on every rank, where its parts or the rule's state are no intervals; keep this rank's part."""
     stored = member.state["momentum"]
-    (U,) = whole_directions(group, [gathered(regrouped(M, stored))])
+    (U,), (state,) = whole_directions(group, [gathered(regrouped(M, stored))], states=[rule_state(group, member.state)])
+    member.keep({key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
     return placed_like(U, stored)
 
 
@@ -233,14 +267,14 @@ def _cost(group: dict[str, Any], layout: Layout) -> float:
     return total
 
 
-def apply(group: dict[str, Any], members: list[Member], rows: slice, updates: list[Tensor], finite: Tensor) -> None:
-    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on these rows of the fp32 master; or with U's own momentum in its place."""
+def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> None:
+    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on this block of the fp32 master; or with U's own momentum in its place."""
     lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     decay = group["weight_decay"] * group["weight_decay_multiplier"]
     for member, U in zip(members, updates, strict=True):
-        W = member.master[rows]
+        W = block.of(member.master)
         if group["momentum_of"] == "directions":
-            M = member.momentum[rows]
+            M = block.of(member.momentum)
             U = M.lerp_(_masked(U, M, finite), 1 - group["momentum"])
         if decay:
             W.mul_(1 - lr * decay)

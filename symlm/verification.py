@@ -3,11 +3,24 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from symlm.rules import PROMISES, Rule
-from symlm.step import whole_directions
+from symlm.collectives import gathered
+from symlm.rules import Rule, get_rule
+from symlm.rules.rule import DENSE
+from symlm.step import rule_state, whole_directions
 from symlm.views import MatrixView
+
+PROMISES = {  # the departure that rounding, or five Newton–Schulz steps, may leave
+    "unit rows": 1e-3,
+    "rows' directions": 1e-3,
+    "unit RMS": 1e-3,
+    "zero column sums": 1e-3,
+    "singular values": 0.35,
+    "spectral norm": 0.35,
+    "signs": 1e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,46 @@ class Verification(list[Check]):
         )
 
 
-def departures(group: dict[str, Any], rule: Rule, momentum: Tensor, matrices: int) -> dict[str, float]:
-    """Return how far the direction of a whole momentum is from each of its rule's promises."""
-    unscaled = {**group, "scale": "unit"}
-    (U,) = whole_directions(unscaled, [momentum])
+def departures(group: dict[str, Any], state: dict[str, Any], matrices: int) -> dict[str, float]:
+    """Return how far a parameter's direction, computed again from its state, is from each of its rule's promises."""
+    whole = {key: gathered(value) for key, value in state.items()}
+    momentum, states = whole["momentum"], [rule_state(group, whole)]
+    (U,), _ = whole_directions({**group, "scale": "unit"}, [momentum], states=states)
     worst: dict[str, float] = {}
     view = MatrixView.parse(group["view"])
     for (section, M), (_, part) in zip(view.sections(momentum), view.sections(U), strict=True):
         stacks = [section.to_matrices(x.double())[:matrices] for x in (M, part)]
-        for promise, departure in rule.departures(*stacks).items():
+        for promise, departure in departures_of(get_rule(group["rule"]), *stacks).items():
             worst[promise] = max(worst.get(promise, 0.0), departure)
     return worst
+
+
+def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
+    """Return how far U is from what a rule promises of M, by promise.
+
+    Shapes: (b, m, n) twice, float64. Rows and matrices that are zero promise nothing. Reads the device, and takes SVDs.
+    """
+    found = {}
+    lengths, moved = M.norm(dim=-1), U.norm(dim=-1)
+    if rule.row_map and not rule.symmetry.shift:
+        if rule.state:
+            along = (M * U).sum(dim=-1) / (lengths * moved).clamp(min=1e-300)
+            found["rows' directions"] = (along - 1)[lengths > 0].abs()
+        else:
+            found["unit rows"] = (moved - 1)[lengths > 0].abs()
+    if rule.symmetry.shift:
+        found["zero column sums"] = U.sum(dim=-2).abs() / U.abs().sum(dim=-2).clamp(min=1e-300)
+    if "rotation" in rule.state:
+        sizes = U.square().mean(dim=(-2, -1))
+        found["unit RMS"] = (sizes - 1)[sizes > 0].abs()
+    elif rule.symmetry == DENSE:
+        L, S, Rh = torch.linalg.svd(M, full_matrices=False)
+        size = S.sum(dim=-1, keepdim=True) if rule.degree else torch.ones_like(S[..., :1])
+        own = (L.mT @ U @ Rh.mT).diagonal(dim1=-2, dim2=-1) / size.clamp(min=1e-300)
+        found["singular values"] = (own - 1)[1e-2 * S.norm(dim=-1, keepdim=True) < S].abs()
+    elif rule.spectral and rule.name.endswith("polar"):
+        norms = torch.linalg.matrix_norm(U, ord=2)
+        found["spectral norm"] = (norms - 1)[norms > 0].abs()
+    if rule.name == "sign":
+        found["signs"] = (U.abs() - 1)[M != 0].abs()
+    return {promise: float(values.max()) for promise, values in found.items() if values.numel()}

@@ -61,6 +61,11 @@ class MatrixView:
         """Return how many axes the stored tensor has."""
         return len(self._sides[0])
 
+    @property
+    def unequal(self) -> list[str]:
+        """Return the axes that are cut in blocks of unequal size."""
+        return [key for key, size in self.sizes.items() if len(size) > 1]
+
     def _lengths(self, shape: tuple[int, ...]) -> dict[str, int]:
         """Solve for every axis length of a stored tensor of this shape."""
         stored, _ = self._sides
@@ -83,8 +88,7 @@ class MatrixView:
 
     def sections(self, stored: Tensor) -> list[tuple["MatrixView", Tensor]]:
         """Return the blocks of unequal size, each a view of the stored tensor with the MatrixView that reads it."""
-        unequal = [key for key, size in self.sizes.items() if len(size) > 1]
-        if not unequal:
+        if not self.unequal:
             return [(self, stored)]
         left, _ = self._sides
         lengths = self._lengths(tuple(stored.shape))
@@ -93,7 +97,7 @@ class MatrixView:
         for k in reversed(range(len(left))):  # splitting axes never copies
             split = split.unflatten(k, [lengths[name] for name in left[k]]) if len(left[k]) > 1 else split
         view = MatrixView(" ".join(names) + " ->" + self.pattern.split("->")[1])
-        return [(view, part) for part in split.split(self.sizes[unequal[0]], dim=names.index(unequal[0]))]
+        return [(view, part) for part in split.split(self.sizes[self.unequal[0]], dim=names.index(self.unequal[0]))]
 
     def of_interval(self, shape: tuple[int, ...], intervals: tuple[tuple[int, int], ...]) -> "MatrixView | None":
         """Return the view of one part of the flat stored tensor, if every part holds whole matrices; else None."""
@@ -102,7 +106,7 @@ class MatrixView:
         left, right = self._sides
         first, lengths = left[0][0], self._lengths(shape)
         unit = prod(shape) // lengths[first]
-        if right[0][:1] != (first,) or any(len(size) > 1 for size in self.sizes.values()):
+        if right[0][:1] != (first,) or self.unequal:
             return None
         if any(edge % unit for interval in intervals for edge in interval):
             return None

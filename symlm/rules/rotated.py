@@ -1,0 +1,95 @@
+"""ARO: a base rule in coordinates that are rotated anew each step, from the momentum and the base rule itself.
+
+`R' = QR(M f(RᵀM)ᵀ)`, `U = R' f(R'ᵀM)`, scaled to an RMS of 1. The rows are the residual stream's dimensions. R is
+state: under M -> QM it moves along, R -> QR, or the map is not equivariant. Source: arXiv 2602.09006.
+"""
+
+from collections.abc import Callable
+from math import sqrt
+
+import torch
+from symlm_kernels.reference import unit_rows
+from torch import Tensor
+
+from symlm.rules.rule import A_ROTATION, ROTATED_SQUARES, rule
+from symlm.symmetry import Symmetry, rotations, signed_permutations
+
+SHIFT = 1e-7  # of the Gram matrix, relative to its mean eigenvalue
+ROTATED = Symmetry(left=rotations, right=signed_permutations)
+Rotated = tuple[Tensor, dict[str, Tensor]]
+Base = Callable[[Tensor], Tensor]
+
+
+def sinkhorn(M: Tensor, rounds: int = 5) -> Tensor:
+    """Return M after `rounds` of unit rows, then unit columns; whether they take turns is told both ways."""
+    for _ in range(rounds):
+        M = unit_rows(unit_rows(M).mT).mT
+    return M
+
+
+@rule(ROTATED, state={"rotation": A_ROTATION})
+def aro_sinkhorn(M: Tensor, rotation: Tensor) -> Rotated:
+    """Return ARO's direction with rows and columns of unit length as its base, and the new rotation."""
+    return rotate(M, rotation, sinkhorn)
+
+
+@rule(ROTATED, state={"rotation": A_ROTATION})
+def aro_sign(M: Tensor, rotation: Tensor) -> Rotated:
+    """Return ARO's direction with the sign of each entry as its base, and the new rotation."""
+    return rotate(M, rotation, torch.sign)
+
+
+@rule(Symmetry(left=rotations, right=rotations), state={"rotation": A_ROTATION})
+def aro_rows(M: Tensor, rotation: Tensor) -> Rotated:
+    """Return ARO's direction with unit rows as its base, and the new rotation; a constant M makes it polar(M)."""
+    return rotate(M, rotation, unit_rows)
+
+
+@rule(ROTATED, state={"rotation": A_ROTATION, "squares": ROTATED_SQUARES})
+def aro_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> Rotated:
+    """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²`, the new rotation and V."""
+
+    def mean(X: Tensor) -> Tensor:
+        return squares.to(X.dtype).lerp(X.square(), 1 - beta2)
+
+    U, state = rotate(M, rotation, lambda X: X * mean(X).rsqrt().nan_to_num(posinf=0.0))
+    return U, {**state, "squares": mean(state["rotation"].mT @ M)}
+
+
+def rotate(M: Tensor, R: Tensor, base: Base, qr: Base | None = None) -> Rotated:
+    """Return the direction and the new rotation of any base rule.  Shapes: M (..., m, n), R (..., m, m).
+
+    M is taken at an RMS of 1 first, so that no square overflows. qr: `cholesky_qr` (default) or `orthonormal`.
+    """
+    dtype = torch.promote_types(M.dtype, torch.float32)
+    X, R = unit_rms(M.to(dtype)), R.to(dtype)
+    R = (qr or cholesky_qr)(X @ base(R.mT @ X).mT)
+    return unit_rms(R @ base(R.mT @ X)).to(M.dtype), {"rotation": R}
+
+
+def unit_rms(M: Tensor) -> Tensor:
+    """Return M scaled to an RMS of 1 over its entries; a zero matrix stays zero.  Shapes: (..., m, n) -> same."""
+    return sqrt(M.shape[-2] * M.shape[-1]) * unit_rows(M.flatten(-2)).reshape(M.shape)
+
+
+def orthonormal(A: Tensor) -> Tensor:
+    """Return the Q of Householder's QR with a positive diagonal of R.  Shapes: (..., m, m) -> same."""
+    Q, R = torch.linalg.qr(A)
+    signs = R.diagonal(dim1=-2, dim2=-1).sign()
+    return Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
+
+
+def cholesky_qr(A: Tensor) -> Tensor:
+    """Return the same by `K = AᵀA + εI = LLᵀ`, `Q = A L^{-T}`, `Q(3I − QᵀQ)/2`; by Householder where that fails.
+
+    Shapes: (..., m, m) -> same. Fails for a singular A: then K's smallest eigenvalue is the shift. Reads the device.
+    """
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    A = A / A.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+    K = A.mT @ A
+    shift = SHIFT * K.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    L, failed = torch.linalg.cholesky_ex(K + shift * eye)
+    Q = torch.linalg.solve_triangular(L.mT, A, upper=True, left=False)
+    Q = Q @ (1.5 * eye - 0.5 * Q.mT @ Q)
+    bad = (failed > 0) | ~((Q.mT @ Q - eye).abs().amax(dim=(-2, -1)) < 1e-2)
+    return torch.where(bad[..., None, None], orthonormal(A), Q) if bad.any() else Q
