@@ -1,6 +1,7 @@
 """Every tolerance of the suite, with the reason for its size."""
 
 EXACT = 1e-12  # float64: rounding of a few hundred additions, relative
+ROTATED = 1e-8  # float64 through a Gram matrix at condition 1e6, which the kept part of the old rotation bounds
 MUST_FAIL = 0.05  # relative change that a broken symmetry shows at least
 BRAKE = 1e-6  # the same of AuON, whose scalar alone breaks it, by about 1/6N of N entries squared
 RUN = 1e-8  # float64 after five training steps of a network

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics import BRAKE, EXACT, MUST_FAIL, relative
+from numerics import BRAKE, EXACT, MUST_FAIL, ROTATED, relative
 
 from symlm.polar import polar
 from symlm.rules import RULES
@@ -15,22 +15,44 @@ def matrix(shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def violation(rule, symmetry, M):
-    """Return the largest relative departure of U from the claim over a few group elements."""
-    worst = 0.0
+def rounding(rule):
+    return ROTATED if "rotation" in rule.state else EXACT
+
+
+def kept(rule, M):
+    """Return what the rule keeps after two steps on other matrices: nothing special."""
+    state = rule.start(M)
+    for step in (1, 2):
+        _, state = rule.advance(matrix(M.shape, seed=step), state, step=step)
+    return state
+
+
+def violation(rule, symmetry, M, transported=True):
+    """Return the largest relative departure of U and of the next state from the claim over a few group elements."""
+    worst, before = 0.0, kept(rule, M)
+    U, after = rule.advance(M, before, step=3)
     for seed in range(4):
         L, R = symmetry.sample(*M.shape[-2:], torch.Generator().manual_seed(seed))
-        worst = max(worst, relative(rule(act(M, L, R)), act(rule(M), L, R)))
+        moved = {key: rule.state[key].act(value, L, R) if transported else value for key, value in before.items()}
+        found, state = rule.advance(act(M, L, R), moved, step=3)
+        worst = max(worst, relative(found, act(U, L, R)))
+        for key, value in state.items() if transported else ():
+            worst = max(worst, relative(value, rule.state[key].act(after[key], L, R)))
     if symmetry.shift:
-        shift = matrix((1, M.shape[-1]), seed=9)
-        worst = max(worst, relative(rule(M + shift), rule(M)), rule(M).sum(-2).norm().item())
+        found, _ = rule.advance(M + matrix((1, M.shape[-1]), seed=9), before, step=3)
+        worst = max(worst, relative(found, U), U.sum(-2).norm().item())
     return worst
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_rule_keeps_the_symmetry_it_claims(rule, shape):
-    assert violation(rule, rule.symmetry, matrix(shape)) < EXACT
+    assert violation(rule, rule.symmetry, matrix(shape)) < rounding(rule)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.state], ids=lambda rule: rule.name)
+def test_a_state_left_behind_breaks_it(rule):
+    assert violation(rule, rule.symmetry, matrix((7, 12)), transported=False) > MUST_FAIL
 
 
 @pytest.mark.parametrize(
@@ -48,7 +70,7 @@ def test_rule_breaks_the_next_larger_symmetry(rule, larger):
 @pytest.mark.parametrize("factor", [7.0, 1e-30, 1e30])
 def test_rule_has_its_degree(rule, factor):
     M = matrix((12, 7))
-    assert relative(rule(factor * M) / factor**rule.degree, rule(M)) < EXACT
+    assert relative(rule(factor * M) / factor**rule.degree, rule(M)) < rounding(rule)
 
 
 def exact(M):
@@ -73,6 +95,24 @@ def C(M):
     return M - M.mean(0)
 
 
+def aro(f):
+    def rule(M):
+        A = M / M.square().mean().sqrt() @ f(M).T
+        Q, R = torch.linalg.qr(A + 1e-3 * A.norm() / len(A) ** 0.5 * torch.eye(len(A)))
+        Q = Q * R.diagonal().sign()
+        U = Q @ f(Q.T @ M)
+        return U / U.square().mean().sqrt()
+
+    return rule
+
+
+def S(M):
+    for _ in range(5):
+        M = D(M)
+        M = M / M.norm(dim=0)
+    return M
+
+
 FORMULAS = {
     "polar": exact,
     "left_spectral": exact,
@@ -80,6 +120,12 @@ FORMULAS = {
     "polargrad": lambda M: torch.linalg.svdvals(M).sum() * exact(M),
     "row_norm": D,
     "centered_row_norm": lambda M: C(D(C(M))),
+    "row_adam": D,
+    "centered_row_adam": lambda M: C(D(C(M))),
+    "aro_sinkhorn": aro(S),
+    "aro_sign": aro(torch.sign),
+    "aro_rows": aro(D),
+    "aro_adam": aro(torch.sign),
     "row_then_polar": lambda M: exact(D(M)),
     "polar_then_row": lambda M: D(exact(M)),
     "centered_polar": lambda M: exact(C(M)),
@@ -100,7 +146,7 @@ def test_every_rule_has_a_formula_here():
 @pytest.mark.parametrize("name", FORMULAS)
 def test_rule_is_its_formula(name):
     M = matrix((12, 7), seed=3)
-    assert relative(RULES[name](M, polar=lambda X: polar(X, "svd")), FORMULAS[name](M)) < EXACT
+    assert relative(RULES[name](M, polar=lambda X: polar(X, "svd")), FORMULAS[name](M)) < rounding(RULES[name])
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -120,24 +166,9 @@ def test_rule_leaves_its_input_alone_and_sends_zero_to_zero(rule, dtype):
 def test_rule_survives_fp32_extremes(rule, factor):
     M = matrix((12, 7)).float()
     U = rule(M * factor) / factor**rule.degree
-    assert relative(U, rule(M)) < 1e-4
+    assert relative(U, rule(M)) < (1e-3 if rule.state else 1e-4)
 
 
 def test_rule_refuses_a_vector():
     with pytest.raises(ValueError, match=r"wants \(\.\.\., m, n\)"):
         RULES["row_norm"](torch.ones(3))
-
-
-@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.row_map], ids=lambda rule: rule.name)
-@pytest.mark.parametrize("elements", [1, 40, 10**6])
-def test_blocks_of_rows_are_the_rule(rule, elements):
-    M = matrix((12, 7))
-    blocks = list(rule.blocks(M, elements))
-    assert torch.cat([U for _, U in blocks]).shape == M.shape
-    assert all(relative(U, rule(M)[rows]) < EXACT for rows, U in blocks)
-    assert len(blocks) == {1: 12, 40: 3, 10**6: 1}[elements]
-
-
-def test_rule_that_mixes_rows_has_no_blocks():
-    with pytest.raises(ValueError, match="mixes rows"):
-        next(RULES["polar"].blocks(matrix((12, 7)), 10))

@@ -1,6 +1,6 @@
 """ARO: a base rule in coordinates that are rotated anew each step, from the momentum and the base rule itself.
 
-`R' = QR(M f(RᵀM)ᵀ)`, `U = R' f(R'ᵀM)`, scaled to an RMS of 1. The rows are the residual stream's dimensions. R is
+`R' = QR(M f(RᵀM)ᵀ + εR)`, `U = R' f(R'ᵀM)`, scaled to an RMS of 1. The rows are the residual stream's dimensions. R is
 state: under M -> QM it moves along, R -> QR, or the map is not equivariant. Source: arXiv 2602.09006.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from symlm.rules.rule import A_ROTATION, ROTATED_SQUARES, rule
 from symlm.symmetry import Symmetry, rotations, signed_permutations
 
-SHIFT = 1e-7  # of the Gram matrix, relative to its mean eigenvalue
+KEPT = 1e-3  # ε, relative to the other term: where M says nothing, the old rotation stays, and no QR is singular
 ROTATED = Symmetry(left=rotations, right=signed_permutations)
 Rotated = tuple[Tensor, dict[str, Tensor]]
 Base = Callable[[Tensor], Tensor]
@@ -49,11 +49,13 @@ def aro_rows(M: Tensor, rotation: Tensor) -> Rotated:
 def aro_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> Rotated:
     """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²`, the new rotation and V."""
 
+    X = unit_rms(M.to(_wide(M)))
+
     def mean(X: Tensor) -> Tensor:
         return squares.to(X.dtype).lerp(X.square(), 1 - beta2)
 
-    U, state = rotate(M, rotation, lambda X: X * mean(X).rsqrt().nan_to_num(posinf=0.0))
-    return U, {**state, "squares": mean(state["rotation"].mT @ M)}
+    U, state = rotate(X, rotation, lambda X: X * mean(X).rsqrt().nan_to_num(posinf=0.0))
+    return U.to(M.dtype), {**state, "squares": mean(state["rotation"].mT @ X)}
 
 
 def rotate(M: Tensor, R: Tensor, base: Base, qr: Base | None = None) -> Rotated:
@@ -61,10 +63,16 @@ def rotate(M: Tensor, R: Tensor, base: Base, qr: Base | None = None) -> Rotated:
 
     M is taken at an RMS of 1 first, so that no square overflows. qr: `cholesky_qr` (default) or `orthonormal`.
     """
-    dtype = torch.promote_types(M.dtype, torch.float32)
+    dtype = _wide(M)
     X, R = unit_rms(M.to(dtype)), R.to(dtype)
-    R = (qr or cholesky_qr)(X @ base(R.mT @ X).mT)
+    A = X @ base(R.mT @ X).mT
+    size = torch.linalg.matrix_norm(A, keepdim=True) / sqrt(A.shape[-1])
+    R = (qr or cholesky_qr)(A + KEPT * size * R)
     return unit_rms(R @ base(R.mT @ X)).to(M.dtype), {"rotation": R}
+
+
+def _wide(M: Tensor) -> torch.dtype:
+    return torch.promote_types(M.dtype, torch.float32)
 
 
 def unit_rms(M: Tensor) -> Tensor:
@@ -87,7 +95,7 @@ def cholesky_qr(A: Tensor) -> Tensor:
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A = A / A.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
     K = A.mT @ A
-    shift = SHIFT * K.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    shift = torch.finfo(A.dtype).eps * K.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     L, failed = torch.linalg.cholesky_ex(K + shift * eye)
     Q = torch.linalg.solve_triangular(L.mT, A, upper=True, left=False)
     Q = Q @ (1.5 * eye - 0.5 * Q.mT @ Q)
