@@ -49,7 +49,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    """Return the update `ηsU` of a parameter, whole, recomputed from its state, with which a rule's own goes on."""
+    """Return the update `ηsU` of a parameter, whole, recomputed from its state."""
     whole = {key: gathered(value) for key, value in state.items()}
     if get_rule(group["rule"]).elementwise:
         t = max(float(whole["step"]), 1.0)
@@ -58,7 +58,7 @@ def update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         return group["lr"] * first / (second.sqrt() + group["eps"])
     if group["momentum_of"] == "directions":
         return group["lr"] * whole["momentum"]
-    (U,), _ = whole_directions(group, [whole["momentum"]], states=[rule_state(group, whole)])
+    (U,), _ = whole_directions(group, [whole["momentum"]], states=[rule_state(group, whole)], refresh=False)
     return group["lr"] * U
 
 

@@ -123,8 +123,8 @@ class SymOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._create_state()
         is_first = self._check_agreement()
+        self._create_state()
         finite = self._finite()
         if finite is None:
             return loss

@@ -86,18 +86,22 @@ _NESTEROV = {"nesterov": True}
 _HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_NESTEROV)
 _IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_NESTEROV)
 _OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
-_TOKENS = Route("row_norm", "whole", "row_rms", 2.2, 0.0, "a row is a token", _NESTEROV)
-_LOGITS = Route("centered_row_norm", "whole", "inverse_row_rms", 5.6, 0.0, "softmax ignores a shared shift", _NESTEROV)
+_MEAN_OF_TEN = {"momentum": 0.9}  # steps; tokens come and go, and no look-ahead is as good as Adam's own mean
+_TOKENS = Route("row_adam", "whole", "row_rms", 2.5, 0.0, "a row is a token, rare or frequent", _MEAN_OF_TEN)
+_LOGITS = Route(
+    "centered_row_adam", "whole", "inverse_row_rms", 17.0, 0.0, "softmax ignores a shared shift", _MEAN_OF_TEN
+)
+_EXPERTS = Route("centered_row_norm", "whole", "inverse_row_rms", 5.6, 0.0, "top-k softmax ignores it too", _NESTEROV)
 _ADAMW = Route("adamw", scale="unit", lr=0.25, weight_decay=0.0, why="no matrix: elementwise")
 
 ROUTES: dict[Role, Route] = make_table(
     {
         Role.EMBEDDING: _TOKENS,
         Role.TIED_EMBEDDING: replace(
-            _TOKENS, scale="inverse_row_rms", lr=5.6, why="a row is a token; tied, so no shared shift"
+            _TOKENS, scale="inverse_row_rms", lr=17.0, why="a row is a token; tied, so no shared shift"
         ),
         Role.LM_HEAD: _LOGITS,
-        Role.ROUTER: replace(_LOGITS, why="top-k softmax ignores a shared shift"),
+        Role.ROUTER: _EXPERTS,
         **dict.fromkeys((Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_O), _HEADS),
         Role.ATTENTION_QKV: replace(_HEADS, why="each head of q, k and v is a matrix of its own"),
         Role.MLP_IN: _IN,

@@ -173,17 +173,22 @@ def rule_state(group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor
 
 
 def whole_directions(
-    group: dict[str, Any], momenta: list[Tensor], view: MatrixView | None = None, states: States | None = None
+    group: dict[str, Any],
+    momenta: list[Tensor],
+    view: MatrixView | None = None,
+    states: States | None = None,
+    refresh: bool = True,
 ) -> tuple[list[Tensor], States]:
     """Return `s·rule(M)` of whole momenta of one shape, all of a section as one stack, and the rule's next states.
 
-    states: as `rule_state` gives them; without them, those of a rule's first step.
+    states: as `rule_state` gives them; without them, those of a rule's first step. refresh: False to compute again
+    what a step did, from the states that it left.
     """
     view = view or MatrixView.parse(group["view"])
     shape = tuple(momenta[0].shape)
     parts = [view.sections(_wide(M)) for M in momenta]
     if len(parts[0]) == 1:
-        return _stack_directions(group, view, [_wide(M) for M in momenta], shape, states)
+        return _stack_directions(group, view, [_wide(M) for M in momenta], shape, states, refresh)
     results = [torch.empty_like(_wide(M), memory_format=torch.contiguous_format) for M in momenta]
     for k, (section_view, first) in enumerate(parts[0]):
         found, _ = _stack_directions(group, section_view, [own[k][1] for own in parts], tuple(first.shape))
@@ -198,15 +203,20 @@ def _stack_directions(
     momenta: list[Tensor],
     shape: tuple[int, ...],
     states: States | None = None,
+    refresh: bool = True,
 ) -> tuple[list[Tensor], States]:
     rule, stacks = get_rule(group["rule"]), [view.to_matrices(M) for M in momenta]
     stack, count = stacks[0] if len(stacks) == 1 else torch.cat(stacks), len(stacks[0])
     told: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
-    kept = rule.start(stack)
     if rule.state and states:
-        kept = {key: torch.cat([state[key].view(count, *kept[key].shape[1:]) for state in states]) for key in kept}
+        parts = {key: [state[key].view(count, -1, state[key].shape[-1]) for state in states] for key in rule.state}
+        kept = {key: torch.cat(part) for key, part in parts.items()}
         told["step"] = torch.cat([state["step"].expand(count) for state in states]).view(-1, 1, 1)
-    U, kept = rule.advance(stack, kept, **told)
+    else:
+        kept = rule.start(stack)
+    if refresh:
+        kept = rule.refreshed(stack, kept, told["beta2"])
+    U = rule.direction(stack, kept, **told)
     found = [view.from_matrices(part, shape) for part in U.mul_(_scale(group, view, shape)).split(count)]
     return found, [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(stacks))]
 

@@ -31,7 +31,8 @@ def kept(rule):
 @pytest.mark.parametrize("elements", [1, 40, 10**6])
 def test_blocks_of_rows_are_the_rule(rule, elements):
     M, layout = matrix(), Layout(SHAPE, ((0, 84),))
-    U, state = rule.advance(M, kept(rule), **{"step": 3, "beta2": 0.95})
+    state = rule.refreshed(M, kept(rule))
+    U = rule.direction(M, state, step=3)
     found = list(RowStep(rule, layout, M, lambda block: block.of(M), kept(rule), settings(rule)).directions(elements))
     assert len(found) == {1: 12, 40: 3, 10**6: 1}[elements]
     for block, part, own in found:

@@ -23,23 +23,26 @@ def kept(rule, M):
     """Return what the rule keeps after two steps on other matrices: nothing special."""
     state = rule.start(M)
     for step in (1, 2):
-        _, state = rule.advance(matrix(M.shape, seed=step), state, step=step)
+        state = rule.refreshed(matrix(M.shape, seed=step), state)
     return state
 
 
 def violation(rule, symmetry, M, transported=True):
     """Return the largest relative departure of U and of the next state from the claim over a few group elements."""
     worst, before = 0.0, kept(rule, M)
-    U, after = rule.advance(M, before, step=3)
+    after = rule.refreshed(M, before)
+    U = rule.direction(M, after, step=3)
     for seed in range(4):
         L, R = symmetry.sample(*M.shape[-2:], torch.Generator().manual_seed(seed))
         moved = {key: rule.state[key].act(value, L, R) if transported else value for key, value in before.items()}
-        found, state = rule.advance(act(M, L, R), moved, step=3)
+        state = rule.refreshed(act(M, L, R), moved)
+        found = rule.direction(act(M, L, R), state, step=3)
         worst = max(worst, relative(found, act(U, L, R)))
         for key, value in state.items() if transported else ():
             worst = max(worst, relative(value, rule.state[key].act(after[key], L, R)))
     if symmetry.shift:
-        found, _ = rule.advance(M + matrix((1, M.shape[-1]), seed=9), before, step=3)
+        shifted = M + matrix((1, M.shape[-1]), seed=9)
+        found = rule.direction(shifted, rule.refreshed(shifted, before), step=3)
         worst = max(worst, relative(found, U), U.sum(-2).norm().item())
     return worst
 

@@ -1,6 +1,6 @@
 """ARO: a base rule in coordinates that are rotated anew each step, from the momentum and the base rule itself.
 
-`R' = QR(M f(RᵀM)ᵀ + εR)`, `U = R' f(R'ᵀM)`, scaled to an RMS of 1. The rows are the residual stream's dimensions. R is
+`R <- QR(M f(RᵀM)ᵀ + εR)`, `U = R f(RᵀM)`, scaled to an RMS of 1. The rows are the residual stream's dimensions. R is
 state: under M -> QM it moves along, R -> QR, or the map is not equivariant. Source: arXiv 2602.09006.
 """
 
@@ -16,7 +16,6 @@ from symlm.symmetry import Symmetry, rotations, signed_permutations
 
 KEPT = 1e-3  # ε, relative to the other term: where M says nothing, the old rotation stays, and no QR is singular
 ROTATED = Symmetry(left=rotations, right=signed_permutations)
-Rotated = tuple[Tensor, dict[str, Tensor]]
 Base = Callable[[Tensor], Tensor]
 
 
@@ -27,52 +26,63 @@ def sinkhorn(M: Tensor, rounds: int = 5) -> Tensor:
     return M
 
 
-@rule(ROTATED, state={"rotation": A_ROTATION})
-def aro_sinkhorn(M: Tensor, rotation: Tensor) -> Rotated:
-    """Return ARO's direction with rows and columns of unit length as its base, and the new rotation."""
+def refresh(base: Base, qr: Base | None = None) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """Return `(M, R) -> QR(M f(RᵀM)ᵀ + εR)` for a base f, by `cholesky_qr`, or by `orthonormal`."""
+
+    def refreshed(M: Tensor, rotation: Tensor) -> dict[str, Tensor]:
+        X, R = _wide(M), rotation.to(_wide(M).dtype)
+        A = X @ base(R.mT @ X).mT
+        size = torch.linalg.matrix_norm(A, keepdim=True) / sqrt(A.shape[-1])
+        return {"rotation": (qr or cholesky_qr)(A + KEPT * size * R)}
+
+    return refreshed
+
+
+def rotate(M: Tensor, R: Tensor, base: Base) -> Tensor:
+    """Return `R f(RᵀM)` at an RMS of 1.  Shapes: M (..., m, n), R (..., m, m) -> as M."""
+    X = _wide(M)
+    R = R.to(X.dtype)
+    return unit_rms(R @ base(R.mT @ X)).to(M.dtype)
+
+
+@rule(ROTATED, state={"rotation": A_ROTATION}, refresh=refresh(sinkhorn))
+def aro_sinkhorn(M: Tensor, rotation: Tensor) -> Tensor:
+    """Return ARO's direction with rows and columns of unit length as its base."""
     return rotate(M, rotation, sinkhorn)
 
 
-@rule(ROTATED, state={"rotation": A_ROTATION})
-def aro_sign(M: Tensor, rotation: Tensor) -> Rotated:
-    """Return ARO's direction with the sign of each entry as its base, and the new rotation."""
+@rule(ROTATED, state={"rotation": A_ROTATION}, refresh=refresh(torch.sign))
+def aro_sign(M: Tensor, rotation: Tensor) -> Tensor:
+    """Return ARO's direction with the sign of each entry as its base."""
     return rotate(M, rotation, torch.sign)
 
 
-@rule(Symmetry(left=rotations, right=rotations), state={"rotation": A_ROTATION})
-def aro_rows(M: Tensor, rotation: Tensor) -> Rotated:
-    """Return ARO's direction with unit rows as its base, and the new rotation; a constant M makes it polar(M)."""
+@rule(Symmetry(left=rotations, right=rotations), state={"rotation": A_ROTATION}, refresh=refresh(unit_rows))
+def aro_rows(M: Tensor, rotation: Tensor) -> Tensor:
+    """Return ARO's direction with unit rows as its base; a constant M makes it polar(M)."""
     return rotate(M, rotation, unit_rows)
 
 
-@rule(ROTATED, state={"rotation": A_ROTATION, "squares": ROTATED_SQUARES})
-def aro_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> Rotated:
-    """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²`, the new rotation and V."""
-
-    X = unit_rms(M.to(_wide(M)))
-
-    def mean(X: Tensor) -> Tensor:
-        return squares.to(X.dtype).lerp(X.square(), 1 - beta2)
-
-    U, state = rotate(X, rotation, lambda X: X * mean(X).rsqrt().nan_to_num(posinf=0.0))
-    return U.to(M.dtype), {**state, "squares": mean(state["rotation"].mT @ X)}
+def _refresh_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> dict[str, Tensor]:
+    X, V = _wide(M), squares.to(_wide(M).dtype)
+    R = refresh(lambda Y: over_root(Y, V.lerp(Y.square(), 1 - beta2)))(X, rotation)["rotation"]
+    return {"rotation": R, "squares": V.lerp((R.mT @ X).square(), 1 - beta2)}
 
 
-def rotate(M: Tensor, R: Tensor, base: Base, qr: Base | None = None) -> Rotated:
-    """Return the direction and the new rotation of any base rule.  Shapes: M (..., m, n), R (..., m, m).
-
-    M is taken at an RMS of 1 first, so that no square overflows. qr: `cholesky_qr` (default) or `orthonormal`.
-    """
-    dtype = _wide(M)
-    X, R = unit_rms(M.to(dtype)), R.to(dtype)
-    A = X @ base(R.mT @ X).mT
-    size = torch.linalg.matrix_norm(A, keepdim=True) / sqrt(A.shape[-1])
-    R = (qr or cholesky_qr)(A + KEPT * size * R)
-    return unit_rms(R @ base(R.mT @ X)).to(M.dtype), {"rotation": R}
+@rule(ROTATED, state={"rotation": A_ROTATION, "squares": ROTATED_SQUARES}, refresh=_refresh_adam)
+def aro_adam(M: Tensor, rotation: Tensor, squares: Tensor) -> Tensor:
+    """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²`."""
+    return rotate(M, rotation, lambda Y: over_root(Y, squares.to(Y.dtype)))
 
 
-def _wide(M: Tensor) -> torch.dtype:
-    return torch.promote_types(M.dtype, torch.float32)
+def over_root(X: Tensor, V: Tensor) -> Tensor:
+    """Return `X/√V`, and 0 where V is."""
+    return X * V.rsqrt().nan_to_num(posinf=0.0)
+
+
+def _wide(M: Tensor) -> Tensor:
+    """Return M in fp32 or wider, at an RMS of 1, so that no square overflows."""
+    return unit_rms(M.to(torch.promote_types(M.dtype, torch.float32)))
 
 
 def unit_rms(M: Tensor) -> Tensor:

@@ -16,11 +16,21 @@ def over_norm(X: Tensor, norm: Tensor) -> Rows:
     return X / torch.where(norm > 0, norm, 1.0), {}
 
 
+def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
+    """Return `√(β₂r² + (1−β₂)|X_i|²)`, without a square that could overflow.  Shapes: (..., m, 1) twice -> same."""
+    return torch.hypot(sqrt(beta2) * row_rms, sqrt(1 - beta2) * norm)
+
+
+def over_rms(X: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
+    """Return `X_i·√(1 − β₂^t)/r_i`, zero rows staying zero.  Shapes: X (..., m, n), row_rms (..., m, 1)."""
+    unbiased = row_rms / (1 - beta2**step) ** 0.5
+    return X / torch.where(unbiased > 0, unbiased, 1.0)
+
+
 def over_mean(X: Tensor, norm: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Rows:
-    """Return `X_i/r_i`, `r_i² = v_i/(1 − β₂^t)`, `v <- β₂v + (1−β₂)|X_i|²`, and √v, which overflows where no X does."""
-    mean = torch.hypot(sqrt(beta2) * row_rms, sqrt(1 - beta2) * norm)
-    r = mean / (1 - beta2**step) ** 0.5
-    return X / torch.where(r > 0, r, 1.0), {"row_rms": mean}
+    """Return rows over their mean norms, and these, refreshed."""
+    refreshed = mean_norms(norm, row_rms, beta2)
+    return over_rms(X, refreshed, step, beta2), {"row_rms": refreshed}
 
 
 def row_norms(M: Tensor) -> Tensor:
@@ -45,19 +55,27 @@ def centered_row_norm(M: Tensor) -> Tensor:
     return center(unit_rows(center(M)))
 
 
-@rule(ROWS, row_map=over_mean, state={"row_rms": A_NUMBER_A_ROW})
-def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Rows:
-    """Scale each row by its length in the mean of steps, `U_i = M_i/√(v_i/(1−β₂^t))`, `v <- β₂v + (1−β₂)|M_i|²`.
+@rule(
+    ROWS,
+    row_map=over_mean,
+    state={"row_rms": A_NUMBER_A_ROW},
+    refresh=lambda M, row_rms, beta2: {"row_rms": mean_norms(row_norms(M), row_rms, beta2)},
+)
+def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
+    """Scale each row by its length in the mean of steps, `U_i = M_i·√(1−β₂^t)/r_i`, `r² <- β₂r² + (1−β₂)|M_i|²`.
 
     Adam's second moment, one number a row, which rotations of the columns leave alone: a token that was not seen lately
     makes a short step. Source: rows as blocks of one second moment, Adam-mini, Zhang et al., arXiv 2406.16793.
     """
-    return over_mean(M, row_norms(M), row_rms, step, beta2)
+    return over_rms(M, row_rms, step, beta2)
 
 
-@rule(CENTERED_ROWS, row_map=over_mean, state={"row_rms": A_NUMBER_A_ROW})
-def centered_row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Rows:
+@rule(
+    CENTERED_ROWS,
+    row_map=over_mean,
+    state={"row_rms": A_NUMBER_A_ROW},
+    refresh=lambda M, row_rms, beta2: {"row_rms": mean_norms(row_norms(center(M)), row_rms, beta2)},
+)
+def centered_row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
     """Do the same on the centered M, and center again: a shared shift of all rows is invisible to a softmax."""
-    X = center(M)
-    U, state = over_mean(X, row_norms(X), row_rms, step, beta2)
-    return center(U), state
+    return center(over_rms(center(M), row_rms, step, beta2))

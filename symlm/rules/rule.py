@@ -1,9 +1,8 @@
 """What an update rule is: a map from a stack of matrices to directions, with the symmetry that it claims."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -39,8 +38,8 @@ ROTATED_SQUARES = State(torch.zeros_like, lambda V, L, R: V @ R.abs().mT)
 class Rule:
     """A map (..., m, n) -> (..., m, n) with the symmetry it claims and its degree, `U(cM) = c^degree U(M)`.
 
-    Call it as `rule(M)`, or `rule(M, polar=f)` to choose how polar factors are computed. A rule with `state` keeps the
-    symmetry if the state is moved along, and `advance` is its step; `rule(M)` is its first.
+    Call it as `rule(M)`, or `rule(M, polar=f)` to choose how polar factors are computed. A rule with a state s is a map
+    `U(M, s)`, where first `s <- refresh(M, s)`; it keeps the symmetry if s is moved along. `rule(M)` is its first step.
     """
 
     name: str
@@ -48,34 +47,38 @@ class Rule:
     symmetry: Symmetry
     degree: int = 0
     state: Mapping[str, State] = field(default_factory=dict)
+    refresh: Callable[..., dict[str, Tensor]] | None = None
     row_map: Callable[..., Any] | None = None  # the rule, between its centerings, where rows do not mix
     elementwise: bool = False  # torch's own AdamW, which the optimizer runs on whatever shape
 
     def __call__(self, M: Tensor, *, polar: Polar = polar_factor) -> Tensor:
         if M.ndim < 2:
             raise ValueError(f"rule {self.name!r} wants (..., m, n), got shape {tuple(M.shape)}")
-        return self.advance(M, self.start(M), polar=polar)[0]
+        return self.direction(M, self.refreshed(M, self.start(M)), polar=polar)
 
     def start(self, M: Tensor) -> dict[str, Tensor]:
         """Return the state of a matrix that no step has reached."""
         return {key: state.start(M) for key, state in self.state.items()}
 
-    def advance(
+    def refreshed(self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95) -> dict[str, Tensor]:
+        """Return the state that M leaves.  beta2: of means over the steps, where the state is one."""
+        return _call(self.refresh, M, {"beta2": beta2, **state}) if self.refresh else {}
+
+    def direction(
         self, M: Tensor, state: Mapping[str, Tensor], *, polar: Polar = polar_factor, step: Any = 1, beta2: float = 0.95
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the direction and the next state.  step: the number of this one; beta2: of means that the state is."""
-        told = {"polar": polar, "step": step, "beta2": beta2, **state}
-        found = self.function(M, **{key: value for key, value in told.items() if key in self._parameters})
-        return found if self.state else (found, {})
+    ) -> Tensor:
+        """Return `U(M, s)`.  step: how often the state was refreshed, this time included."""
+        return _call(self.function, M, {"polar": polar, "step": step, "beta2": beta2, **state})
 
     @property
     def spectral(self) -> bool:
         """Tell whether the rule computes a polar factor."""
-        return "polar" in self._parameters
+        return "polar" in signature(self.function).parameters
 
-    @cached_property
-    def _parameters(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.function).parameters)
+
+def _call(function: Callable[..., Any], M: Tensor, told: Mapping[str, Any]) -> Any:
+    """Call a function of M with what it names of the rest."""
+    return function(M, **{key: value for key, value in told.items() if key in signature(function).parameters})
 
 
 RULES: dict[str, Rule] = {}
