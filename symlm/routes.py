@@ -151,6 +151,11 @@ _MUON: dict[Role, Route] = {
     **dict.fromkeys(_INNER, Route("polar", options=_NESTEROV, why="Muon: hidden matrices, whole")),
     **dict.fromkeys((*_ENDS, Role.ROUTER, Role.VECTOR), replace(_ADAMW, lr=0.5)),
 }
+_READS = Route(
+    "aro_sinkhorn", "transposed", "adamw_rms", lr=0.25, why="rows are the residual stream's, rotated", options=_NESTEROV
+)
+_READERS = (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.MLP_IN, Role.EXPERT_IN)
+_WRITERS = (Role.ATTENTION_O, Role.MLP_OUT, Role.EXPERT_OUT)
 _SCION_SIGN = Route("sign", scale="inverse_inputs", lr=60.0, why="Scion: sign norm, radius 3000 against 50")
 
 PRESETS: dict[str, dict[Role, Route]] = {
@@ -168,6 +173,16 @@ PRESETS: dict[str, dict[Role, Route]] = {
     # Lau, Long & Su, arXiv 2505.21799: as Muon, times the nuclear norm.
     "polargrad": make_table(
         {**_MUON, **dict.fromkeys(_INNER, Route("polargrad", scale="unit", why="polar factor times nuclear norm"))},
+        baseline=True,
+    ),
+    # Gong et al., arXiv 2602.09006, hybrid mode: AdamW for what does not both read and write vectors; AdamW's sizes.
+    "aro": make_table(
+        {
+            **_MUON,
+            **_changed(_MUON, _INNER, scale="match_adamw_rms", lr=0.25, why="no side is known to be the stream's"),
+            **dict.fromkeys(_READERS, _READS),
+            **dict.fromkeys(_WRITERS, replace(_READS, view="whole")),
+        },
         baseline=True,
     ),
     # Pethick et al., arXiv 2502.07529: operator norms by layer, beta = 0.9, base rate 50 · 4e-4.

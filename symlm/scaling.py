@@ -41,6 +41,11 @@ def match_adamw_rms_of_rows(m: int, n: int) -> float:
     return 0.2 * sqrt(n)
 
 
+def adamw_rms(m: int, n: int) -> float:
+    """Return 0.2, which gives a direction of RMS 1 AdamW's RMS (arXiv 2602.09006)."""
+    return 0.2
+
+
 def inverse_inputs(m: int, n: int) -> float:
     """Return `1/n`, Scion's size of a sign update of n inputs (arXiv 2502.07529, table 3)."""
     return 1 / n
@@ -56,6 +61,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
         row_rms,
         inverse_row_rms,
         match_adamw_rms_of_rows,
+        adamw_rms,
         inverse_inputs,
     )
 }

@@ -172,7 +172,7 @@ def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
         return _expert_view(site, role, granularity)
     if role is Role.ATTENTION_QKV:
         return _fused_view(site, granularity)
-    if site.leaf == "gate_up_proj":
+    if site.leaf == "gate_up_proj" and granularity != "transposed":
         stored = _stored("(p m)", "n", site.transposed)
         return MatrixView(f"{stored} -> {'1 m (p n)' if granularity == 'pair' else 'p m n'}", {"p": (2,)})
     if site.leaf == "kv_a_proj_with_mqa":
@@ -241,7 +241,7 @@ def _sizes(site: Site, *names: str) -> tuple[int, ...]:
 
 
 def _expert_view(site: Site, role: Role, granularity: str) -> MatrixView:
-    if role is Role.EXPERT_IN and site.leaf == "gate_up_proj":
+    if role is Role.EXPERT_IN and site.leaf == "gate_up_proj" and granularity != "transposed":
         concatenated = bool(getattr(site.module, "is_concatenated", True))
         return gate_up(site.transposed, concatenated, paired=granularity == "pair")
     return TRANSPOSED_STACK if site.transposed != (granularity == "transposed") else STACK

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,7 +56,8 @@ def shard(model, mesh, **options):
 
 
 def tensor_parallel(model, mesh):
-    plan = {}
+    plan = {"model.embed_tokens": ColwiseParallel(output_layouts=Replicate())}
+    plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
     for k in range(len(model.model.layers)):
         for name in ("q_proj", "k_proj", "v_proj"):
             plan[f"model.layers.{k}.self_attn.{name}"] = ColwiseParallel()
@@ -75,6 +76,8 @@ CASES = {
     "fsdp2 fused": {"kind": "phi3", "vocab_size": 61},
     "fsdp2 muon": {"kind": "qwen3", **ODD},
     "fsdp2 accelerate": {"kind": "qwen3", **ODD},
+    "fsdp2 aro": {"kind": "qwen3", **ODD},
+    "ddp aro": {"kind": "qwen3", **ODD},
     "hsdp": {"kind": "qwen3", **ODD},
     "tp": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
     "tp fsdp2": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
@@ -97,14 +100,15 @@ def model_of(case):
 
 
 def optimizer_of(case, model):
-    return symlm.SymOptimizer(model, preset="muon" if "muon" in case else "default", weight_decay=0.1)
+    preset = next((name for name in ("muon", "aro") if name in case), "default")
+    return symlm.SymOptimizer(model, preset=preset, weight_decay=0.1)
 
 
 def run_case(case, rank, world):
     model = model_of(case)
     mesh = init_device_mesh("cpu", (world,))
     data = (rank, world)
-    if case == "ddp":
+    if case.startswith("ddp"):
         model = DistributedDataParallel(model)
     elif case == "hsdp":
         shard(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards")))
@@ -124,7 +128,7 @@ def run_case(case, rank, world):
         return through_deepspeed(case, model, rank, world)
     else:
         shard(model, mesh)
-    optimizer = optimizer_of(case, model.module if case == "ddp" else model)
+    optimizer = optimizer_of(case, model.module if case.startswith("ddp") else model)
     train(model, optimizer, rank=data[0], world=data[1])
     return whole(model), {"verified": len(optimizer.verify())}
 
@@ -391,7 +395,22 @@ def watched(rank, world):
     return {**router, **{f"logit {k}": v for k, v in symlm.diagnostics.logit_metrics(logits, gather).items()}}
 
 
+def matrices_under_zero(rank, world):
+    """A rule that keeps whole matrices is refused under ZeRO, before any update."""
+    model = model_of("zero2")
+    accelerator, engine, _ = prepared_by_deepspeed("zero2 aro", model)
+    try:
+        accelerator.backward(loss_of(engine, batch(0, rank, world)))
+        message = "no error"
+    except RuntimeError as error:
+        message = str(error)
+    engine.destroy()
+    leave_deepspeed()
+    return message
+
+
 EXTRA_CASES = {
+    "matrices under zero": matrices_under_zero,
     "watched": watched,
     "save": save,
     "load": load,

@@ -44,6 +44,11 @@ def test_zero_cuts_the_optimizers_state(found, case):
     assert max(shares) < 0.55
 
 
+def test_a_rule_that_keeps_matrices_is_refused_under_zero(found):
+    for message in result(found, "matrices under zero", 2):
+        assert "for which DeepSpeed's partitions have no place; train it with DDP or FSDP2" in message
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_that_disagree_all_raise_with_the_digests(found, world):
     messages = result(found, "disagreement", world)

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from models import tiny
+from models import tiny, train
 
 import symlm
 from symlm.routes import ROUTES, Route, make_table
+from symlm.views import MatrixView
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,27 @@ def test_groups_hold_plain_values_and_scaled_rates():
 def test_bad_arguments_name_themselves(arguments, message):
     with pytest.raises(ValueError, match=message):
         symlm.param_groups(tiny(), **arguments)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "gpt_oss", "olmoe"])
+def test_aros_rows_are_the_residual_streams(kind):
+    model = tiny(kind)
+    for group in symlm.param_groups(model, preset="aro"):
+        if group["rule"].startswith("aro"):
+            view = MatrixView.parse(group["view"])
+            assert all(view.shape(tuple(p.shape))[1] == model.config.hidden_size for _, p in group["params"])
+    optimizer = symlm.SymOptimizer(model, preset="aro")
+    train(model, optimizer, 2)
+    assert {check.promise for check in optimizer.verify()} == {"unit RMS"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "needed"),
+    [
+        ("qwen3", {"attention_q": {"rule": "row_adam"}}, "view 'whole'"),
+        ("phi3", {"attention_qkv": {"rule": "aro_sign", "view": "whole"}}, "a view of equal matrices"),
+    ],
+)
+def test_a_state_with_no_place_is_refused(kind, overrides, needed):
+    with pytest.raises(ValueError, match=f"keeps a state, which needs {needed}"):
+        symlm.SymOptimizer(tiny(kind), overrides=overrides)
