@@ -185,6 +185,14 @@ PRESETS: dict[str, dict[Role, Route]] = {
         },
         baseline=True,
     ),
+    # Maity, arXiv 2509.24320: the normalized momentum under a brake that is nearly 1; AdamW's sizes, not the paper's.
+    "auon": make_table(
+        {
+            **_MUON,
+            **dict.fromkeys(_INNER, Route("auon", "whole", "match_adamw_rms_of_matrix", 0.25, options=_NESTEROV)),
+        },
+        baseline=True,
+    ),
     # Pethick et al., arXiv 2502.07529: operator norms by layer, beta = 0.9, base rate 50 · 4e-4.
     "scion": make_table(
         {

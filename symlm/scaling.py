@@ -41,6 +41,11 @@ def match_adamw_rms_of_rows(m: int, n: int) -> float:
     return 0.2 * sqrt(n)
 
 
+def match_adamw_rms_of_matrix(m: int, n: int) -> float:
+    """Return `0.2·√(mn)`, which gives a matrix of Frobenius norm 1 AdamW's RMS 0.2."""
+    return 0.2 * sqrt(m * n)
+
+
 def adamw_rms(m: int, n: int) -> float:
     """Return 0.2, which gives a direction of RMS 1 AdamW's RMS (arXiv 2602.09006)."""
     return 0.2
@@ -61,6 +66,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
         row_rms,
         inverse_row_rms,
         match_adamw_rms_of_rows,
+        match_adamw_rms_of_matrix,
         adamw_rms,
         inverse_inputs,
     )

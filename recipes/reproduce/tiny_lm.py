@@ -1,0 +1,67 @@
+"""A language model of bytes, small enough for seconds: what reproductions that need one train on."""
+
+import argparse
+import doctest
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+}
+LENGTH, BATCH, HELD = 64, 16, 64
+
+
+def text() -> Tensor:
+    """Return the source of some modules of Python's standard library, as bytes."""
+    sources = [Path(module.__file__).read_bytes() for module in (argparse, inspect, typing, doctest)]
+    return torch.frombuffer(bytearray(b"".join(sources)), dtype=torch.uint8).long()
+
+
+def train(
+    build: Callable[[torch.nn.Module], Any],
+    steps: int,
+    seed: int = 0,
+    rate: Callable[[int], float] = lambda step: 1.0,
+    clip: float | None = None,
+) -> tuple[list[float], float, Any]:
+    """Train on random windows; return the training losses, the held-out loss and what `build` made.
+
+    build: model -> an optimizer, or a `StepControl` around one; rate: what its rates are multiplied by at a step.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SIZES))
+    taker = build(model)
+    optimizer = getattr(taker, "optimizer", taker)
+    rates, data, losses = [group["lr"] for group in optimizer.param_groups], text(), []
+    held, data = data[: HELD * LENGTH].view(HELD, LENGTH), data[HELD * LENGTH :]
+    for step in range(steps):
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * rate(step)
+        starts = torch.randint(len(data) - LENGTH, (BATCH,))
+        x = torch.stack([data[start : start + LENGTH] for start in starts.tolist()])
+        optimizer.zero_grad()
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if taker is optimizer:
+            optimizer.step()
+        else:
+            taker.step(input_ids=x)
+        losses.append(loss.item())
+    with torch.no_grad():
+        return losses, model(input_ids=held, labels=held).loss.item(), taker
