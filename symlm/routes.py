@@ -189,7 +189,7 @@ PRESETS: dict[str, dict[Role, Route]] = {
     "auon": make_table(
         {
             **_MUON,
-            **dict.fromkeys(_INNER, Route("auon", "whole", "match_adamw_rms_of_matrix", 0.25, options=_NESTEROV)),
+            **_changed(_MUON, _INNER, rule="auon", scale="match_adamw_rms_of_matrix", lr=0.25, why="braked momentum"),
         },
         baseline=True,
     ),

@@ -6,7 +6,7 @@ import sys
 import pytest
 from recipe import ROOT
 
-SCRIPTS = ("agd", "polargrad", "softmax_radius", "teleport", "auon")
+SCRIPTS = ("agd", "aro", "polargrad", "softmax_radius", "teleport", "auon")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

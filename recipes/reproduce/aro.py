@@ -30,8 +30,8 @@ ARMS = {
     "AuON": {role: {"rule": "auon", "scale": "match_adamw_rms_of_matrix"} for role in INNER},
     "Hybrid-AuON": {role: {"rule": "hybrid_auon", "scale": "match_adamw_rms"} for role in INNER},
 }
-RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
-STEPS, SEEDS = 120, (0, 1, 2)
+RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
+STEPS, SEEDS = 80, (0, 1, 2)
 
 
 def matrix(m: int, n: int, seed: int = 0) -> Tensor:
@@ -106,6 +106,8 @@ def arms(axes) -> list[Check]:
             checks.append(Check(f"bytes, {name}, lr {best:g}: held-out loss", "none published", sum(told) / len(told)))
     axes.set(xscale="log", xlabel="lr; updates have RMS 0.2·lr", ylabel="held-out loss (nats a byte)")
     axes.set(title=f"tiny Qwen3, {STEPS} steps, seed 0")
+    axes.set_xticks(RATES, labels=[f"{rate:g}" for rate in RATES])
+    axes.minorticks_off()
     axes.legend()
     by_arm = {check.what.split(", lr")[0].removeprefix("bytes, "): float(check.found) for check in checks}
     worst = max(by_arm, key=by_arm.__getitem__)
