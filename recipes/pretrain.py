@@ -17,14 +17,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, set_seed
 from architectures import build_model
-from run_config import ModelConfig, RunConfig, TrainConfig, read
+from run_config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig, read
 from run_folder import Checkpoints, forget_after, open_folder, write
+from teleporting import Teleporter
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import symlm
+from symlm.agd import AGD, initialize_
 from symlm.step_control import StepControl
 
 
@@ -94,12 +96,13 @@ class Training:
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    plain: symlm.SymOptimizer
+    plain: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     loader: DataLoader
     held: DataLoader
     routers: Routers
     control: StepControl | None
+    teleporter: Teleporter | None
 
 
 def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any]:
@@ -107,12 +110,14 @@ def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any
     logits = output.logits.detach().flatten(0, 1)
     some = logits[torch.linspace(0, len(logits) - 1, min(64, len(logits)), device=logits.device).long()]
     sizes = symlm.diagnostics.logit_metrics(some, accelerator.gather)
+    sizes_by_role = symlm.diagnostics.update_rms(job.plain) if isinstance(job.plain, symlm.SymOptimizer) else {}
     told = job.control and job.control.last
     return {
-        **{f"update_rms/{role}": rms for role, rms in symlm.diagnostics.update_rms(job.plain).items()},
+        **{f"update_rms/{role}": rms for role, rms in sizes_by_role.items()},
         **{f"logits/{key}": value.item() for key, value in sizes.items()},
         **job.routers.metrics(output, accelerator),
         **({"radius/proposed": told.proposed, "radius/taken": told.taken} if told else {}),
+        **({"teleport/gradient_ratio": job.teleporter.ratio} if job.teleporter else {}),
     }
 
 
@@ -130,6 +135,8 @@ def train_step(
             accelerator.backward(output.loss + routers.loss(output))
             if train.clip and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), train.clip)
+            if job.teleporter and accelerator.sync_gradients:
+                job.teleporter.before_step(x)
             if job.control and accelerator.sync_gradients:
                 job.control.step(input_ids=x)
             else:
@@ -161,15 +168,21 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def build_control(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig, accelerator: Accelerator
-) -> StepControl | None:
-    """Return the step control that `train.r_target` asks for.  Raises: ValueError under several processes."""
-    if train.r_target is None:
-        return None
-    if accelerator.num_processes > 1:
-        raise ValueError("train.r_target measures a step on one process's batch: use one process, or leave it out")
-    return StepControl(model, optimizer, r_target=train.r_target)
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """Return the optimizer, its table printed.  Raises: ValueError for an unknown algorithm, and for AGD in shards."""
+    if config.algorithm == "symlm":
+        kernels = config.options.get("kernels", "auto")
+        accelerator.print(symlm.describe_routing(model, config.preset, kernels=kernels))
+        return symlm.SymOptimizer(model, config.lr, config.preset, config.overrides, **config.options)
+    if config.algorithm != "agd":
+        raise ValueError(f"unknown optimizer.algorithm {config.algorithm!r}; choose 'symlm' or 'agd'")
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        raise ValueError("AGD's rate needs every layer's whole gradient: use one process or DDP")
+    for p in model.parameters():
+        p.requires_grad_(p.ndim > 1)
+    initialize_(model)
+    accelerator.print(f"AGD: {sum(p.requires_grad for p in model.parameters())} layers, one rate for all; gains frozen")
+    return AGD(model, **config.options)
 
 
 def device_name() -> str:
@@ -180,7 +193,7 @@ def device_name() -> str:
     )
 
 
-def summary(optimizer: symlm.SymOptimizer, seconds: list[float]) -> dict[str, Any]:
+def summary(optimizer: torch.optim.Optimizer, seconds: list[float]) -> dict[str, Any]:
     """Return what a run cost: seconds of a training step (mean, the first left out), bytes of this process's state."""
     return {
         "seconds_per_step": statistics.fmean(seconds[1:] or seconds or [math.nan]),
@@ -198,11 +211,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     model = prepare_model(config.model, tokenizer)
     collate = corpus.Collate(model.config.vocab_size)
     routers = Routers(model, train)
-    kernels = config.optimizer.options.get("kernels", "auto")
-    accelerator.print(symlm.describe_routing(model, config.optimizer.preset, kernels=kernels))
-    plain = symlm.SymOptimizer(
-        model, config.optimizer.lr, config.optimizer.preset, config.optimizer.overrides, **config.optimizer.options
-    )
+    plain = build_optimizer(model, config.optimizer, accelerator)
     schedule = build_schedule(plain, train)
     if config.model.compile:
         model = torch.compile(model)
@@ -210,8 +219,14 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     held = DataLoader(validation, batch_size=train.batch, collate_fn=collate)
     model, optimizer, loader, held = accelerator.prepare(model, plain, loader, held)
     accelerator.register_for_checkpointing(schedule)
-    control = build_control(model, optimizer, train, accelerator)
-    return Training(model, optimizer, plain, schedule, loader, held, routers, control), tokenizer
+    for name in ("r_target", "teleport_every"):
+        if getattr(train, name) is not None and accelerator.num_processes > 1:
+            raise ValueError(f"train.{name} looks at one process's batch and weights: use one process, or leave it out")
+    control = StepControl(model, optimizer, r_target=train.r_target) if train.r_target else None
+    teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
+    if teleporter:
+        accelerator.register_for_checkpointing(teleporter)
+    return Training(model, optimizer, plain, schedule, loader, held, routers, control, teleporter), tokenizer
 
 
 def run(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path) -> list[float]:

@@ -38,8 +38,12 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """As `symlm.SymOptimizer`: one dial, a table by name, absolute values by role."""
+    """As `symlm.SymOptimizer`: one dial, a table by name, absolute values by role.
 
+    algorithm: "symlm", or "agd", whose options are `symlm.agd.AGD`'s and which starts semi-orthogonal, gains frozen.
+    """
+
+    algorithm: str = "symlm"
     lr: float = 0.02
     preset: str = "default"
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -51,6 +55,7 @@ class TrainConfig:
     """schedule: "linear" (warm-up, constant, then linear to zero over `decay` of the steps) or "cosine".
 
     r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
+    teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
     load_loss, z_loss: coefficients of the routers' auxiliary losses; the loss that is written is without them.
     """
 
@@ -62,6 +67,7 @@ class TrainConfig:
     decay: float = 0.4
     clip: float | None = None
     r_target: float | None = None
+    teleport_every: int | None = None
     load_loss: float = 0.0
     z_loss: float = 0.0
     mixed_precision: str = "no"

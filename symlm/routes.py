@@ -87,9 +87,9 @@ _HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its 
 _IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_NESTEROV)
 _OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
 _MEAN_OF_TEN = {"momentum": 0.9}  # steps; tokens come and go, and no look-ahead is as good as Adam's own mean
-_TOKENS = Route("row_adam", "whole", "row_rms", 2.5, 0.0, "a row is a token, rare or frequent", _MEAN_OF_TEN)
+_TOKENS = Route("row_adam", "whole", "row_rms", 1.5, 0.0, "a row is a token, rare or frequent", _MEAN_OF_TEN)
 _LOGITS = Route(
-    "centered_row_adam", "whole", "inverse_row_rms", 17.0, 0.0, "softmax ignores a shared shift", _MEAN_OF_TEN
+    "centered_row_adam", "whole", "inverse_row_rms", 11.5, 0.0, "softmax ignores a shared shift", _MEAN_OF_TEN
 )
 _EXPERTS = Route("centered_row_norm", "whole", "inverse_row_rms", 5.6, 0.0, "top-k softmax ignores it too", _NESTEROV)
 _ADAMW = Route("adamw", scale="unit", lr=0.25, weight_decay=0.0, why="no matrix: elementwise")
@@ -98,7 +98,7 @@ ROUTES: dict[Role, Route] = make_table(
     {
         Role.EMBEDDING: _TOKENS,
         Role.TIED_EMBEDDING: replace(
-            _TOKENS, scale="inverse_row_rms", lr=17.0, why="a row is a token; tied, so no shared shift"
+            _TOKENS, scale="inverse_row_rms", lr=11.5, why="a row is a token; tied, so no shared shift"
         ),
         Role.LM_HEAD: _LOGITS,
         Role.ROUTER: _EXPERTS,

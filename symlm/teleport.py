@@ -7,11 +7,16 @@ the model. Source: Zhao, Dehmamy, Walters & Yu, NeurIPS 2022; the transformer's 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from symlm.rules import get_rule
+from symlm.rules.rule import State
+from symlm.views import TRANSPOSED, WHOLE, MatrixView
 
 TOLERANCE = 1e-10  # of float64, relative; fp32 gets 1e-5
 
@@ -170,8 +175,8 @@ def teleport(
             f"the loss went from {before:.12g} to {after:.12g}: the action is no symmetry of this model (norm gains "
             "that are not 1? biases? an activation that is not bijective?); the weights are as they were"
         )
-    for value, transport in states:
-        value.copy_(transport.covector(value))
+    for value, moved in states:
+        value.copy_(moved(value))
     for name, transport in transports.items():
         gradient = weights[name].grad
         if gradient is not None:
@@ -180,18 +185,44 @@ def teleport(
 
 def _states(
     optimizer: torch.optim.Optimizer, transports: Transports, weights: Mapping[str, nn.Parameter]
-) -> list[tuple[Tensor, Transport]]:
-    found = []
+) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """Return every tensor of the optimizer's state that moves, and how."""
+    found: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = []
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, transport in transports.items():
         if transport.left is None and transport.right is None:
             continue  # a shift moves no gradient
+        group = groups.get(weights[name], {})
+        kept = get_rule(group["rule"]).state if "rule" in group else {}
         for key, value in optimizer.state.get(weights[name], {}).items():
-            if not isinstance(value, Tensor) or value.shape != weights[name].shape:
+            if key in kept:
+                found.append((value, partial(_moved_by_rule, kept[key], group["view"], transport, name)))
+            elif not isinstance(value, Tensor) or value.shape != weights[name].shape:
                 continue
-            if key in ("exp_avg_sq", "compensation"):
+            elif key in ("exp_avg_sq", "compensation"):
                 raise ValueError(f"{key} of {name} is elementwise and cannot move with the group; reset it first")
-            found.append((value, transport))
+            else:
+                found.append((value, transport.covector))
     return found
+
+
+def _moved_by_rule(state: State, view: str, transport: Transport, name: str, value: Tensor) -> Tensor:
+    """Move what a rule keeps as the rule declares: by orthogonal elements, in the coordinates of its view."""
+    left, right = (_dense(side, name) for side in (transport.left, transport.right))
+    if MatrixView.parse(view) not in (WHOLE, TRANSPOSED):
+        raise ValueError(f"what the rule keeps of {name} cannot move in its view {view!r}; reset it first")
+    sides = (right, left) if MatrixView.parse(view) == TRANSPOSED else (left, right)
+    return state.act(value, *sides)
+
+
+def _dense(side: Tensor | None, name: str) -> Tensor | None:
+    """Return one side of a transport as a matrix.  Raises: ValueError for one that is not orthogonal."""
+    if side is None:
+        return None
+    Q = torch.diag(side) if side.ndim == 1 else torch.block_diag(*side)
+    if not torch.allclose(Q @ Q.mT, torch.eye(len(Q), dtype=Q.dtype, device=Q.device), atol=1e-5):
+        raise ValueError(f"what the rule keeps of {name} moves with rotations alone; reset it first")
+    return Q
 
 
 def climb(

@@ -67,10 +67,18 @@ def test_a_rotation_cannot_make_it_larger():
         assert move.covector(G).norm().item() == pytest.approx(G.norm().item())
 
 
-def test_state_is_transported():
-    """Steps of symlm commute with a rotation of the residual stream, if the momenta move along."""
+ARO = {
+    role: {"rule": "aro_rows", "view": "whole" if role in ("attention_o", "mlp_out") else "transposed"}
+    for role in ("attention_q", "attention_k", "attention_v", "attention_o", "mlp_in", "mlp_out")
+}
+
+
+@pytest.mark.parametrize("rules", [{}, ARO], ids=["default", "aro"])
+def test_state_is_transported(rules):
+    """Steps of symlm commute with a rotation of the residual stream, if momenta and what rules keep move along."""
     one, two = model_of(), model_of()
-    optimizers = [symlm.SymOptimizer(m, overrides={"vector": {"lr": 1e-12}}) for m in (one, two)]
+    overrides = {**rules, "vector": {"lr": 1e-12}}
+    optimizers = [symlm.SymOptimizer(m, lr=0.002, overrides=overrides) for m in (one, two)]
     for step in range(3):
         for model, optimizer in zip((one, two), optimizers, strict=True):
             optimizer.zero_grad()

@@ -1,0 +1,48 @@
+"""Teleports in a run: now and then, move a SwiGLU model along its own group to where the gradient is larger."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from symlm.teleport import climb, neuron_scales, teleport, value_output
+
+
+class Teleporter:
+    """Every so many steps, climb the scales of neurons and the GL(head) of values; the optimizer's momenta move along.
+
+    Raises: ValueError for a model without these symmetries, and where the loss would change.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> None:
+        self.model, self.optimizer, self.every = model, optimizer, every
+        self.steps, self.ratio = 0, 1.0
+        config: Any = model.config
+        heads, layers = config.num_key_value_heads, config.num_hidden_layers
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.families = (
+            (neuron_scales, (layers, config.intermediate_size)),
+            (value_output, (layers, heads, width, width)),
+        )
+        for family, shape in self.families:
+            family(model, torch.zeros(shape))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps = state["steps"]
+
+    def before_step(self, x: torch.Tensor) -> None:
+        """Move the model and what was accumulated of its gradients, if it is time to."""
+        self.steps += 1
+        if self.steps % self.every:
+            return
+        self.ratio = 1.0
+        for family, shape in self.families:
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            action = partial(family, self.model)
+            T, ratio = climb(action, torch.zeros(shape, device=x.device), gradients, lr=0.1, steps=10)
+            teleport(self.model, action(T), lambda: self.model(input_ids=x, labels=x).loss, self.optimizer)
+            self.ratio *= ratio
