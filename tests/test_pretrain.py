@@ -124,3 +124,24 @@ def test_every_configuration_is_read_and_its_roles_exist(config):
     groups = symlm.param_groups(network, optimizer.get("lr", 0.02), optimizer["preset"], optimizer.get("overrides"))
     assert set(optimizer.get("overrides", {})) <= {group["role"] for group in groups}
     run_config.read([f"--config={CONFIGS / config}.yaml"])
+
+
+SYSTEMS = {
+    "aro": ["--optimizer.preset=aro"],
+    "auon": ["--optimizer.preset=auon"],
+    "polargrad": ["--optimizer.preset=polargrad"],
+    "agd": ["--optimizer.algorithm=agd"],
+    "teleport": ["--train.teleport_every=2"],
+    "softmax radius": ["--train.r_target=0.5"],
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_each_system_is_switched_on_by_configuration(text, tmp_path, system):
+    done = run(text, tmp_path, *SYSTEMS[system], "--train.steps=4", "--train.log_every=2")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "default" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["train/loss"] < 7
+    assert system != "teleport" or row["teleport/gradient_ratio"] > 1
+    assert system != "softmax radius" or row["radius/taken"] <= 0.5 + 1e-6
+    assert ("update_rms/mlp_in" in row) == (system != "agd")
