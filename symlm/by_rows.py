@@ -6,10 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from symlm_kernels.reference import row_norms
 from torch import Tensor
 
 from symlm.collectives import Layout, summed
-from symlm.rules.rows import row_norms
 from symlm.rules.rule import Rule
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from symlm import fused_rows
 from symlm.by_rows import ALL, Block, RowStep
 from symlm.collectives import Exchange, Layout, gathered, local, placed_like, regrouped
 from symlm.polar import operations, polar
@@ -113,9 +114,14 @@ class Bucket:
         shared = layout.whole and prod(layout.size) > 1 and rule.spectral
         travels = shared or (not layout.whole and not self.by_rows and not self.everywhere and self.local_view is None)
         self.exchange = Exchange(layout, len(batch), loads, _cost(group, layout)) if travels else None
+        # A plan's members are nowhere, and have no momentum to look at.
+        here = self.by_rows and batch[0].parameter.device.type != "meta"
+        self.fused = here and fused_rows.serves(group, layout, batch[0].parameter, batch[0].momentum)
 
     def start(self, finite: Tensor) -> None:
         """Do phase 1, and start to move matrices to their owners."""
+        if self.fused:
+            return
         update_momenta(self.group, self.batch, finite)
         if not self.by_rows:
             self.momenta = [seen_by_rule(self.group, member, finite) for member in self.batch]
@@ -132,10 +138,13 @@ class Bucket:
         self.momenta, self.exchange = [], None
 
     def updates(self, finite: Tensor) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
-        """Yield members, a block of theirs, and its `s·U`; what the rule keeps is kept."""
+        """Yield members, a block of theirs, and its `s·U`; what the rule keeps is kept. A fused step yields none."""
         if self.exchange:
             parts = zip(self.exchange.receive(), self.momenta, strict=True)
             yield self.batch, ALL, [part.view(M.shape) for part, M in parts]
+        elif self.fused:
+            for member in self.batch:
+                _fused_step(self.group, member, finite)
         elif self.by_rows:
             for member in self.batch:
                 for block, U in _directions_by_rows(self.group, member, finite):
@@ -246,6 +255,13 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
     for block, U, kept in rows.directions(elements):
         member.keep(kept, finite, block.rows)
         yield block, U.mul_(size)
+
+
+def _fused_step(group: dict[str, Any], member: Member, finite: Tensor) -> None:
+    """Do all three phases of a row rule in one pass."""
+    G, M = member.gradient, member.momentum
+    scale = _scale(group, WHOLE, member.layout.shape)
+    fused_rows.step(group, member.parameter, G, M, rule_state(group, member.state), scale, finite)
 
 
 def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, finite: Tensor) -> Tensor:

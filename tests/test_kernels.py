@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny, train
 from numerics import KERNEL, KERNEL_FLOOR, relative
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -15,6 +16,7 @@ from symlm_kernels import products, reference, rows, tiles  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+import symlm  # noqa: E402
 from symlm.polar import polar  # noqa: E402
 
 SHAPES = [(1, 1, 1), (1, 1, 7), (5, 7, 1), (1, 63, 100), (5, 63, 100), (1, 130, 257), (1, 200, 65)]
@@ -118,12 +120,55 @@ def test_row_steps_are_their_twins(name, shape, finite):
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["row_adam_step", "centered_row_adam_step"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (63, 100), (130, 257), (1030, 5)], ids=str)
+@pytest.mark.parametrize("finite", [1.0, 0.0])
+def test_row_steps_over_mean_norms_are_their_twins(name, shape, finite):
+    G, M, W = (torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    r = torch.rand(shape[0], 1, generator=torch.Generator().manual_seed(3))
+    G[0], M[0], r[0] = 0, 0, 0
+    if finite == 0:
+        G[-1, -1] = torch.nan
+    scalars = [torch.tensor(x) for x in (1 - 0.95**3, 0.3, 0.9, finite)]
+    ours, twins = [T.clone() for T in (G, M, W, r)], [T.clone() for T in (G, M, W, r)]
+    getattr(rows, name)(*ours, 0.9, 0.95, *scalars)
+    getattr(reference, name)(*twins, 0.9, 0.95, *scalars)
+    assert torch.equal(ours[0].nan_to_num(), G.nan_to_num())
+    assert all(relative(a, b) < 1e-6 for a, b in zip(ours[1:], twins[1:], strict=True))
+    if finite == 0:
+        assert all(torch.equal(a, b) for a, b in zip(ours[1:], (M, W, r), strict=True))
+
+
+@interpreted
 @pytest.mark.parametrize("method", ["newton_schulz", "gram_newton_schulz"])
 @pytest.mark.parametrize("shape", [(2, 63, 100), (1, 100, 63)], ids=str)
 def test_polar_from_the_kernels_is_polar_from_torch(method, shape):
     M = random(*shape, dtype=torch.float32)
     ours, theirs = (polar(M, method, kernels=kernels) for kernels in ("triton", "torch"))
     assert relative(ours, theirs) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"lm_head": {"rule": "centered_row_norm"}, "embedding": {"rule": "row_norm"}}],
+    ids=["adam", "norm"],
+)
+def test_the_optimizer_does_its_rows_in_one_pass(overrides, monkeypatch):
+    called = []
+    for name in ("row_adam_step", "centered_row_adam_step", "row_norm_step", "centered_row_norm_step"):
+        step = getattr(rows, name)
+        monkeypatch.setattr(rows, name, lambda *told, name=name, step=step: (called.append(name), step(*told)))
+    models = [tiny(), tiny()]
+    for model, kernels in zip(models, ("triton", "torch"), strict=True):
+        vectors = {"vector": {"weight_decay": 0.0}}
+        optimizer = symlm.SymOptimizer(
+            model, kernels=kernels, weight_decay=0.1, steps=2, overrides={**overrides, **vectors}
+        )
+        train(model, optimizer, 3)
+    assert len(called) == 6
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert relative(p, q) < 1e-5, name
 
 
 @compiled_only
@@ -153,7 +198,7 @@ def compile_for(arch, kernel, pointers, constants, warps=4, stages=2):
         elif name.endswith("_ptr"):
             signature[name] = pointers[name]
         else:
-            signature[name] = "fp32" if name in ("alpha", "beta", "a") else "i32"
+            signature[name] = "fp32" if name in ("alpha", "beta", "beta2", "a") else "i32"
         if signature[name] != "constexpr" and signature[name] != "fp32":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
@@ -191,18 +236,18 @@ def test_every_tile_of_the_products_fits_every_gpu(arch, dtype, tmp_path):
             assert element == 4 or arch != 90 or "wgmma" in ptx
 
 
+ROW_KERNELS = (rows._row_kernel, rows._momentum_kernel, rows._direction_sum_kernel, rows._centered_apply_kernel)
+
+
 @compiled_only
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("columns", [1024, 4096])
 def test_row_steps_compile_for_every_gpu(arch, columns, tmp_path):
-    names = ("g_ptr", "m_ptr", "w_ptr", "size_ptr", "keep_ptr", "finite_ptr", "sums_ptr", "shift_ptr", "mean_ptr")
-    for kernel in (
-        rows._row_norm_kernel,
-        rows._momentum_kernel,
-        rows._direction_sum_kernel,
-        rows._centered_apply_kernel,
-    ):
-        compiled = compile_for(arch, kernel, dict.fromkeys(names, "*fp32"), {"BLOCK": columns})
+    names = {name for kernel in ROW_KERNELS for name in kernel.arg_names if name.endswith("_ptr")}
+    for kernel, mean in ((kernel, mean) for kernel in ROW_KERNELS for mean in (False, True)):
+        constants = {"BLOCK": columns, "MEAN": mean}
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        compiled = compile_for(arch, kernel, dict.fromkeys(names, "*fp32"), constants)
         assert spills(compiled, tmp_path) == 0
         assert "st.global.v4" in compiled.asm["ptx"]
 

@@ -1,6 +1,7 @@
 """Pure torch twins of the Newton–Schulz kernels; every matrix argument is a stack (b, m, n)."""
 
 from collections.abc import Callable
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -29,14 +30,77 @@ def row_norm_step(G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, ke
 
     Shapes: G, M, W (m, n); size, keep, finite: one element each.
     """
-    _rows_step(G, M, W, beta, size, keep, finite, unit_rows)
+    _rows_step(G, M, W, beta, size, keep, finite, lambda X: (unit_rows(X), None))
 
 
 def centered_row_norm_step(
     G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor
 ) -> None:
     """Do the same with the direction `C D C M`, C taking the mean row from every row."""
-    _rows_step(G, M, W, beta, size, keep, finite, lambda M: center(unit_rows(center(M))))
+    _rows_step(G, M, W, beta, size, keep, finite, lambda X: (center(unit_rows(center(X))), None))
+
+
+def row_adam_step(
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    row_rms: Tensor,
+    beta: float,
+    beta2: float,
+    bias: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+) -> None:
+    """Do the same over mean norms: `r² <- β₂r² + (1−β₂)|M_i|²`, `W <- keep·W − size·M_i·√bias/r_i`.
+
+    Shapes: row_rms (m, 1); bias: one element, `1 − β₂^t` at step t.
+    """
+
+    def direction(X: Tensor) -> tuple[Tensor, Tensor]:
+        kept = mean_norms(row_norms(X), row_rms, beta2)
+        return over_rms(X, kept, bias), kept
+
+    _rows_step(G, M, W, beta, size, keep, finite, direction, row_rms)
+
+
+def centered_row_adam_step(
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    row_rms: Tensor,
+    beta: float,
+    beta2: float,
+    bias: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+) -> None:
+    """Do the same on rows whose mean row is taken from them, before and after."""
+
+    def direction(X: Tensor) -> tuple[Tensor, Tensor]:
+        kept = mean_norms(row_norms(center(X)), row_rms, beta2)
+        return center(over_rms(center(X), kept, bias)), kept
+
+    _rows_step(G, M, W, beta, size, keep, finite, direction, row_rms)
+
+
+def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
+    """Return `√(β₂r² + (1−β₂)|X_i|²)`, without a square that could overflow.  Shapes: (..., m, 1) twice -> same."""
+    return torch.hypot(sqrt(beta2) * row_rms, sqrt(1 - beta2) * norm)
+
+
+def over_rms(X: Tensor, row_rms: Tensor, bias: Tensor | float) -> Tensor:
+    """Return `X_i·√bias/r_i`, zero rows staying zero.  Shapes: X (..., m, n), row_rms (..., m, 1)."""
+    unbiased = row_rms / bias**0.5
+    return X / torch.where(unbiased > 0, unbiased, 1.0)
+
+
+def row_norms(M: Tensor) -> Tensor:
+    """Return `|M_i|`, through each row's largest entry: no square overflows.  Shapes: (..., m, n) -> (..., m, 1)."""
+    largest = M.abs().amax(dim=-1, keepdim=True)
+    scaled = M / torch.where(largest > 0, largest, 1.0)
+    return largest * torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
 
 
 def unit_rows(M: Tensor) -> Tensor:
@@ -60,9 +124,13 @@ def _rows_step(
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
-    direction: Callable[[Tensor], Tensor],
+    direction: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    row_rms: Tensor | None = None,
 ) -> None:
     new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
-    stepped = keep * W.float() - size * direction(new.float())
+    U, kept = direction(new.float())
+    stepped = keep * W.float() - size * U
     M.copy_(torch.where(finite != 0, new, M))
     W.copy_(torch.where(finite != 0, stepped.to(W.dtype), W))
+    if row_rms is not None and kept is not None:
+        row_rms.copy_(torch.where(finite != 0, kept, row_rms))

@@ -15,10 +15,7 @@ def row_norm_step(G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, ke
     nothing changes. A zero row gives a zero direction. M and W are written in place, G never.
     Raises: ValueError for rows longer than LARGEST_ROW.
     """
-    m, n = _check(G, M, W)
-    _row_norm_kernel[(m,)](
-        G, M, W, size, keep, finite, n, beta, G.stride(0), M.stride(0), W.stride(0), BLOCK=triton.next_power_of_2(n)
-    )
+    _step(G, M, W, None, beta, 0.0, size, size, keep, finite)
 
 
 def centered_row_norm_step(
@@ -28,17 +25,88 @@ def centered_row_norm_step(
 
     Shapes, contract and errors: as `row_norm_step`.
     """
+    _centered_step(G, M, W, None, beta, 0.0, size, size, keep, finite)
+
+
+def row_adam_step(
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    row_rms: Tensor,
+    beta: float,
+    beta2: float,
+    bias: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+) -> None:
+    """Do the same over mean norms: `r² <- β₂r² + (1−β₂)|M_i|²`, `W <- keep·W − size·M_i·√bias/r_i`, in one pass.
+
+    Shapes: row_rms (m, 1), contiguous, written in place; bias: one element, `1 − β₂^t` at step t. The rest, contract
+    and errors: as `row_norm_step`.
+    """
+    _step(G, M, W, row_rms, beta, beta2, bias, size, keep, finite)
+
+
+def centered_row_adam_step(
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    row_rms: Tensor,
+    beta: float,
+    beta2: float,
+    bias: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+) -> None:
+    """Do the same on rows whose mean row is taken from them, before and after: two more looks at M."""
+    _centered_step(G, M, W, row_rms, beta, beta2, bias, size, keep, finite)
+
+
+def _step(
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    row_rms: Tensor | None,
+    beta: float,
+    beta2: float,
+    bias: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+) -> None:
     m, n = _check(G, M, W)
-    block = triton.next_power_of_2(n)
+    strides = (G.stride(0), M.stride(0), W.stride(0))
+    constants = {"BLOCK": triton.next_power_of_2(n), "MEAN": row_rms is not None}
+    r = M if row_rms is None else row_rms
+    _row_kernel[(m,)](G, M, W, r, bias, size, keep, finite, n, beta, beta2, *strides, **constants)
+
+
+def _centered_step(
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    row_rms: Tensor | None,
+    beta: float,
+    beta2: float,
+    bias: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+) -> None:
+    m, n = _check(G, M, W)
+    block, r = triton.next_power_of_2(n), M if row_rms is None else row_rms
+    constants = {"BLOCK": block, "MEAN": row_rms is not None}
     rows = max(1, triton.cdiv(m, PARTS))
     parts = triton.cdiv(m, rows)
     sums = torch.empty(parts, n, dtype=torch.float32, device=M.device)
-    strides = (G.stride(0), M.stride(0))
-    _momentum_kernel[(parts,)](G, M, sums, finite, m, n, rows, beta, *strides, BLOCK=block)
+    _momentum_kernel[(parts,)](G, M, sums, finite, m, n, rows, beta, G.stride(0), M.stride(0), BLOCK=block)
     shift = sums.sum(0) / m
-    _direction_sum_kernel[(parts,)](M, shift, sums, m, n, rows, M.stride(0), BLOCK=block)
+    _direction_sum_kernel[(parts,)](M, r, bias, shift, sums, m, n, rows, beta2, M.stride(0), **constants)
     mean = sums.sum(0) / m
-    _centered_apply_kernel[(m,)](M, W, shift, mean, size, keep, finite, n, M.stride(0), W.stride(0), BLOCK=block)
+    strides = (M.stride(0), W.stride(0))
+    _centered_apply_kernel[(m,)](M, W, r, bias, shift, mean, size, keep, finite, n, beta2, *strides, **constants)
 
 
 PARTS = 1024  # partial column sums: enough programs to fill a GPU, few enough to add up
@@ -54,17 +122,40 @@ def _check(G: Tensor, M: Tensor, W: Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def _unit(row):
-    """Return `row / |row|` through the largest entry, so that no square overflows; a zero row stays zero."""
+def _divisor(row, r_ptr, place, bias_ptr, beta2, MEAN: tl.constexpr):
+    """Return what the row is divided by, and its mean norm to be kept; sizes go first, so that no square overflows."""
     largest = tl.max(tl.abs(row), axis=0)
     scaled = row / tl.where(largest > 0, largest, 1.0)
-    norm = tl.sqrt(tl.sum(scaled * scaled, axis=0))
-    return scaled / tl.where(norm > 0, norm, 1.0)
+    norm = largest * tl.sqrt(tl.sum(scaled * scaled, axis=0))
+    kept = norm
+    divisor = norm
+    if MEAN:
+        old = tl.load(r_ptr + place)
+        size = tl.maximum(old, norm)
+        by = tl.where(size > 0, size, 1.0)
+        kept = size * tl.sqrt(beta2 * (old / by) * (old / by) + (1 - beta2) * (norm / by) * (norm / by))
+        divisor = kept / tl.sqrt(tl.load(bias_ptr))
+    return tl.where(divisor > 0, divisor, 1.0), kept
 
 
 @triton.jit
-def _row_norm_kernel(
-    g_ptr, m_ptr, w_ptr, size_ptr, keep_ptr, finite_ptr, n, beta, g_row, m_row, w_row, BLOCK: tl.constexpr
+def _row_kernel(
+    g_ptr,
+    m_ptr,
+    w_ptr,
+    r_ptr,
+    bias_ptr,
+    size_ptr,
+    keep_ptr,
+    finite_ptr,
+    n,
+    beta,
+    beta2,
+    g_row,
+    m_row,
+    w_row,
+    BLOCK: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -73,10 +164,14 @@ def _row_norm_kernel(
     m = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + row * w_row + columns, mask=inside, other=0.0).to(tl.float32)
     m = m + (1 - beta) * (g - m)
-    w = tl.load(keep_ptr) * w - tl.load(size_ptr) * _unit(m)
-    written = columns < tl.where(tl.load(finite_ptr) > 0, n, 0)
+    divisor, kept = _divisor(m, r_ptr, row, bias_ptr, beta2, MEAN)
+    w = tl.load(keep_ptr) * w - tl.load(size_ptr) * (m / divisor)
+    finite = tl.load(finite_ptr) > 0
+    written = columns < tl.where(finite, n, 0)
     tl.store(m_ptr + row * m_row + columns, m.to(m_ptr.dtype.element_ty), mask=written)
     tl.store(w_ptr + row * w_row + columns, w.to(w_ptr.dtype.element_ty), mask=written)
+    if MEAN:
+        tl.store(r_ptr + row, kept, mask=finite)
 
 
 @triton.jit
@@ -97,29 +192,61 @@ def _momentum_kernel(g_ptr, m_ptr, sums_ptr, finite_ptr, m, n, rows, beta, g_row
 
 
 @triton.jit
-def _direction_sum_kernel(m_ptr, shift_ptr, sums_ptr, m, n, rows, m_row, BLOCK: tl.constexpr):
-    """Write the sum of `rows` unit rows of `C M`."""
+def _direction_sum_kernel(
+    m_ptr,
+    r_ptr,
+    bias_ptr,
+    shift_ptr,
+    sums_ptr,
+    m,
+    n,
+    rows,
+    beta2,
+    m_row,
+    BLOCK: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Write the sum of the directions of `rows` rows of `C M`."""
     part = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
     shift = tl.load(shift_ptr + columns, mask=inside, other=0.0)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for row in range(part * rows, tl.minimum(part * rows + rows, m)):
-        total += _unit(tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32) - shift)
+        x = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32) - shift
+        divisor, _ = _divisor(x, r_ptr, row, bias_ptr, beta2, MEAN)
+        total += x / divisor
     tl.store(sums_ptr + part * n + columns, total, mask=inside)
 
 
 @triton.jit
 def _centered_apply_kernel(
-    m_ptr, w_ptr, shift_ptr, mean_ptr, size_ptr, keep_ptr, finite_ptr, n, m_row, w_row, BLOCK: tl.constexpr
+    m_ptr,
+    w_ptr,
+    r_ptr,
+    bias_ptr,
+    shift_ptr,
+    mean_ptr,
+    size_ptr,
+    keep_ptr,
+    finite_ptr,
+    n,
+    beta2,
+    m_row,
+    w_row,
+    BLOCK: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
     shift = tl.load(shift_ptr + columns, mask=inside, other=0.0)
     mean = tl.load(mean_ptr + columns, mask=inside, other=0.0)
-    m = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32) - shift
     w = tl.load(w_ptr + row * w_row + columns, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(keep_ptr) * w - tl.load(size_ptr) * (_unit(m - shift) - mean)
-    written = columns < tl.where(tl.load(finite_ptr) > 0, n, 0)
-    tl.store(w_ptr + row * w_row + columns, w.to(w_ptr.dtype.element_ty), mask=written)
+    divisor, kept = _divisor(x, r_ptr, row, bias_ptr, beta2, MEAN)
+    w = tl.load(keep_ptr) * w - tl.load(size_ptr) * (x / divisor - mean)
+    finite = tl.load(finite_ptr) > 0
+    tl.store(w_ptr + row * w_row + columns, w.to(w_ptr.dtype.element_ty), mask=columns < tl.where(finite, n, 0))
+    if MEAN:
+        tl.store(r_ptr + row, kept, mask=finite)

@@ -1,9 +1,7 @@
 """Rules by rows: what a row's length, of this step or in the mean of steps, makes of the row."""
 
-from math import sqrt
-
 import torch
-from symlm_kernels.reference import center, unit_rows
+from symlm_kernels.reference import center, mean_norms, over_rms, row_norms, unit_rows
 from torch import Tensor
 
 from symlm.rules.rule import A_NUMBER_A_ROW, CENTERED_ROWS, ROWS, rule
@@ -16,28 +14,10 @@ def over_norm(X: Tensor, norm: Tensor) -> Rows:
     return X / torch.where(norm > 0, norm, 1.0), {}
 
 
-def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
-    """Return `√(β₂r² + (1−β₂)|X_i|²)`, without a square that could overflow.  Shapes: (..., m, 1) twice -> same."""
-    return torch.hypot(sqrt(beta2) * row_rms, sqrt(1 - beta2) * norm)
-
-
-def over_rms(X: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
-    """Return `X_i·√(1 − β₂^t)/r_i`, zero rows staying zero.  Shapes: X (..., m, n), row_rms (..., m, 1)."""
-    unbiased = row_rms / (1 - beta2**step) ** 0.5
-    return X / torch.where(unbiased > 0, unbiased, 1.0)
-
-
 def over_mean(X: Tensor, norm: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Rows:
     """Return rows over their mean norms, and these, refreshed."""
     refreshed = mean_norms(norm, row_rms, beta2)
-    return over_rms(X, refreshed, step, beta2), {"row_rms": refreshed}
-
-
-def row_norms(M: Tensor) -> Tensor:
-    """Return `|M_i|`, through each row's largest entry: no square overflows.  Shapes: (..., m, n) -> (..., m, 1)."""
-    largest = M.abs().amax(dim=-1, keepdim=True)
-    scaled = M / torch.where(largest > 0, largest, 1.0)
-    return largest * torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return over_rms(X, refreshed, 1 - beta2**step), {"row_rms": refreshed}
 
 
 @rule(ROWS, row_map=over_norm)
@@ -67,7 +47,7 @@ def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Te
     Adam's second moment, one number a row, which rotations of the columns leave alone: a token that was not seen lately
     makes a short step. Source: rows as blocks of one second moment, Adam-mini, Zhang et al., arXiv 2406.16793.
     """
-    return over_rms(M, row_rms, step, beta2)
+    return over_rms(M, row_rms, 1 - beta2**step)
 
 
 @rule(
@@ -78,4 +58,4 @@ def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Te
 )
 def centered_row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
     """Do the same on the centered M, and center again: a shared shift of all rows is invisible to a softmax."""
-    return center(over_rms(center(M), row_rms, step, beta2))
+    return center(over_rms(center(M), row_rms, 1 - beta2**step))

@@ -1,0 +1,44 @@
+"""Row rules in one Triton pass, momentum, direction and update together, where a kernel serves and is asked for."""
+
+from typing import Any
+
+import torch
+from symlm_kernels.selection import choose
+from torch import Tensor
+
+from symlm.by_rows import cuts_rows
+from symlm.collectives import Layout
+from symlm.rules import get_rule
+
+RULES = ("row_norm", "centered_row_norm", "row_adam", "centered_row_adam")
+
+
+def serves(group: dict[str, Any], layout: Layout, W: Tensor, M: Tensor) -> bool:
+    """Tell whether a kernel does this group's step on rows (m, n) that lie here.
+
+    Not with Nesterov's look-ahead, with a momentum of directions, on cut rows, on a centered rule's rows in several
+    shards, nor on parameters that are updated in a wide copy.
+    """
+    if group["rule"] not in RULES or group["nesterov"] or group["momentum_of"] != "gradients":
+        return False
+    if cuts_rows(layout) or (get_rule(group["rule"]).symmetry.shift and not layout.whole):
+        return False
+    if W.dtype != torch.float32 or W.stride(-1) != 1 or M.stride(-1) != 1 or not W.numel():
+        return False
+    return choose(W.device.type, W.dtype, W.shape[-1], group["kernels"]) == "triton"
+
+
+def step(
+    group: dict[str, Any], W: Tensor, G: Tensor, M: Tensor, state: dict[str, Tensor], scale: float, finite: Tensor
+) -> None:
+    """Do `M <- βM + (1−β)G`, `W <- (1 − ηλ)W − η·s·U(M)` and refresh what the rule keeps, in place."""
+    from symlm_kernels import rows
+
+    lr = group["lr"]
+    lr = lr.to(W.device) if isinstance(lr, Tensor) else torch.full((), lr, device=W.device)
+    keep = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
+    told: list[Any] = [group["momentum"]]
+    if state:
+        beta2 = group["betas"][1]
+        told = [state["row_rms"], group["momentum"], beta2, 1 - beta2 ** state["step"]]
+    getattr(rows, group["rule"] + "_step")(G, M, W, *told, lr * scale, keep, finite.float())
