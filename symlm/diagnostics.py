@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from symlm.collectives import gathered, local
+from symlm.directions import rule_state, whole_directions
 from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
-from symlm.step import rule_state, whole_directions
 from symlm.views import MatrixView
 
 

@@ -14,9 +14,8 @@ from torch.optim.adamw import adamw
 from symlm import fused_rows
 from symlm.by_rows import ALL, Block, RowStep
 from symlm.collectives import Exchange, Layout, gathered, local, placed_like, regrouped
-from symlm.polar import operations, polar
+from symlm.directions import cost_of, rule_state, scale_of, whole_directions, wide
 from symlm.rules import get_rule
-from symlm.scaling import SCALES
 from symlm.views import WHOLE, MatrixView
 
 BATCH_ELEMENTS = 2**26  # a batch of equal shapes holds at most this many, so that temporaries stay bounded
@@ -86,8 +85,8 @@ def seen_by_rule(group: dict[str, Any], member: Member, finite: Tensor, block: B
     """Return what the rule sees of these rows, in fp32: M, or its Nesterov look-ahead `(1−β)G + βM`."""
     M, G = block.of(member.momentum), block.of(member.gradient)
     if group["momentum_of"] == "directions":
-        return _wide(_masked(G, M, finite))
-    return _wide(_masked(G, M, finite).lerp(M, group["momentum"]) if group["nesterov"] else M)
+        return wide(_masked(G, M, finite))
+    return wide(_masked(G, M, finite).lerp(M, group["momentum"]) if group["nesterov"] else M)
 
 
 def _masked(G: Tensor, M: Tensor, finite: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ class Bucket:
         self.everywhere = layout.gathered or (bool(rule.state) and not layout.whole and not self.by_rows)
         shared = layout.whole and prod(layout.size) > 1 and rule.spectral
         travels = shared or (not layout.whole and not self.by_rows and not self.everywhere and self.local_view is None)
-        self.exchange = Exchange(layout, len(batch), loads, _cost(group, layout)) if travels else None
+        self.exchange = Exchange(layout, len(batch), loads, cost_of(group, layout)) if travels else None
         # A plan's members are nowhere, and have no momentum to look at.
         here = self.by_rows and batch[0].parameter.device.type != "meta"
         self.fused = here and fused_rows.serves(group, layout, batch[0].parameter, batch[0].momentum)
@@ -172,75 +171,6 @@ def overlapped(buckets: list[Bucket], finite: Tensor) -> Iterator[Bucket]:
         bucket.release()
 
 
-States = list[dict[str, Tensor]]  # what the rule keeps, of each parameter
-
-
-def rule_state(group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the part of a parameter's state that is its rule's, and the number of the step."""
-    keys = get_rule(group["rule"]).state
-    return {key: local(state[key]) for key in (*keys, "step")} if keys else {}
-
-
-def whole_directions(
-    group: dict[str, Any],
-    momenta: list[Tensor],
-    view: MatrixView | None = None,
-    states: States | None = None,
-    refresh: bool = True,
-) -> tuple[list[Tensor], States]:
-    """Return `s·rule(M)` of whole momenta of one shape, all of a section as one stack, and the rule's next states.
-
-    states: as `rule_state` gives them; without them, those of a rule's first step. refresh: False to compute again
-    what a step did, from the states that it left.
-    """
-    view = view or MatrixView.parse(group["view"])
-    shape = tuple(momenta[0].shape)
-    parts = [view.sections(_wide(M)) for M in momenta]
-    if len(parts[0]) == 1:
-        return _stack_directions(group, view, [_wide(M) for M in momenta], shape, states, refresh)
-    results = [torch.empty_like(_wide(M), memory_format=torch.contiguous_format) for M in momenta]
-    for k, (section_view, first) in enumerate(parts[0]):
-        found, _ = _stack_directions(group, section_view, [own[k][1] for own in parts], tuple(first.shape))
-        for result, U in zip(results, found, strict=True):
-            view.sections(result)[k][1].copy_(U)
-    return results, [{} for _ in momenta]
-
-
-def _stack_directions(
-    group: dict[str, Any],
-    view: MatrixView,
-    momenta: list[Tensor],
-    shape: tuple[int, ...],
-    states: States | None = None,
-    refresh: bool = True,
-) -> tuple[list[Tensor], States]:
-    rule, stacks = get_rule(group["rule"]), [view.to_matrices(M) for M in momenta]
-    stack, count = stacks[0] if len(stacks) == 1 else torch.cat(stacks), len(stacks[0])
-    told: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
-    if rule.state and states:
-        parts = {key: [state[key].view(count, -1, state[key].shape[-1]) for state in states] for key in rule.state}
-        kept = {key: torch.cat(part) for key, part in parts.items()}
-        told["step"] = torch.cat([state["step"].expand(count) for state in states]).view(-1, 1, 1)
-    else:
-        kept = rule.start(stack)
-    if refresh:
-        kept = rule.refreshed(stack, kept, told["beta2"])
-    U = rule.direction(stack, kept, **told)
-    found = [view.from_matrices(part, shape) for part in U.mul_(_scale(group, view, shape)).split(count)]
-    return found, [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(stacks))]
-
-
-def _polar(group: dict[str, Any], X: Tensor) -> Tensor:
-    return polar(
-        X,
-        group["polar_method"],
-        schedule=group["schedule"],
-        steps=group["steps"],
-        compute_dtype=group["compute_dtype"],
-        kernels=group["kernels"],
-    )
-
-
 def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -> Iterator[tuple[Block, Tensor]]:
     """Yield a row rule's `s·U` block by block, so that a vocabulary's temporaries stay small; no row travels."""
     state = rule_state(group, member.state)
@@ -251,7 +181,7 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
         return seen_by_rule(group, member, finite, block)
 
     rows = RowStep(get_rule(group["rule"]), member.layout, member.momentum, seen, state, settings)
-    size = _scale(group, WHOLE, member.layout.shape)
+    size = scale_of(group, WHOLE, member.layout.shape)
     for block, U, kept in rows.directions(elements):
         member.keep(kept, finite, block.rows)
         yield block, U.mul_(size)
@@ -260,7 +190,7 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
 def _fused_step(group: dict[str, Any], member: Member, finite: Tensor) -> None:
     """Do all three phases of a row rule in one pass."""
     G, M = member.gradient, member.momentum
-    scale = _scale(group, WHOLE, member.layout.shape)
+    scale = scale_of(group, WHOLE, member.layout.shape)
     fused_rows.step(group, member.parameter, G, M, rule_state(group, member.state), scale, finite)
 
 
@@ -270,27 +200,6 @@ def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, fini
     (U,), (state,) = whole_directions(group, [gathered(regrouped(M, stored))], states=[rule_state(group, member.state)])
     member.keep({key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
     return placed_like(U, stored)
-
-
-def _wide(M: Tensor) -> Tensor:
-    return M if M.dtype == torch.float64 else M.float()
-
-
-def _scale(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> float:
-    """Return the scale s of a stored shape: the route's view tells which side of its matrices the outputs are."""
-    _, m, n = view.shape(shape)
-    outputs, inputs = (n, m) if group["outputs"] == "columns" else (m, n)
-    return SCALES[group["scale"]](outputs, inputs)
-
-
-def _cost(group: dict[str, Any], layout: Layout) -> float:
-    """Count the operations of one whole parameter's direction."""
-    total = 0.0
-    view = MatrixView.parse(group["view"])
-    for part_view, part in view.sections(torch.empty(layout.shape, device="meta")):
-        b, m, n = part_view.shape(tuple(part.shape))
-        total += b * operations(m, n, group["steps"], "auto")
-    return total
 
 
 def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> None:

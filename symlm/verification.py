@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from symlm.collectives import gathered
+from symlm.directions import rule_state, whole_directions
 from symlm.rules import Rule, get_rule
 from symlm.rules.rule import DENSE
-from symlm.step import rule_state, whole_directions
 from symlm.views import MatrixView
 
 PROMISES = {  # the departure that rounding, or five Newton–Schulz steps, may leave

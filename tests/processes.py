@@ -305,21 +305,21 @@ def nonfinite(rank, world):
 
 def work(rank, world):
     """Count the matrices whose polar factor this rank computes in one step under DDP."""
-    import symlm.step
+    import symlm.directions
 
     counted = []
-    original = symlm.step.polar
+    original = symlm.directions.polar
 
     def counting(X, *arguments, **options):
         counted.append(len(X))
         return original(X, *arguments, **options)
 
-    symlm.step.polar = counting
+    symlm.directions.polar = counting
     model = model_of("ddp")
     optimizer = optimizer_of("ddp", model)
     loss_of(model, batch(0)).backward()
     optimizer.step()
-    symlm.step.polar = original
+    symlm.directions.polar = original
     return {"matrices": sum(counted)}
 
 
