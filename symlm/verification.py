@@ -16,6 +16,7 @@ PROMISES = {  # the departure that rounding, or five Newton–Schulz steps, may 
     "unit rows": 1e-3,
     "rows' directions": 1e-3,
     "unit RMS": 1e-3,
+    "the matrix's direction": 1e-3,
     "zero column sums": 1e-3,
     "singular values": 0.35,
     "spectral norm": 0.35,
@@ -97,6 +98,9 @@ def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
     elif rule.spectral and rule.name.endswith("polar"):
         norms = torch.linalg.matrix_norm(U, ord=2)
         found["spectral norm"] = (norms - 1)[norms > 0].abs()
+    if rule.name in ("auon", "auon_unnormalized"):
+        sizes = (M.square().sum(dim=(-2, -1)) * U.square().sum(dim=(-2, -1))).sqrt()
+        found["the matrix's direction"] = ((M * U).sum(dim=(-2, -1)) / sizes - 1)[sizes > 0].abs()
     if rule.name == "sign":
         found["signs"] = (U.abs() - 1)[M != 0].abs()
     return {promise: float(values.max()) for promise, values in found.items() if values.numel()}
