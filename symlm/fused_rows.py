@@ -16,10 +16,10 @@ RULES = ("row_norm", "centered_row_norm", "row_adam", "centered_row_adam")
 def serves(group: dict[str, Any], layout: Layout, W: Tensor, M: Tensor) -> bool:
     """Tell whether a kernel does this group's step on rows (m, n) that lie here.
 
-    Not with Nesterov's look-ahead, with a momentum of directions, on cut rows, on a centered rule's rows in several
+    Not with a momentum of directions, on cut rows, on a centered rule's rows in several
     shards, nor on parameters that are updated in a wide copy.
     """
-    if group["rule"] not in RULES or group["nesterov"] or group["momentum_of"] != "gradients":
+    if group["rule"] not in RULES or group["momentum_of"] != "gradients":
         return False
     if cuts_rows(layout) or (get_rule(group["rule"]).symmetry.shift and not layout.whole):
         return False
@@ -41,4 +41,4 @@ def step(
     if state:
         beta2 = group["betas"][1]
         told = [state["row_rms"], group["momentum"], beta2, 1 - beta2 ** state["step"]]
-    getattr(rows, group["rule"] + "_step")(G, M, W, *told, lr * scale, keep, finite.float())
+    getattr(rows, group["rule"] + "_step")(G, M, W, *told, lr * scale, keep, finite.float(), group["nesterov"])

@@ -86,7 +86,7 @@ _NESTEROV = {"nesterov": True}
 _HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_NESTEROV)
 _IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_NESTEROV)
 _OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
-_MEAN_OF_TEN = {"momentum": 0.9}  # steps; tokens come and go, and no look-ahead is as good as Adam's own mean
+_MEAN_OF_TEN = {"momentum": 0.9, "nesterov": True}  # steps: tokens come and go
 _TOKENS = Route("row_adam", "whole", "row_rms", 1.5, 0.0, "a row is a token, rare or frequent", _MEAN_OF_TEN)
 _LOGITS = Route(
     "centered_row_adam", "whole", "inverse_row_rms", 11.5, 0.0, "softmax ignores a shared shift", _MEAN_OF_TEN

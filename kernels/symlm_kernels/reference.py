@@ -25,19 +25,23 @@ def apply_polynomial(B: Tensor, X: Tensor, a: float) -> Tensor:
     return torch.baddbmm(X, B, X, beta=a)
 
 
-def row_norm_step(G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor) -> None:
+def row_norm_step(
+    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor, nesterov: bool = False
+) -> None:
     """Do `M <- βM + (1−β)G`, `W <- keep·W − size·M_i/|M_i|` in place; nothing where `finite` is 0.
+
+    nesterov: the direction is of `(1−β)G + βM` instead.
 
     Shapes: G, M, W (m, n); size, keep, finite: one element each.
     """
-    _rows_step(G, M, W, beta, size, keep, finite, lambda X: (unit_rows(X), None))
+    _rows_step(G, M, W, beta, size, keep, finite, nesterov, lambda X: (unit_rows(X), None))
 
 
 def centered_row_norm_step(
-    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor
+    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor, nesterov: bool = False
 ) -> None:
     """Do the same with the direction `C D C M`, C taking the mean row from every row."""
-    _rows_step(G, M, W, beta, size, keep, finite, lambda X: (center(unit_rows(center(X))), None))
+    _rows_step(G, M, W, beta, size, keep, finite, nesterov, lambda X: (center(unit_rows(center(X))), None))
 
 
 def row_adam_step(
@@ -51,6 +55,7 @@ def row_adam_step(
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
+    nesterov: bool = False,
 ) -> None:
     """Do the same over mean norms: `r² <- β₂r² + (1−β₂)|M_i|²`, `W <- keep·W − size·M_i·√bias/r_i`.
 
@@ -61,7 +66,7 @@ def row_adam_step(
         kept = mean_norms(row_norms(X), row_rms, beta2)
         return over_rms(X, kept, bias), kept
 
-    _rows_step(G, M, W, beta, size, keep, finite, direction, row_rms)
+    _rows_step(G, M, W, beta, size, keep, finite, nesterov, direction, row_rms)
 
 
 def centered_row_adam_step(
@@ -75,6 +80,7 @@ def centered_row_adam_step(
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
+    nesterov: bool = False,
 ) -> None:
     """Do the same on rows whose mean row is taken from them, before and after."""
 
@@ -82,7 +88,7 @@ def centered_row_adam_step(
         kept = mean_norms(row_norms(center(X)), row_rms, beta2)
         return center(over_rms(center(X), kept, bias)), kept
 
-    _rows_step(G, M, W, beta, size, keep, finite, direction, row_rms)
+    _rows_step(G, M, W, beta, size, keep, finite, nesterov, direction, row_rms)
 
 
 def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
@@ -124,11 +130,12 @@ def _rows_step(
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
+    nesterov: bool,
     direction: Callable[[Tensor], tuple[Tensor, Tensor | None]],
     row_rms: Tensor | None = None,
 ) -> None:
     new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
-    U, kept = direction(new.float())
+    U, kept = direction(new.float().lerp(G.float(), 1 - beta) if nesterov else new.float())
     stepped = keep * W.float() - size * U
     M.copy_(torch.where(finite != 0, new, M))
     W.copy_(torch.where(finite != 0, stepped.to(W.dtype), W))

@@ -8,24 +8,29 @@ from torch import Tensor
 LARGEST_ROW = 32_768  # a row is held in registers
 
 
-def row_norm_step(G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor) -> None:
+def row_norm_step(
+    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor, nesterov: bool = False
+) -> None:
     """Do `M <- βM + (1−β)G`, `W <- keep·W − size·M_i/|M_i|` in one pass: G is read, M and W are read and written.
 
+    nesterov: the direction is of `(1−β)G + βM` instead.
     Shapes: G, M, W (m, n), rows contiguous; size, keep, finite: one element each, on the device; where `finite` is 0
     nothing changes. A zero row gives a zero direction. M and W are written in place, G never.
     Raises: ValueError for rows longer than LARGEST_ROW.
     """
-    _step(G, M, W, None, beta, 0.0, size, size, keep, finite)
+    _step(G, M, W, None, beta, 0.0, size, size, keep, finite, nesterov)
 
 
 def centered_row_norm_step(
-    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor
+    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor, nesterov: bool = False
 ) -> None:
     """Do the same with the direction `C D C M`: two more looks at M, for the mean row and for the directions' mean.
 
+    With nesterov two more at G as well.
+
     Shapes, contract and errors: as `row_norm_step`.
     """
-    _centered_step(G, M, W, None, beta, 0.0, size, size, keep, finite)
+    _centered_step(G, M, W, None, beta, 0.0, size, size, keep, finite, nesterov)
 
 
 def row_adam_step(
@@ -39,13 +44,14 @@ def row_adam_step(
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
+    nesterov: bool = False,
 ) -> None:
     """Do the same over mean norms: `r² <- β₂r² + (1−β₂)|M_i|²`, `W <- keep·W − size·M_i·√bias/r_i`, in one pass.
 
     Shapes: row_rms (m, 1), contiguous, written in place; bias: one element, `1 − β₂^t` at step t. The rest, contract
     and errors: as `row_norm_step`.
     """
-    _step(G, M, W, row_rms, beta, beta2, bias, size, keep, finite)
+    _step(G, M, W, row_rms, beta, beta2, bias, size, keep, finite, nesterov)
 
 
 def centered_row_adam_step(
@@ -59,9 +65,10 @@ def centered_row_adam_step(
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
+    nesterov: bool = False,
 ) -> None:
     """Do the same on rows whose mean row is taken from them, before and after: two more looks at M."""
-    _centered_step(G, M, W, row_rms, beta, beta2, bias, size, keep, finite)
+    _centered_step(G, M, W, row_rms, beta, beta2, bias, size, keep, finite, nesterov)
 
 
 def _step(
@@ -75,10 +82,11 @@ def _step(
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
+    nesterov: bool = False,
 ) -> None:
     m, n = _check(G, M, W)
     strides = (G.stride(0), M.stride(0), W.stride(0))
-    constants = {"BLOCK": triton.next_power_of_2(n), "MEAN": row_rms is not None}
+    constants = {"BLOCK": triton.next_power_of_2(n), "MEAN": row_rms is not None, "NESTEROV": nesterov}
     r = M if row_rms is None else row_rms
     _row_kernel[(m,)](G, M, W, r, bias, size, keep, finite, n, beta, beta2, *strides, **constants)
 
@@ -94,19 +102,21 @@ def _centered_step(
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
+    nesterov: bool = False,
 ) -> None:
     m, n = _check(G, M, W)
     block, r = triton.next_power_of_2(n), M if row_rms is None else row_rms
-    constants = {"BLOCK": block, "MEAN": row_rms is not None}
+    constants = {"BLOCK": block, "MEAN": row_rms is not None, "NESTEROV": nesterov}
     rows = max(1, triton.cdiv(m, PARTS))
     parts = triton.cdiv(m, rows)
     sums = torch.empty(parts, n, dtype=torch.float32, device=M.device)
-    _momentum_kernel[(parts,)](G, M, sums, finite, m, n, rows, beta, G.stride(0), M.stride(0), BLOCK=block)
+    strides = (G.stride(0), M.stride(0))
+    _momentum_kernel[(parts,)](G, M, sums, finite, m, n, rows, beta, *strides, BLOCK=block, NESTEROV=nesterov)
     shift = sums.sum(0) / m
-    _direction_sum_kernel[(parts,)](M, r, bias, shift, sums, m, n, rows, beta2, M.stride(0), **constants)
+    _direction_sum_kernel[(parts,)](G, M, r, bias, shift, sums, m, n, rows, beta, beta2, *strides, **constants)
     mean = sums.sum(0) / m
-    strides = (M.stride(0), W.stride(0))
-    _centered_apply_kernel[(m,)](M, W, r, bias, shift, mean, size, keep, finite, n, beta2, *strides, **constants)
+    told = (G, M, W, r, bias, shift, mean, size, keep, finite, n, beta, beta2, *strides, W.stride(0))
+    _centered_apply_kernel[(m,)](*told, **constants)
 
 
 PARTS = 1024  # partial column sums: enough programs to fill a GPU, few enough to add up
@@ -139,6 +149,15 @@ def _divisor(row, r_ptr, place, bias_ptr, beta2, MEAN: tl.constexpr):
 
 
 @triton.jit
+def _seen(g_ptr, m_ptr, columns, inside, beta, NESTEROV: tl.constexpr):
+    """Return what the rule sees of a row whose momentum is up to date: M, or its look-ahead."""
+    x = tl.load(m_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if NESTEROV:
+        x = x + (1 - beta) * (tl.load(g_ptr + columns, mask=inside, other=0.0).to(tl.float32) - x)
+    return x
+
+
+@triton.jit
 def _row_kernel(
     g_ptr,
     m_ptr,
@@ -156,6 +175,7 @@ def _row_kernel(
     w_row,
     BLOCK: tl.constexpr,
     MEAN: tl.constexpr,
+    NESTEROV: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -164,8 +184,11 @@ def _row_kernel(
     m = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + row * w_row + columns, mask=inside, other=0.0).to(tl.float32)
     m = m + (1 - beta) * (g - m)
-    divisor, kept = _divisor(m, r_ptr, row, bias_ptr, beta2, MEAN)
-    w = tl.load(keep_ptr) * w - tl.load(size_ptr) * (m / divisor)
+    x = m
+    if NESTEROV:
+        x = m + (1 - beta) * (g - m)
+    divisor, kept = _divisor(x, r_ptr, row, bias_ptr, beta2, MEAN)
+    w = tl.load(keep_ptr) * w - tl.load(size_ptr) * (x / divisor)
     finite = tl.load(finite_ptr) > 0
     written = columns < tl.where(finite, n, 0)
     tl.store(m_ptr + row * m_row + columns, m.to(m_ptr.dtype.element_ty), mask=written)
@@ -175,8 +198,21 @@ def _row_kernel(
 
 
 @triton.jit
-def _momentum_kernel(g_ptr, m_ptr, sums_ptr, finite_ptr, m, n, rows, beta, g_row, m_row, BLOCK: tl.constexpr):
-    """Update the momentum of `rows` rows and write their sum."""
+def _momentum_kernel(
+    g_ptr,
+    m_ptr,
+    sums_ptr,
+    finite_ptr,
+    m,
+    n,
+    rows,
+    beta,
+    g_row,
+    m_row,
+    BLOCK: tl.constexpr,
+    NESTEROV: tl.constexpr,
+):
+    """Update the momentum of `rows` rows and write the sum of what the rule sees."""
     part = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
@@ -187,12 +223,16 @@ def _momentum_kernel(g_ptr, m_ptr, sums_ptr, finite_ptr, m, n, rows, beta, g_row
         old = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32)
         new = (old + (1 - beta) * (g - old)).to(m_ptr.dtype.element_ty)
         tl.store(m_ptr + row * m_row + columns, new, mask=written)
-        total += new.to(tl.float32)
+        x = new.to(tl.float32)
+        if NESTEROV:
+            x = x + (1 - beta) * (g - x)
+        total += x
     tl.store(sums_ptr + part * n + columns, total, mask=inside)
 
 
 @triton.jit
 def _direction_sum_kernel(
+    g_ptr,
     m_ptr,
     r_ptr,
     bias_ptr,
@@ -201,10 +241,13 @@ def _direction_sum_kernel(
     m,
     n,
     rows,
+    beta,
     beta2,
+    g_row,
     m_row,
     BLOCK: tl.constexpr,
     MEAN: tl.constexpr,
+    NESTEROV: tl.constexpr,
 ):
     """Write the sum of the directions of `rows` rows of `C M`."""
     part = tl.program_id(0).to(tl.int64)
@@ -213,7 +256,7 @@ def _direction_sum_kernel(
     shift = tl.load(shift_ptr + columns, mask=inside, other=0.0)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for row in range(part * rows, tl.minimum(part * rows + rows, m)):
-        x = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32) - shift
+        x = _seen(g_ptr + row * g_row, m_ptr + row * m_row, columns, inside, beta, NESTEROV) - shift
         divisor, _ = _divisor(x, r_ptr, row, bias_ptr, beta2, MEAN)
         total += x / divisor
     tl.store(sums_ptr + part * n + columns, total, mask=inside)
@@ -221,6 +264,7 @@ def _direction_sum_kernel(
 
 @triton.jit
 def _centered_apply_kernel(
+    g_ptr,
     m_ptr,
     w_ptr,
     r_ptr,
@@ -231,18 +275,21 @@ def _centered_apply_kernel(
     keep_ptr,
     finite_ptr,
     n,
+    beta,
     beta2,
+    g_row,
     m_row,
     w_row,
     BLOCK: tl.constexpr,
     MEAN: tl.constexpr,
+    NESTEROV: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
     shift = tl.load(shift_ptr + columns, mask=inside, other=0.0)
     mean = tl.load(mean_ptr + columns, mask=inside, other=0.0)
-    x = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32) - shift
+    x = _seen(g_ptr + row * g_row, m_ptr + row * m_row, columns, inside, beta, NESTEROV) - shift
     w = tl.load(w_ptr + row * w_row + columns, mask=inside, other=0.0).to(tl.float32)
     divisor, kept = _divisor(x, r_ptr, row, bias_ptr, beta2, MEAN)
     w = tl.load(keep_ptr) * w - tl.load(size_ptr) * (x / divisor - mean)
