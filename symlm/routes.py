@@ -81,15 +81,15 @@ def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Rol
     return dict(routes)
 
 
-# Rates and Nesterov's look-ahead were chosen at width 128 (recipes/LOG.md); rows' scales carry them to other widths.
+# Rates, momenta and Nesterov's look-ahead were chosen at width 128 (recipes/LOG.md); rows' scales carry them to others.
+_TEN_STEPS = {"nesterov": True, "momentum": 0.9}
 _NESTEROV = {"nesterov": True}
-_HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_NESTEROV)
-_IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_NESTEROV)
+_HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_TEN_STEPS)
+_IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_TEN_STEPS)
 _OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
-_MEAN_OF_TEN = {"momentum": 0.9, "nesterov": True}  # steps: tokens come and go
-_TOKENS = Route("row_adam", "whole", "row_rms", 1.5, 0.0, "a row is a token, rare or frequent", _MEAN_OF_TEN)
+_TOKENS = Route("row_adam", "whole", "row_rms", 1.5, 0.0, "a row is a token, rare or frequent", _TEN_STEPS)
 _LOGITS = Route(
-    "centered_row_adam", "whole", "inverse_row_rms", 11.5, 0.0, "softmax ignores a shared shift", _MEAN_OF_TEN
+    "centered_row_adam", "whole", "inverse_row_rms", 11.5, 0.0, "softmax ignores a shared shift", _TEN_STEPS
 )
 _EXPERTS = Route("centered_row_norm", "whole", "inverse_row_rms", 5.6, 0.0, "top-k softmax ignores it too", _NESTEROV)
 _ADAMW = Route("adamw", scale="unit", lr=0.25, weight_decay=0.0, why="no matrix: elementwise")
@@ -108,8 +108,8 @@ ROUTES: dict[Role, Route] = make_table(
         Role.MLP_OUT: _OUT,
         Role.EXPERT_IN: replace(_IN, why="rows are neurons, one matrix an expert"),
         Role.EXPERT_OUT: replace(_OUT, why="rows are neurons, one matrix an expert"),
-        Role.LORA: Route("polar", lr=0.5, why="a low-rank adapter's factor", options=_NESTEROV),
-        Role.MATRIX: Route("polar", lr=0.5, why="a dense matrix", options=_NESTEROV),
+        Role.LORA: Route("polar", lr=0.5, why="a low-rank adapter's factor", options=_TEN_STEPS),
+        Role.MATRIX: Route("polar", lr=0.5, why="a dense matrix", options=_TEN_STEPS),
         Role.VECTOR: _ADAMW,
     }
 )
