@@ -157,6 +157,13 @@ def summed(x: Tensor, layout: Layout) -> Tensor:
     return x
 
 
+def summed_everywhere(x: Tensor) -> Tensor:
+    """Return the sum of x over all ranks."""
+    if _initialized():
+        dist.all_reduce(x)
+    return x
+
+
 def everywhere(flag: Tensor) -> Tensor:
     """Return whether a flag holds on all ranks."""
     if _size(dist.group.WORLD if _initialized() else None) == 1:

@@ -1,16 +1,12 @@
 """What to watch: polar error, the size of updates by role, router load and logits.  Nothing here writes to a model."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from symlm.collectives import gathered, local
-from symlm.directions import rule_state, whole_directions
+from symlm.collectives import local, summed_everywhere
 from symlm.optimizer import SymOptimizer
-from symlm.rules import get_rule
-from symlm.views import MatrixView
 
 
 @torch.no_grad()
@@ -23,43 +19,23 @@ def polar_error(U: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
-    """Return the RMS of the last step's update by role, `√(Σ(ηsU)² / count)`, recomputed from the state.
+    """Return the RMS of the last step's update by role, `√(Σ(ηsU)² / count)`, decay left out.
 
-    With Nesterov momentum the look-ahead is gone after the step, and this is the update of the plain momentum. Roles
-    whose parameters lie in partitions of ZeRO's are left out: their momenta are nowhere whole.
+    Where parameters are cut, all ranks call this together. Roles that a fused kernel stepped are left out.
     """
-    squares: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    for group in optimizer.param_groups:
-        axes = MatrixView.parse(group["view"]).axes
-        for p in group["params"]:
-            state = optimizer.state.get(p)
-            if not state or not p.numel() or p.ndim != axes:
-                continue
-            role = group["role"]
-            square = update(group, state).double().square().sum()
-            squares[role] = squares.get(role, torch.zeros_like(square)) + square
-            counts[role] = counts.get(role, 0) + p.numel()
-    return {role: float((squares[role] / counts[role]).sqrt()) for role in squares}
+    found = dict(sorted(optimizer.update_squares().items()))  # ranks do not iterate alike
+    if not found:
+        return {}
+    squares, counts = zip(*found.values(), strict=True)
+    told = torch.stack([torch.stack(squares).double(), torch.tensor(counts, dtype=torch.float64).to(squares[0].device)])
+    if optimizer.is_cut:
+        told = summed_everywhere(told)
+    return dict(zip(found, (told[0] / told[1].clamp(min=1)).sqrt().tolist(), strict=True))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of the optimizer's state that this process holds, of symlm's or any other."""
     return sum(local(x).nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
-
-
-def update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    """Return the update `ηsU` of a parameter, whole, recomputed from its state."""
-    whole = {key: gathered(value) for key, value in state.items()}
-    if get_rule(group["rule"]).elementwise:
-        t = max(float(whole["step"]), 1.0)
-        first = whole["exp_avg"] / (1 - group["betas"][0] ** t)
-        second = whole["exp_avg_sq"] / (1 - group["betas"][1] ** t)
-        return group["lr"] * first / (second.sqrt() + group["eps"])
-    if group["momentum_of"] == "directions":
-        return group["lr"] * whole["momentum"]
-    (U,), _ = whole_directions(group, [whole["momentum"]], states=[rule_state(group, whole)], refresh=False)
-    return group["lr"] * U
 
 
 Gather = Callable[[Tensor], Tensor]  # (1, ...) of this process -> (processes, ...)

@@ -20,7 +20,7 @@ from symlm.roles import whole_shape
 from symlm.routes import param_groups
 from symlm.rules import get_rule
 from symlm.scaling import SCALES
-from symlm.step import Bucket, Member, adamw_step, apply, batches, member_of, overlapped, store
+from symlm.step import Bucket, Member, adamw_step, adamw_update, apply, batches, member_of, overlapped, store
 from symlm.verification import Check, Verification, departures
 from symlm.views import WHOLE, MatrixView
 
@@ -70,6 +70,9 @@ class SymOptimizer(torch.optim.Optimizer):
     # Of the class, since a pickled optimizer comes back without what its constructor set.
     _agreed: frozenset[tuple[str, str]] = frozenset()
     _fragments: Mapping[Tensor, list[Fragment]] = MappingProxyType({})
+    # Of the last step, by role, of this rank's parts: Σ(ηsU)² and of how many; and what AdamW's update is read from.
+    _squares: Mapping[str, tuple[Tensor, int]] = MappingProxyType({})
+    _elementwise: Mapping[str, list[tuple[dict[str, Any], dict[str, Any], int]]] = MappingProxyType({})
     _originals: Mapping[str, ReferenceType[nn.Parameter]] = MappingProxyType({})
 
     def __init__(
@@ -127,6 +130,7 @@ class SymOptimizer(torch.optim.Optimizer):
         self._create_state()
         finite = self._finite()
         if finite is None:
+            self._squares, self._elementwise = {}, {}
             return loss
         buckets: list[Bucket] = []
         loads: dict[Any, list[float]] = {}
@@ -136,6 +140,8 @@ class SymOptimizer(torch.optim.Optimizer):
             members = list(self._members(group))
             if get_rule(group["rule"]).elementwise:
                 adamw_step(group, members, finite)
+                if members:
+                    self._elementwise = {**self._elementwise, group["role"]: self._counted(group)}
                 continue
             for batch in batches(members):
                 world = batch[0].layout.size
@@ -143,9 +149,14 @@ class SymOptimizer(torch.optim.Optimizer):
         if is_first and (exchanges := [bucket.exchange for bucket in buckets if bucket.exchange]):
             received = sum(exchange.bytes_to_receive(4) for exchange in exchanges)
             log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(exchanges))
+        # Beside those of other roles: DeepSpeed steps group by group.
+        stepped = {bucket.group["role"] for bucket in buckets if not bucket.fused}
+        self._squares = {**self._squares, **{role: (finite.new_zeros((), dtype=torch.float32), 0) for role in stepped}}
         for bucket in overlapped(buckets, finite):
             for updated, rows, updates in bucket.updates(finite):
-                apply(bucket.group, updated, rows, updates, finite)
+                own = apply(bucket.group, updated, rows, updates, finite)
+                squares, count = self._squares[bucket.group["role"]]
+                self._squares[bucket.group["role"]] = (squares + own, count + sum(U.numel() for U in updates))
             for member in bucket.batch:
                 store(bucket.group, member, finite)
         return loss
@@ -176,6 +187,32 @@ class SymOptimizer(torch.optim.Optimizer):
         if failures:
             raise RuntimeError("the optimizer did not do what its table says:\n  " + "\n  ".join(failures))
         return checks
+
+    @property
+    def is_cut(self) -> bool:
+        """Tell whether this rank holds parts of parameters."""
+        cut = (local(p) is not p for group in self.param_groups for p in group["params"])
+        return bool(self._fragments) or any(cut)
+
+    def _counted(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], int]]:
+        """Return what AdamW's update of each parameter is read from, and how many entries it has, without padding."""
+        told = {key: group[key] for key in ("lr", "betas", "eps")}
+        found = []
+        for p in group["params"]:
+            parts = self._fragments.get(p)
+            held = sum(part.stop - part.start for part in parts) if parts else local(p).numel()
+            if p.grad is not None:
+                found.append((told, self.state[p], held))
+        return found
+
+    def update_squares(self) -> dict[str, tuple[Tensor, int]]:
+        """Return by role the sum of squares of the last step's update, and of how many entries, on this rank."""
+        found = dict(self._squares)
+        for role, stepped in self._elementwise.items():
+            updates = [adamw_update(group, state) for group, state, _ in stepped]
+            squares = torch.stack([U.square().sum() for U in updates]).sum()
+            found[role] = (squares, sum(count for *_, count in stepped))
+        return found
 
     def _create_state(self) -> None:
         """Give every parameter its state at once, so that all ranks and checkpoints agree on the keys."""

@@ -202,21 +202,27 @@ def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, fini
     return placed_like(U, stored)
 
 
-def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> None:
-    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on this block of the fp32 master; or with U's own momentum in its place."""
+def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Tensor:
+    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on this block of the fp32 master; or with U's own momentum in its place.
+
+    Returns `Σ(ηsU)²`, of which diagnostics make the size of a role's update.
+    """
     lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     decay = group["weight_decay"] * group["weight_decay_multiplier"]
+    norms = []
     for member, U in zip(members, updates, strict=True):
         W = block.of(member.master)
         if group["momentum_of"] == "directions":
             M = block.of(member.momentum)
             U = M.lerp_(_masked(U, M, finite), 1 - group["momentum"])
+        norms.append(torch.linalg.vector_norm(U))
         if decay:
             W.mul_(1 - lr * decay)
         if isinstance(lr, Tensor):
             W.addcmul_(U, lr.to(U.dtype), value=-1)
         else:
             W.sub_(U, alpha=lr)
+    return (lr * torch.stack(norms)).square().sum()
 
 
 def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
@@ -244,6 +250,14 @@ def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> 
     )
     for member in members:
         store(group, member, finite)
+
+
+def adamw_update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    """Return the update of this rank's part that AdamW's last step made, from its state."""
+    t = state["step"].clamp(min=1.0)
+    first = local(state["exp_avg"]) / (1 - group["betas"][0] ** t)
+    second = local(state["exp_avg_sq"]) / (1 - group["betas"][1] ** t)
+    return group["lr"] * first / (second.sqrt() + group["eps"])
 
 
 def store(group: dict[str, Any], member: Member, finite: Tensor) -> None:

@@ -130,7 +130,7 @@ def run_case(case, rank, world):
         shard(model, mesh)
     optimizer = optimizer_of(case, model.module if case.startswith("ddp") else model)
     train(model, optimizer, rank=data[0], world=data[1])
-    return whole(model), {"verified": len(optimizer.verify())}
+    return whole(model), {"verified": len(optimizer.verify()), "rms": symlm.diagnostics.update_rms(optimizer)}
 
 
 def expert_parallel(model, mesh, rank, world):
@@ -221,6 +221,7 @@ def through_deepspeed(case, model, rank, world):
         optimizer.step()
         optimizer.zero_grad()
     told = {"state": symlm.diagnostics.state_bytes(engine.basic_optimizer)}
+    told["rms"] = symlm.diagnostics.update_rms(engine.basic_optimizer)
     result = whole_under_zero(engine)
     engine.destroy()
     leave_deepspeed()
