@@ -279,3 +279,23 @@ def test_polar_first_is_its_formula():
         W = W - 0.1 * M
     assert relative(layer.weight, W) < EXACT
     assert symlm.diagnostics.update_rms(opt)["matrix"] == pytest.approx(0.1 * M.square().mean().sqrt().item())
+
+
+def test_row_adam_is_its_formula_over_the_steps():
+    """`M <- .9M + .1G`, `X = .1G + .9M`, `r² <- .95r² + .05|X|²`, `W <- (1 − ηλ)W − η·s·X·√(1 − .95^t)/r`, by hand."""
+    model = tiny(dtype=torch.float64)
+    opt = symlm.SymOptimizer(model, weight_decay=0.1, overrides={"embedding": {"weight_decay_multiplier": 1.0}})
+    p = model.model.embed_tokens.weight
+    (group,) = [group for group in opt.param_groups if group["role"] == "embedding"]
+    W, M, v = p.detach().clone(), torch.zeros_like(p), torch.zeros(len(p), 1, dtype=p.dtype)
+    for t in range(1, 5):
+        p.grad = torch.randn_like(p) * torch.rand(len(p), 1, dtype=p.dtype)
+        p.grad[t] = 0
+        M = 0.9 * M + 0.1 * p.grad
+        X = 0.1 * p.grad + 0.9 * M
+        v = 0.95 * v + 0.05 * X.square().sum(1, keepdim=True)
+        unbiased = (v / (1 - 0.95**t)).sqrt()
+        U = torch.where(unbiased > 0, X / unbiased, 0.0)
+        W = (1 - group["lr"] * 0.1) * W - group["lr"] * p.shape[1] ** 0.5 * U
+        opt.step()
+    assert relative(p.detach(), W) < FP32  # the count of steps is fp32
