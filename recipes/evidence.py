@@ -19,7 +19,7 @@ from scipy import stats
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BASELINE, OURS = "adamw", "default"
+BASELINES, OURS = ("adamw", "muon"), "default"
 PAGE = Template(
     """<!doctype html><meta charset="utf-8"><title>{{ title }}</title>
 <style>body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -69,14 +69,14 @@ def tokens_to(tokens: list[float], losses: list[float], goal: float) -> float:
 
 
 def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one line an arm: factor, final loss, paired difference to ours, tokens to AdamW's loss, costs.
+    """Return one line an arm: factor, final loss, paired difference to ours, tokens to the baselines' losses, costs.
 
     A factor at the edge of those tried is marked: the arm's best may lie beyond.
     """
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run
-    ours, baseline = by_arm.get(OURS, {}), by_arm.get(BASELINE, {})
+    ours = by_arm.get(OURS, {})
     lines = []
     for arm, seeds in by_arm.items():
         tried, factor = {t["factor"] for t in trials if t["arm"] == arm}, next(iter(seeds.values()))["factor"]
@@ -86,14 +86,14 @@ def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFr
         if ours and arm != OURS:
             common = [seed for seed in seeds if seed in ours]
             line["minus default"] = interval([seeds[s]["loss"][-1] - ours[s]["loss"][-1] for s in common])
-        if baseline:
+        for baseline in (name for name in BASELINES if name in by_arm):
             shares = [
-                tokens_to(run["tokens"], run["loss"], baseline[seed]["loss"][-1]) / run["tokens"][-1]
+                tokens_to(run["tokens"], run["loss"], by_arm[baseline][seed]["loss"][-1]) / run["tokens"][-1]
                 for seed, run in seeds.items()
-                if seed in baseline
+                if seed in by_arm[baseline]
             ]
             reached = all(np.isfinite(shares))
-            line[f"tokens to {BASELINE}'s loss"] = interval(shares) if reached else "not reached by every seed"
+            line[f"tokens to {baseline}'s loss"] = interval(shares) if reached else "not reached by every seed"
         line["seconds a step"] = f"{np.mean([run['seconds_per_step'] for run in seeds.values()]):.3f}"
         line["optimizer MB"] = f"{next(iter(seeds.values()))['optimizer_bytes'] / 1e6:.1f}"
         if "router/load_cv" in next(iter(seeds.values())):
