@@ -10,6 +10,7 @@ import statistics
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import symlm
+from symlm import directions
 from symlm.collectives import Exchange
 
 NOISE = 1e-3
@@ -32,9 +34,7 @@ def seconds(step: Callable[[], object], runs: int) -> float:
         dist.barrier()
         start = time.perf_counter()
         step()
-        spent = torch.tensor([time.perf_counter() - start])
-        dist.all_reduce(spent, op=dist.ReduceOp.MAX)
-        times.append(spent.item())
+        times.append(slowest(time.perf_counter() - start))
     return statistics.median(times)
 
 
@@ -52,23 +52,43 @@ def sharded(layers: int, device: str) -> nn.Module:
     return with_gradients(fully_shard(model, mesh=mesh))
 
 
-class Counted:
-    """Count the bytes that this rank's exchanges send."""
+class Watched:
+    """Count the bytes that this rank's exchanges receive, and the seconds that it spends on polar factors."""
 
     def __init__(self) -> None:
-        self.bytes, self.receive = 0, Exchange.receive
+        self.bytes, self.polar_seconds = 0, 0.0
+        self.receive, self.polar = Exchange.receive, directions.polar
 
-    def __enter__(self) -> "Counted":
+    def __enter__(self) -> "Watched":
         def receive(exchange: Exchange) -> list[torch.Tensor]:
             found = self.receive(exchange)
             self.bytes += exchange.moved
             return found
 
-        Exchange.receive = receive  # type: ignore[method-assign]
+        def polar(*told: Any, **more: Any) -> torch.Tensor:
+            synchronize()
+            start = time.perf_counter()
+            found = self.polar(*told, **more)
+            synchronize()
+            self.polar_seconds += time.perf_counter() - start
+            return found
+
+        Exchange.receive, directions.polar = receive, polar  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        Exchange.receive = self.receive  # type: ignore[method-assign]
+        Exchange.receive, directions.polar = self.receive, self.polar  # type: ignore[method-assign]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def slowest(value: float) -> float:
+    told = torch.tensor([value], device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return told.item()
 
 
 def main() -> None:
@@ -91,16 +111,23 @@ def main() -> None:
     if not arguments.skip_torch_muon:
         matrices = [p for name, p in cut.named_parameters() if p.ndim == 2 and "layers" in name]
         modes["torch.optim.Muon, FSDP2 (matrices only)"] = torch.optim.Muon(matrices)
-    spent, moved = {}, {}
+    spent, moved, polar = {}, {}, {}
     for name, optimizer in modes.items():
-        with Counted() as counted:
-            optimizer.step()
-            moved[name] = counted.bytes
+        optimizer.step()
+        factors = []
+        for _ in range(arguments.runs):
+            with Watched() as watched:
+                dist.barrier()
+                optimizer.step()
+            factors.append(slowest(watched.polar_seconds))
+        moved[name], polar[name] = watched.bytes, statistics.median(factors)
         spent[name] = seconds(optimizer.step, arguments.runs)
     if dist.get_rank() == 0:
-        base = spent["every rank computes all"]
+        first = next(iter(modes))
+        print(f"{'':40} {'step':>8}   × redundant   {'polar':>8}   × redundant    received")
         for name, value in spent.items():
-            print(f"{name:40} {value:8.3f} s   {value / base:5.2f} × redundant   {moved[name] / 2**20:7.1f} MiB sent")
+            share = f"{polar[name]:6.3f} s   {polar[name] / polar[first]:11.2f}" if polar[name] else f"{'':8}   {'':11}"
+            print(f"{name:40} {value:6.3f} s   {value / spent[first]:11.2f}   {share}   {moved[name] / 2**20:5.1f} MiB")
         print(f"torch {torch.__version__}, {device}, {dist.get_world_size()} processes, {arguments.layers} layers")
     dist.destroy_process_group()
 
