@@ -52,9 +52,10 @@ class SymOptimizer(torch.optim.Optimizer):
     params: a model; or the output of `symlm.param_groups(model, ...)`, which then holds rates, preset and overrides.
     lr, preset, overrides, roles: as in `symlm.param_groups`.
     options: defaults of every group, which `overrides` may set by role:
-        momentum β (0.95); nesterov: U((1−β)G + βM) instead (False); weight_decay λ (0.0);
+        momentum β (0.95; 0.9 in the default table); nesterov: U((1−β)G + βM) instead (False; True in the default
+        table); weight_decay λ (0.0);
         momentum_of: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM` (PolarGrad's polar-first);
-        betas, eps: AdamW's, for roles routed to it;
+        betas, eps: AdamW's, for roles routed to it; β₂ is also that of `row_adam` and `aro_adam`;
         polar_method, schedule, steps, compute_dtype, kernels: see `symlm.polar`;
         momentum_dtype: "float32", or "bfloat16" to save memory;
         rounding: how a bf16 parameter without an fp32 master is stored, "stochastic" or "compensated";
