@@ -222,6 +222,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     for name in ("r_target", "teleport_every"):
         if getattr(train, name) is not None and accelerator.num_processes > 1:
             raise ValueError(f"train.{name} looks at one process's batch and weights: use one process, or leave it out")
+    if train.teleport_every and accelerator.mixed_precision != "no":
+        raise ValueError("train.teleport_every compares losses that rounding would change: set mixed_precision to no")
     control = StepControl(model, optimizer, r_target=train.r_target) if train.r_target else None
     teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
     if teleporter:

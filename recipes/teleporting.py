@@ -40,6 +40,8 @@ class Teleporter:
         if self.steps % self.every:
             return
         self.ratio = 1.0
+        if not all(p.grad.isfinite().all() for p in self.model.parameters() if p.grad is not None):
+            return  # the optimizer will skip this step
         for family, shape in self.families:
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             action = partial(family, self.model)

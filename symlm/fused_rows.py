@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from symlm_kernels.selection import choose
+from symlm_kernels.selection import LARGEST_ROW, choose
 from torch import Tensor
 
 from symlm.by_rows import cuts_rows
@@ -13,19 +13,19 @@ from symlm.rules import get_rule
 RULES = ("row_norm", "centered_row_norm", "row_adam", "centered_row_adam")
 
 
-def serves(group: dict[str, Any], layout: Layout, W: Tensor, M: Tensor) -> bool:
+def serves(group: dict[str, Any], layout: Layout, W: Tensor) -> bool:
     """Tell whether a kernel does this group's step on rows (m, n) that lie here.
 
-    Not with a momentum of directions, on cut rows, on a centered rule's rows in several
-    shards, nor on parameters that are updated in a wide copy.
+    All ranks must answer alike: by the layout, not by how many rows each holds. Not with a momentum of directions, on
+    cut rows, on a centered rule's rows in several shards, nor on parameters that are updated in a wide copy.
     """
     if group["rule"] not in RULES or group["momentum_of"] != "gradients":
         return False
     if cuts_rows(layout) or (get_rule(group["rule"]).symmetry.shift and not layout.whole):
         return False
-    if W.dtype != torch.float32 or W.stride(-1) != 1 or M.stride(-1) != 1 or not W.numel():
+    if W.dtype != torch.float32 or W.stride(-1) != 1 or layout.shape[-1] > LARGEST_ROW:
         return False
-    return choose(W.device.type, W.dtype, W.shape[-1], group["kernels"]) == "triton"
+    return choose(W.device.type, W.dtype, layout.shape[-1], group["kernels"]) == "triton"
 
 
 def step(
@@ -34,6 +34,8 @@ def step(
     """Do `M <- βM + (1−β)G`, `W <- (1 − ηλ)W − η·s·U(M)` and refresh what the rule keeps, in place."""
     from symlm_kernels import rows
 
+    if not W.numel():
+        return
     lr = group["lr"]
     lr = lr.to(W.device) if isinstance(lr, Tensor) else torch.full((), lr, device=W.device)
     keep = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
@@ -41,4 +43,6 @@ def step(
     if state:
         beta2 = group["betas"][1]
         told = [state["row_rms"], group["momentum"], beta2, 1 - beta2 ** state["step"]]
-    getattr(rows, group["rule"] + "_step")(G, M, W, *told, lr * scale, keep, finite.float(), group["nesterov"])
+    getattr(rows, group["rule"] + "_step")(
+        G.contiguous(), M, W, *told, lr * scale, keep, finite.float(), group["nesterov"]
+    )

@@ -71,9 +71,9 @@ class SymOptimizer(torch.optim.Optimizer):
     # Of the class, since a pickled optimizer comes back without what its constructor set.
     _agreed: frozenset[tuple[str, str]] = frozenset()
     _fragments: Mapping[Tensor, list[Fragment]] = MappingProxyType({})
-    # Of the last step, by role, of this rank's parts: Σ(ηsU)² and of how many; and what AdamW's update is read from.
-    _squares: Mapping[str, tuple[Tensor, int]] = MappingProxyType({})
-    _elementwise: Mapping[str, list[tuple[dict[str, Any], dict[str, Any], int]]] = MappingProxyType({})
+    # Of the last step, by role and view, of this rank's parts: Σ(ηsU)² and of how many; and AdamW's states.
+    _squares: Mapping[tuple[str, str], tuple[Tensor, int]] = MappingProxyType({})
+    _elementwise: Mapping[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any], int]]] = MappingProxyType({})
     _originals: Mapping[str, ReferenceType[nn.Parameter]] = MappingProxyType({})
 
     def __init__(
@@ -142,7 +142,7 @@ class SymOptimizer(torch.optim.Optimizer):
             if get_rule(group["rule"]).elementwise:
                 adamw_step(group, members, finite)
                 if members:
-                    self._elementwise = {**self._elementwise, group["role"]: self._counted(group)}
+                    self._elementwise = {**self._elementwise, _key(group): self._counted(group)}
                 continue
             for batch in batches(members):
                 world = batch[0].layout.size
@@ -151,13 +151,13 @@ class SymOptimizer(torch.optim.Optimizer):
             received = sum(exchange.bytes_to_receive(4) for exchange in exchanges)
             log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(exchanges))
         # Beside those of other roles: DeepSpeed steps group by group.
-        stepped = {bucket.group["role"] for bucket in buckets if not bucket.fused}
-        self._squares = {**self._squares, **{role: (finite.new_zeros((), dtype=torch.float32), 0) for role in stepped}}
+        stepped = {_key(bucket.group) for bucket in buckets if not bucket.fused}
+        self._squares = {**self._squares, **{key: (finite.new_zeros((), dtype=torch.float32), 0) for key in stepped}}
         for bucket in overlapped(buckets, finite):
             for updated, rows, updates in bucket.updates(finite):
                 own = apply(bucket.group, updated, rows, updates, finite)
-                squares, count = self._squares[bucket.group["role"]]
-                self._squares[bucket.group["role"]] = (squares + own, count + sum(U.numel() for U in updates))
+                squares, count = self._squares[_key(bucket.group)]
+                self._squares[_key(bucket.group)] = (squares + own, count + sum(U.numel() for U in updates))
             for member in bucket.batch:
                 store(bucket.group, member, finite)
         return loss
@@ -208,11 +208,14 @@ class SymOptimizer(torch.optim.Optimizer):
 
     def update_squares(self) -> dict[str, tuple[Tensor, int]]:
         """Return by role the sum of squares of the last step's update, and of how many entries, on this rank."""
-        found = dict(self._squares)
-        for role, stepped in self._elementwise.items():
-            updates = [adamw_update(group, state) for group, state, _ in stepped]
-            squares = torch.stack([U.square().sum() for U in updates]).sum()
-            found[role] = (squares, sum(count for *_, count in stepped))
+        parts = [(role, squares, count) for (role, _), (squares, count) in self._squares.items()]
+        for (role, _), stepped in self._elementwise.items():
+            squares = torch.stack([adamw_update(group, state).square().sum() for group, state, _ in stepped]).sum()
+            parts.append((role, squares, sum(count for *_, count in stepped)))
+        found: dict[str, tuple[Tensor, int]] = {}
+        for role, squares, count in parts:
+            before = found.get(role, (torch.zeros_like(squares), 0))
+            found[role] = (before[0] + squares, before[1] + count)
         return found
 
     def _create_state(self) -> None:
@@ -350,7 +353,8 @@ class SymOptimizer(torch.optim.Optimizer):
         ours = (p for group in self.param_groups for p in group["params"])
         for index, p in zip(saved, ours, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
+                own = self.state[p][key]  # torch leaves a count of steps where the file was read to
+                if isinstance(value, Tensor) and (value.dtype != own.dtype or own.device != p.device):
                     self.state[p][key] = value.to(device=p.device, copy=True)
         for group in self.param_groups:
             _check_group(group)
@@ -371,7 +375,10 @@ def _check_group(group: dict[str, Any]) -> None:
     role, rule, view = group["role"], get_rule(group["rule"]), MatrixView.parse(group["view"])
     if rule.state and (view != WHOLE if rule.row_map else view.unequal):
         needed = "view 'whole'" if rule.row_map else "a view of equal matrices"
-        raise ValueError(f"group {role}: rule {rule.name!r} keeps a state, which needs {needed}; it has {view}")
+        raise ValueError(
+            f"group {role}: rule {rule.name!r} keeps a state, which needs {needed}; it has {view}; give "
+            f"the role another rule, overrides={{{role!r}: {{'rule': 'row_norm'}}}} for one"
+        )
     get_schedule(group["schedule"]).steps(group["steps"])
     choices = {
         "scale": tuple(SCALES),

@@ -48,6 +48,10 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
         members = [_member(p, layout_of_shards(tuple(p.shape), shards, copies)) for p in group["params"]]
         for batch in batches(members):
             bucket = Bucket(group, batch, loads.setdefault(batch[0].layout.size, [0.0] * shards * copies))
+            if bucket.everywhere:  # every rank gathers all of it, and computes all of it
+                size = MASTER * prod(bucket.layout.shape) * len(batch)
+                received = [told + size - size // shards for told in received]
+                temporary.append(2 * size)
             if not bucket.exchange:
                 continue
             for rank in range(shards * copies):

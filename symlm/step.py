@@ -115,7 +115,7 @@ class Bucket:
         self.exchange = Exchange(layout, len(batch), loads, cost_of(group, layout)) if travels else None
         # A plan's members are nowhere, and have no momentum to look at.
         here = self.by_rows and batch[0].parameter.device.type != "meta"
-        self.fused = here and fused_rows.serves(group, layout, batch[0].parameter, batch[0].momentum)
+        self.fused = here and fused_rows.serves(group, layout, batch[0].parameter)
 
     def start(self, finite: Tensor) -> None:
         """Do phase 1, and start to move matrices to their owners."""

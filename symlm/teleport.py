@@ -163,7 +163,7 @@ def teleport(
     if unknown := sorted(set(transports) - set(weights)):
         raise ValueError(f"the model has no {unknown}")
     tolerance = tolerance or (TOLERANCE if _dtype(model) == torch.float64 else 1e-5)
-    states = _states(optimizer, transports, weights) if optimizer else []
+    states = [(value, moved(value)) for value, moved in _states(optimizer, transports, weights)] if optimizer else []
     before, kept = loss().item(), {name: weights[name].detach().clone() for name in transports}
     for name, transport in transports.items():
         weights[name].copy_(transport.weight(kept[name]))
@@ -176,11 +176,11 @@ def teleport(
             "that are not 1? biases? an activation that is not bijective?); the weights are as they were"
         )
     for value, moved in states:
-        value.copy_(moved(value))
+        value.copy_(moved)
     for name, transport in transports.items():
         gradient = weights[name].grad
         if gradient is not None:
-            weights[name].grad = transport.covector(gradient)
+            weights[name].grad = transport.covector(gradient).contiguous()  # fused steps read along memory
 
 
 def _states(
@@ -207,22 +207,22 @@ def _states(
 
 
 def _moved_by_rule(state: State, view: str, transport: Transport, name: str, value: Tensor) -> Tensor:
-    """Move what a rule keeps as the rule declares: by orthogonal elements, in the coordinates of its view."""
-    left, right = (_dense(side, name) for side in (transport.left, transport.right))
-    if MatrixView.parse(view) not in (WHOLE, TRANSPOSED):
+    """Move what a rule keeps as the rule declares, in the coordinates of its view.
+
+    Raises: ValueError for a view with other coordinates, and for a factor that the state has no move for.
+    """
+    parsed = MatrixView.parse(view)
+    if parsed not in (WHOLE, TRANSPOSED):
         raise ValueError(f"what the rule keeps of {name} cannot move in its view {view!r}; reset it first")
-    sides = (right, left) if MatrixView.parse(view) == TRANSPOSED else (left, right)
-    return state.act(value, *sides)
-
-
-def _dense(side: Tensor | None, name: str) -> Tensor | None:
-    """Return one side of a transport as a matrix.  Raises: ValueError for one that is not orthogonal."""
+    side = transport.left if (state.side == "left") == (parsed == WHOLE) else transport.right
     if side is None:
-        return None
+        return value
     Q = torch.diag(side) if side.ndim == 1 else torch.block_diag(*side)
     if not torch.allclose(Q @ Q.mT, torch.eye(len(Q), dtype=Q.dtype, device=Q.device), atol=1e-5):
         raise ValueError(f"what the rule keeps of {name} moves with rotations alone; reset it first")
-    return Q
+    if not state.rotations and not torch.allclose(Q.abs().amax(dim=0), Q.new_ones(len(Q)), atol=1e-5):
+        raise ValueError(f"what the rule keeps of {name} moves with signed permutations alone; reset it first")
+    return state.act(value, Q)
 
 
 def climb(

@@ -34,12 +34,14 @@ def violation(rule, symmetry, M, transported=True):
     U = rule.direction(M, after, step=3)
     for seed in range(4):
         L, R = symmetry.sample(*M.shape[-2:], torch.Generator().manual_seed(seed))
-        moved = {key: rule.state[key].act(value, L, R) if transported else value for key, value in before.items()}
+        sides = {"left": L, "right": R}
+        factors = {key: sides[kind.side] for key, kind in rule.state.items()}
+        moved = {key: rule.state[key].act(x, factors[key]) if transported else x for key, x in before.items()}
         state = rule.refreshed(act(M, L, R), moved)
         found = rule.direction(act(M, L, R), state, step=3)
         worst = max(worst, relative(found, act(U, L, R)))
         for key, value in state.items() if transported else ():
-            worst = max(worst, relative(value, rule.state[key].act(after[key], L, R)))
+            worst = max(worst, relative(value, rule.state[key].act(after[key], factors[key])))
     if symmetry.shift:
         shifted = M + matrix((1, M.shape[-1]), seed=9)
         found = rule.direction(shifted, rule.refreshed(shifted, before), step=3)

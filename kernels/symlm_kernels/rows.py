@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST_ROW = 32_768  # a row is held in registers
+from symlm_kernels.selection import LARGEST_ROW
 
 
 def row_norm_step(

@@ -9,6 +9,7 @@ from torch import Tensor
 from symlm_kernels import reference
 
 CHOICES = ("auto", "torch", "triton")
+LARGEST_ROW = 32_768  # a fused row step holds a row in registers
 # The smallest side from which Triton's products were measured to be faster; none until a GPU's record says so
 # (kernels/README.md), so "auto" is torch's everywhere.
 FASTER_FROM: int | None = None

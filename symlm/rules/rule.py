@@ -20,18 +20,25 @@ ELEMENTS = Symmetry(left=signed_permutations, right=signed_permutations)
 
 @dataclass(frozen=True)
 class State:
-    """One tensor that a rule keeps of a matrix: how it begins for M, and how `M -> L M Rᵀ` moves it (None: no move)."""
+    """One tensor that a rule keeps of a matrix: how it begins for M, and how `M -> L M Rᵀ` moves it.
+
+    side: "left" or "right", the factor that moves it; act: from the tensor and that factor; rotations: whether any
+    rotation does, or signed permutations alone.
+    """
 
     start: Callable[[Tensor], Tensor]
-    act: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    side: str
+    act: Callable[[Tensor, Tensor], Tensor]
+    rotations: bool = True
 
 
-A_NUMBER_A_ROW = State(lambda M: torch.zeros_like(M[..., :1]), lambda s, L, R: s if L is None else L.abs() @ s)
+A_NUMBER_A_ROW = State(lambda M: torch.zeros_like(M[..., :1]), "left", lambda s, L: L.abs() @ s, rotations=False)
 A_ROTATION = State(
     lambda M: torch.eye(M.shape[-2], dtype=M.dtype, device=M.device).repeat(*M.shape[:-2], 1, 1),
-    lambda Q, L, R: Q if L is None else L @ Q,
+    "left",
+    lambda Q, L: L @ Q,
 )
-ROTATED_SQUARES = State(torch.zeros_like, lambda V, L, R: V if R is None else V @ R.abs().mT)
+ROTATED_SQUARES = State(torch.zeros_like, "right", lambda V, R: V @ R.abs().mT, rotations=False)
 
 
 @dataclass(frozen=True)
