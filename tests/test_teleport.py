@@ -111,6 +111,29 @@ def test_elementwise_second_moments_do_not_move():
     t.teleport(model, ACTIONS["head shift"](model), lambda: loss_of(model, x), optimizer)  # moves no gradient
 
 
+def test_a_refused_teleport_leaves_everything_as_it_was():
+    model, x = model_of(), tokens()
+    optimizer = symlm.SymOptimizer(model, overrides={"mlp_in": {"rule": "row_adam"}})
+    loss_of(model, x).backward()
+    optimizer.step()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    momenta = [state["momentum"].clone() for state in optimizer.state.values() if "momentum" in state]
+    with pytest.raises(ValueError, match="moves with rotations alone"):
+        t.teleport(model, ACTIONS["neuron scales"](model), lambda: loss_of(model, x), optimizer)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    kept = [state["momentum"] for state in optimizer.state.values() if "momentum" in state]
+    assert all(torch.equal(a, b) for a, b in zip(kept, momenta, strict=True))
+
+
+def test_numbers_of_rows_move_with_permutations_alone():
+    model, x = model_of(), tokens()
+    optimizer = symlm.SymOptimizer(model, overrides={"attention_o": {"rule": "row_adam", "view": "whole"}})
+    loss_of(model, x).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="moves with signed permutations alone"):
+        t.teleport(model, ACTIONS["residual rotation"](model), lambda: loss_of(model, x), optimizer)
+
+
 def test_a_batch_larger_than_the_width_is_refused():
     W = [random(4, 3), random(2, 4)]
     with pytest.raises(ValueError, match="larger than the width 3"):
