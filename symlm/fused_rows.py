@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from symlm_kernels.reference import MeanNorms
 from symlm_kernels.selection import LARGEST_ROW, choose
 from torch import Tensor
 
@@ -39,10 +40,9 @@ def step(
     lr = group["lr"]
     lr = lr.to(W.device) if isinstance(lr, Tensor) else torch.full((), lr, device=W.device)
     keep = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
-    told: list[Any] = [group["momentum"]]
+    mean = None
     if state:
         beta2 = group["betas"][1]
-        told = [state["row_rms"], group["momentum"], beta2, 1 - beta2 ** state["step"]]
-    getattr(rows, group["rule"] + "_step")(
-        G.contiguous(), M, W, *told, lr * scale, keep, finite.float(), group["nesterov"]
-    )
+        mean = MeanNorms(state["row_rms"], 1 - beta2 ** state["step"], beta2)
+    rule = rows.centered_row_norm_step if get_rule(group["rule"]).symmetry.shift else rows.row_norm_step
+    rule(G.contiguous(), M, W, group["momentum"], lr * scale, keep, finite.float(), group["nesterov"], mean)

@@ -7,6 +7,7 @@ The floor is one read of gradient, momentum and weight and one write of momentum
 
 from argparse import ArgumentParser
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from measuring import DEVICE, ceilings, seconds, write
@@ -19,7 +20,7 @@ SHAPES = [(151_936, 1024), (262_144, 1152)]
 def contenders(m: int, n: int, quick: bool) -> dict[str, Callable[[], object]]:
     G, M, W = (torch.randn(m, n, device=DEVICE) for _ in range(3))
     scalars = [torch.tensor(x, device=DEVICE) for x in (1e-3, 1.0, 1.0)]
-    r, bias = torch.ones(m, 1, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    norms = reference.MeanNorms(torch.ones(m, 1, device=DEVICE), torch.tensor(0.5, device=DEVICE), 0.95)
     found: dict[str, Callable[[], object]] = {}
     sources = {"torch": reference}
     if why_not_triton(DEVICE, torch.float32) is None:
@@ -27,13 +28,13 @@ def contenders(m: int, n: int, quick: bool) -> dict[str, Callable[[], object]]:
 
         sources["triton"] = rows
     for source, module in sources.items():
-        for name in ("row_norm_step", "centered_row_norm_step", "row_adam_step", "centered_row_adam_step"):
-            step = getattr(module, name)
-            told = (G, M, W, 0.95, *scalars) if "norm" in name else (G, M, W, r, 0.9, 0.95, bias, *scalars)
-            found[f"{source} {name}"] = lambda step=step, told=told: step(*told)
+        for name, mean in product(("row_norm_step", "centered_row_norm_step"), (None, norms)):
+            step, label = getattr(module, name), f"{name}{' over means' if mean else ''}"
+            told = (G, M, W, 0.95, *scalars, False, mean)
+            found[f"{source} {label}"] = lambda step=step, told=told: step(*told)
             if source == "torch" and not quick:
                 compiled = torch.compile(step)
-                found[f"torch.compile {name}"] = lambda compiled=compiled, told=told: compiled(*told)
+                found[f"torch.compile {label}"] = lambda compiled=compiled, told=told: compiled(*told)
     p = torch.nn.Parameter(W)
     p.grad = G
     found["fused AdamW"] = torch.optim.AdamW([p], fused=True).step

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,70 +26,46 @@ def apply_polynomial(B: Tensor, X: Tensor, a: float) -> Tensor:
     return torch.baddbmm(X, B, X, beta=a)
 
 
+class MeanNorms(NamedTuple):
+    """Rows' norms in the mean of steps, `r² <- β₂r² + (1−β₂)|X_i|²`: r (m, 1), contiguous; `1 − β₂^t` at step t; β₂."""
+
+    row_rms: Tensor
+    bias: Tensor
+    beta2: float
+
+
 def row_norm_step(
-    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor, nesterov: bool = False
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    beta: float,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+    nesterov: bool = False,
+    mean: MeanNorms | None = None,
 ) -> None:
     """Do `M <- βM + (1−β)G`, `W <- keep·W − size·M_i/|M_i|` in place; nothing where `finite` is 0.
 
-    nesterov: the direction is of `(1−β)G + βM` instead.
-
+    nesterov: the direction is of `(1−β)G + βM` instead. mean: `X_i·√bias/r_i` instead, r refreshed.
     Shapes: G, M, W (m, n); size, keep, finite: one element each.
     """
-    _rows_step(G, M, W, beta, size, keep, finite, nesterov, lambda X: (unit_rows(X), None))
+    _rows_step(G, M, W, beta, size, keep, finite, nesterov, mean, lambda X: X)
 
 
 def centered_row_norm_step(
-    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor, nesterov: bool = False
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    beta: float,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+    nesterov: bool = False,
+    mean: MeanNorms | None = None,
 ) -> None:
     """Do the same with the direction `C D C M`, C taking the mean row from every row."""
-    _rows_step(G, M, W, beta, size, keep, finite, nesterov, lambda X: (center(unit_rows(center(X))), None))
-
-
-def row_adam_step(
-    G: Tensor,
-    M: Tensor,
-    W: Tensor,
-    row_rms: Tensor,
-    beta: float,
-    beta2: float,
-    bias: Tensor,
-    size: Tensor,
-    keep: Tensor,
-    finite: Tensor,
-    nesterov: bool = False,
-) -> None:
-    """Do the same over mean norms: `r² <- β₂r² + (1−β₂)|M_i|²`, `W <- keep·W − size·M_i·√bias/r_i`.
-
-    Shapes: row_rms (m, 1); bias: one element, `1 − β₂^t` at step t.
-    """
-
-    def direction(X: Tensor) -> tuple[Tensor, Tensor]:
-        kept = mean_norms(row_norms(X), row_rms, beta2)
-        return over_rms(X, kept, bias), kept
-
-    _rows_step(G, M, W, beta, size, keep, finite, nesterov, direction, row_rms)
-
-
-def centered_row_adam_step(
-    G: Tensor,
-    M: Tensor,
-    W: Tensor,
-    row_rms: Tensor,
-    beta: float,
-    beta2: float,
-    bias: Tensor,
-    size: Tensor,
-    keep: Tensor,
-    finite: Tensor,
-    nesterov: bool = False,
-) -> None:
-    """Do the same on rows whose mean row is taken from them, before and after."""
-
-    def direction(X: Tensor) -> tuple[Tensor, Tensor]:
-        kept = mean_norms(row_norms(center(X)), row_rms, beta2)
-        return center(over_rms(center(X), kept, bias)), kept
-
-    _rows_step(G, M, W, beta, size, keep, finite, nesterov, direction, row_rms)
+    _rows_step(G, M, W, beta, size, keep, finite, nesterov, mean, center)
 
 
 def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
@@ -131,13 +108,17 @@ def _rows_step(
     keep: Tensor,
     finite: Tensor,
     nesterov: bool,
-    direction: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-    row_rms: Tensor | None = None,
+    mean: MeanNorms | None,
+    project: Callable[[Tensor], Tensor],
 ) -> None:
     new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
-    U, kept = direction(new.float().lerp(G.float(), 1 - beta) if nesterov else new.float())
-    stepped = keep * W.float() - size * U
+    X = project(new.float().lerp(G.float(), 1 - beta) if nesterov else new.float())
+    if mean is None:
+        U = unit_rows(X)
+    else:
+        refreshed = mean_norms(row_norms(X), mean.row_rms, mean.beta2)
+        U = over_rms(X, refreshed, mean.bias)
+        mean.row_rms.copy_(torch.where(finite != 0, refreshed, mean.row_rms))
+    stepped = keep * W.float() - size * project(U)
     M.copy_(torch.where(finite != 0, new, M))
     W.copy_(torch.where(finite != 0, stepped.to(W.dtype), W))
-    if row_rms is not None and kept is not None:
-        row_rms.copy_(torch.where(finite != 0, kept, row_rms))

@@ -1,134 +1,81 @@
 """The step of the row rules in Triton, one fused pass a row; twins of the same signatures are in `reference`."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from symlm_kernels.reference import MeanNorms
 from symlm_kernels.selection import LARGEST_ROW
 
 
 def row_norm_step(
-    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor, nesterov: bool = False
+    G: Tensor,
+    M: Tensor,
+    W: Tensor,
+    beta: float,
+    size: Tensor,
+    keep: Tensor,
+    finite: Tensor,
+    nesterov: bool = False,
+    mean: MeanNorms | None = None,
 ) -> None:
     """Do `M <- βM + (1−β)G`, `W <- keep·W − size·M_i/|M_i|` in one pass: G is read, M and W are read and written.
 
-    nesterov: the direction is of `(1−β)G + βM` instead.
+    nesterov: the direction is of `(1−β)G + βM` instead. mean: rows over their norms in the mean of steps, refreshed.
     Shapes: G, M, W (m, n), rows contiguous; size, keep, finite: one element each, on the device; where `finite` is 0
-    nothing changes. A zero row gives a zero direction. M and W are written in place, G never.
+    nothing changes. A zero row gives a zero direction. M, W and the mean norms are written in place, G never.
     Raises: ValueError for rows longer than LARGEST_ROW.
     """
-    _step(G, M, W, None, beta, 0.0, size, size, keep, finite, nesterov)
-
-
-def centered_row_norm_step(
-    G: Tensor, M: Tensor, W: Tensor, beta: float, size: Tensor, keep: Tensor, finite: Tensor, nesterov: bool = False
-) -> None:
-    """Do the same with the direction `C D C M`: two more looks at M, for the mean row and for the directions' mean.
-
-    With nesterov two more at G as well.
-
-    Shapes, contract and errors: as `row_norm_step`.
-    """
-    _centered_step(G, M, W, None, beta, 0.0, size, size, keep, finite, nesterov)
-
-
-def row_adam_step(
-    G: Tensor,
-    M: Tensor,
-    W: Tensor,
-    row_rms: Tensor,
-    beta: float,
-    beta2: float,
-    bias: Tensor,
-    size: Tensor,
-    keep: Tensor,
-    finite: Tensor,
-    nesterov: bool = False,
-) -> None:
-    """Do the same over mean norms: `r² <- β₂r² + (1−β₂)|M_i|²`, `W <- keep·W − size·M_i·√bias/r_i`, in one pass.
-
-    Shapes: row_rms (m, 1), contiguous, written in place; bias: one element, `1 − β₂^t` at step t. The rest, contract
-    and errors: as `row_norm_step`.
-    """
-    _step(G, M, W, row_rms, beta, beta2, bias, size, keep, finite, nesterov)
-
-
-def centered_row_adam_step(
-    G: Tensor,
-    M: Tensor,
-    W: Tensor,
-    row_rms: Tensor,
-    beta: float,
-    beta2: float,
-    bias: Tensor,
-    size: Tensor,
-    keep: Tensor,
-    finite: Tensor,
-    nesterov: bool = False,
-) -> None:
-    """Do the same on rows whose mean row is taken from them, before and after: two more looks at M."""
-    _centered_step(G, M, W, row_rms, beta, beta2, bias, size, keep, finite, nesterov)
-
-
-def _step(
-    G: Tensor,
-    M: Tensor,
-    W: Tensor,
-    row_rms: Tensor | None,
-    beta: float,
-    beta2: float,
-    bias: Tensor,
-    size: Tensor,
-    keep: Tensor,
-    finite: Tensor,
-    nesterov: bool = False,
-) -> None:
-    m, n = _check(G, M, W)
+    m, n, r, bias, beta2, constants = _told(G, M, W, nesterov, mean)
     strides = (G.stride(0), M.stride(0), W.stride(0))
-    constants = {"BLOCK": triton.next_power_of_2(n), "MEAN": row_rms is not None, "NESTEROV": nesterov}
-    r = M if row_rms is None else row_rms
     _row_kernel[(m,)](G, M, W, r, bias, size, keep, finite, n, beta, beta2, *strides, **constants)
 
 
-def _centered_step(
+def centered_row_norm_step(
     G: Tensor,
     M: Tensor,
     W: Tensor,
-    row_rms: Tensor | None,
     beta: float,
-    beta2: float,
-    bias: Tensor,
     size: Tensor,
     keep: Tensor,
     finite: Tensor,
     nesterov: bool = False,
+    mean: MeanNorms | None = None,
 ) -> None:
-    m, n = _check(G, M, W)
-    block, r = triton.next_power_of_2(n), M if row_rms is None else row_rms
-    constants = {"BLOCK": block, "MEAN": row_rms is not None, "NESTEROV": nesterov}
+    """Do the same with the direction `C D C M`: two more looks at M, for the mean row and for the directions' mean.
+
+    With nesterov two more at G as well. Shapes, contract and errors: as `row_norm_step`.
+    """
+    m, n, r, bias, beta2, constants = _told(G, M, W, nesterov, mean)
     rows = max(1, triton.cdiv(m, PARTS))
     parts = triton.cdiv(m, rows)
     sums = torch.empty(parts, n, dtype=torch.float32, device=M.device)
-    strides = (G.stride(0), M.stride(0))
+    strides, block = (G.stride(0), M.stride(0)), constants["BLOCK"]
     _momentum_kernel[(parts,)](G, M, sums, finite, m, n, rows, beta, *strides, BLOCK=block, NESTEROV=nesterov)
     shift = sums.sum(0) / m
     _direction_sum_kernel[(parts,)](G, M, r, bias, shift, sums, m, n, rows, beta, beta2, *strides, **constants)
-    mean = sums.sum(0) / m
-    told = (G, M, W, r, bias, shift, mean, size, keep, finite, n, beta, beta2, *strides, W.stride(0))
+    row = sums.sum(0) / m
+    told = (G, M, W, r, bias, shift, row, size, keep, finite, n, beta, beta2, *strides, W.stride(0))
     _centered_apply_kernel[(m,)](*told, **constants)
 
 
 PARTS = 1024  # partial column sums: enough programs to fill a GPU, few enough to add up
 
 
-def _check(G: Tensor, M: Tensor, W: Tensor) -> tuple[int, int]:
+def _told(
+    G: Tensor, M: Tensor, W: Tensor, nesterov: bool, mean: MeanNorms | None
+) -> tuple[int, int, Tensor, Tensor, float, dict[str, Any]]:
+    """Check the shapes; return them, the mean norms (M in their place, unread, where there are none) and constants."""
     m, n = M.shape
     if n > LARGEST_ROW:
         raise ValueError(f"rows of {n} are longer than the {LARGEST_ROW} that a program holds")
     if any(T.shape != M.shape or T.stride(1) != 1 for T in (G, M, W)):
         raise ValueError("G, M and W have one shape, and contiguous rows")
-    return m, n
+    constants = {"BLOCK": triton.next_power_of_2(n), "MEAN": mean is not None, "NESTEROV": nesterov}
+    return m, n, *(mean or MeanNorms(M, M, 0.0)), constants
 
 
 @triton.jit
