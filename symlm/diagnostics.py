@@ -23,7 +23,8 @@ def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
 
     Where parameters are cut, all ranks call this together. Roles that a fused kernel stepped are left out.
     """
-    found = dict(sorted(optimizer.update_squares().items()))  # ranks do not iterate alike
+    size = optimizer.update_size
+    found = dict(sorted(size.by_role().items())) if size else {}  # ranks do not iterate alike
     if not found:
         return {}
     squares, counts = zip(*found.values(), strict=True)

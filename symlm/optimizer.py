@@ -2,48 +2,27 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from math import prod
 from types import MappingProxyType
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from symlm_kernels.selection import CHOICES
 from torch import Tensor, nn
 
-from symlm.coefficients import get_schedule
-from symlm.collectives import aligned, check_agreement, everywhere, layout_of, local, repeated_like
+from symlm.collectives import aligned, check_agreement, everywhere, layout_of, local
+from symlm.groups import DEFAULTS, LOOSE, ROUTED, check_group, key_of, named_parameters, refuse_unknown
 from symlm.partitions import Fragment, fragments_of, is_partition
-from symlm.polar import METHODS
 from symlm.roles import whole_shape
 from symlm.routes import param_groups
 from symlm.rules import get_rule
-from symlm.scaling import SCALES
-from symlm.step import Bucket, Member, adamw_step, adamw_update, apply, batches, member_of, overlapped, store
-from symlm.verification import Check, Verification, departures
-from symlm.views import WHOLE, MatrixView
+from symlm.state import new_state
+from symlm.step import Bucket, Member, adamw_step, apply, batches, member_of, overlapped, store
+from symlm.update_size import UpdateSize
+from symlm.verification import Verification, verified
+from symlm.views import MatrixView
 
 log = logging.getLogger("symlm")
-
-DEFAULTS: dict[str, Any] = {
-    "momentum": 0.95,
-    "nesterov": False,
-    "momentum_of": "gradients",
-    "weight_decay": 0.0,
-    "weight_decay_multiplier": 1.0,
-    "betas": (0.9, 0.95),
-    "eps": 1e-8,
-    "polar_method": "auto",
-    "schedule": "polar_express",
-    "steps": 5,
-    "compute_dtype": "auto",
-    "kernels": "auto",
-    "momentum_dtype": "float32",
-    "rounding": "stochastic",
-    "nonfinite": "skip",
-    "shared": True,
-}
 
 
 class SymOptimizer(torch.optim.Optimizer):
@@ -71,9 +50,7 @@ class SymOptimizer(torch.optim.Optimizer):
     # Of the class, since a pickled optimizer comes back without what its constructor set.
     _agreed: frozenset[tuple[str, str]] = frozenset()
     _fragments: Mapping[Tensor, list[Fragment]] = MappingProxyType({})
-    # Of the last step, by role and view, of this rank's parts: Σ(ηsU)² and of how many; and AdamW's states.
-    _squares: Mapping[tuple[str, str], tuple[Tensor, int]] = MappingProxyType({})
-    _elementwise: Mapping[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any], int]]] = MappingProxyType({})
+    update_size: UpdateSize | None = None  # of the last step; None before one and after one that was skipped
     _originals: Mapping[str, ReferenceType[nn.Parameter]] = MappingProxyType({})
 
     def __init__(
@@ -86,10 +63,10 @@ class SymOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         for key in options:
-            _refuse_unknown("option", key, DEFAULTS)
+            refuse_unknown("option", key, DEFAULTS)
         for role, values in (overrides or {}).items():
             for key in values:
-                _refuse_unknown(f"overrides[{role!r}] key", key, {**DEFAULTS, **dict.fromkeys(_ROUTED)})
+                refuse_unknown(f"overrides[{role!r}] key", key, {**DEFAULTS, **dict.fromkeys(ROUTED)})
         if isinstance(params, nn.Module):
             params = param_groups(params, lr, preset, overrides, roles)
             for group in params:
@@ -101,16 +78,16 @@ class SymOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group made by `symlm.param_groups`.  Raises: TypeError without a route, ValueError for bad values."""
-        if not isinstance(param_group, dict) or any(key not in param_group for key in _ROUTED):
+        if not isinstance(param_group, dict) or any(key not in param_group for key in ROUTED):
             raise TypeError(
                 "SymOptimizer needs to know what each parameter is: pass the model, or symlm.param_groups(model)"
             )
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
-        for _, p in _named(self.param_groups[-1]):
+        check_group(self.param_groups[-1])
+        for _, p in named_parameters(self.param_groups[-1]):
             MatrixView.parse(self.param_groups[-1]["view"]).shape(whole_shape(p))
         # Weak, for wrappers that put other tensors in a parameter's place: FSDP2 to free it, ZeRO to point back at it.
-        self._originals = {**self._originals, **{name: ref(p) for name, p in _named(self.param_groups[-1])}}
+        self._originals = {**self._originals, **{name: ref(p) for name, p in named_parameters(self.param_groups[-1])}}
 
     @property
     def skipped_steps(self) -> int:
@@ -131,8 +108,9 @@ class SymOptimizer(torch.optim.Optimizer):
         self._create_state()
         finite = self._finite()
         if finite is None:
-            self._squares, self._elementwise = {}, {}
+            self.update_size = None
             return loss
+        size = self.update_size = self.update_size or UpdateSize()
         buckets: list[Bucket] = []
         loads: dict[Any, list[float]] = {}
         for group in self.param_groups:
@@ -142,7 +120,8 @@ class SymOptimizer(torch.optim.Optimizer):
             if get_rule(group["rule"]).elementwise:
                 adamw_step(group, members, finite)
                 if members:
-                    self._elementwise = {**self._elementwise, _key(group): self._counted(group)}
+                    stepped = [p for p in group["params"] if p.grad is not None]
+                    size.of_adamw(group, [(self.state[p], self._held(p)) for p in stepped])
                 continue
             for batch in batches(members):
                 world = batch[0].layout.size
@@ -150,14 +129,11 @@ class SymOptimizer(torch.optim.Optimizer):
         if is_first and (exchanges := [bucket.exchange for bucket in buckets if bucket.exchange]):
             received = sum(exchange.bytes_to_receive(4) for exchange in exchanges)
             log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(exchanges))
-        # Beside those of other roles: DeepSpeed steps group by group.
-        stepped = {_key(bucket.group) for bucket in buckets if not bucket.fused}
-        self._squares = {**self._squares, **{key: (finite.new_zeros((), dtype=torch.float32), 0) for key in stepped}}
+        size.begin([bucket.group for bucket in buckets if not bucket.fused], finite.device)
         for bucket in overlapped(buckets, finite):
             for updated, rows, updates in bucket.updates(finite):
-                own = apply(bucket.group, updated, rows, updates, finite)
-                squares, count = self._squares[_key(bucket.group)]
-                self._squares[_key(bucket.group)] = (squares + own, count + sum(U.numel() for U in updates))
+                squares = apply(bucket.group, updated, rows, updates, finite)
+                size.add(bucket.group, squares, sum(U.numel() for U in updates))
             for member in bucket.batch:
                 store(bucket.group, member, finite)
         return loss
@@ -174,20 +150,7 @@ class SymOptimizer(torch.optim.Optimizer):
         """
         if self._fragments:
             raise RuntimeError("verify() reads whole momenta, which ZeRO keeps nowhere; verify a run of one process")
-        checks, failures = Verification(), []
-        for group in self.param_groups:
-            rule = get_rule(group["rule"])
-            for name, p in _named(group):
-                state = self.state.get(p, {})
-                if not state or group.get("step", 0) < 1:
-                    failures.append(f"{name} ({group['role']}): no step has reached it")
-                elif p.numel() and not rule.elementwise:
-                    for promise, departure in departures(group, state, matrices).items():
-                        checks.append(Check(name, group["role"], rule.name, promise, departure))
-        failures += [str(check) for check in checks if not check.kept]
-        if failures:
-            raise RuntimeError("the optimizer did not do what its table says:\n  " + "\n  ".join(failures))
-        return checks
+        return verified(self.param_groups, self.state, matrices)
 
     @property
     def is_cut(self) -> bool:
@@ -195,81 +158,30 @@ class SymOptimizer(torch.optim.Optimizer):
         cut = (local(p) is not p for group in self.param_groups for p in group["params"])
         return bool(self._fragments) or any(cut)
 
-    def _counted(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], int]]:
-        """Return what AdamW's update of each parameter is read from, and how many entries it has, without padding."""
-        told = {key: group[key] for key in ("lr", "betas", "eps")}
-        found = []
-        for p in group["params"]:
-            parts = self._fragments.get(p)
-            held = sum(part.stop - part.start for part in parts) if parts else local(p).numel()
-            if p.grad is not None:
-                found.append((told, self.state[p], held))
-        return found
-
-    def update_squares(self) -> dict[str, tuple[Tensor, int]]:
-        """Return by role the sum of squares of the last step's update, and of how many entries, on this rank."""
-        parts = [(role, squares, count) for (role, _), (squares, count) in self._squares.items()]
-        for (role, _), stepped in self._elementwise.items():
-            squares = torch.stack([adamw_update(group, state).square().sum() for group, state, _ in stepped]).sum()
-            parts.append((role, squares, sum(count for *_, count in stepped)))
-        found: dict[str, tuple[Tensor, int]] = {}
-        for role, squares, count in parts:
-            before = found.get(role, (torch.zeros_like(squares), 0))
-            found[role] = (before[0] + squares, before[1] + count)
-        return found
+    def _held(self, p: Tensor) -> int:
+        """Return how many entries of a parameter are on this rank, without padding."""
+        parts = self._fragments.get(p)
+        return sum(part.stop - part.start for part in parts) if parts else local(p).numel()
 
     def _create_state(self) -> None:
         """Give every parameter its state at once, so that all ranks and checkpoints agree on the keys."""
         for group in self.param_groups:
-            rule = get_rule(group["rule"])
-            for name, p in _named(group):
-                if self.state.get(p):
-                    continue
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                momentum_dtype = getattr(torch, group["momentum_dtype"]) if dtype == torch.float32 else dtype
-                keys = ("exp_avg", "exp_avg_sq") if rule.elementwise else ("momentum",)
-                kind = dtype if rule.elementwise else momentum_dtype
-                state = {key: torch.zeros_like(p, dtype=kind, memory_format=torch.preserve_format) for key in keys}
-                if rule.state:
-                    state |= self._state_of_rule(group, name, p, dtype)
-                if rule.elementwise or rule.state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                if p.dtype != dtype and group["rounding"] == "compensated":
-                    state["compensation"] = torch.zeros_like(p)
-                self.state[p] = state
-
-    def _state_of_rule(self, group: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return what the rule keeps: numbers by rows lie as the rows do, matrices are whole on every rank."""
-        rule, view = get_rule(group["rule"]), MatrixView.parse(group["view"])
-        fragments = self._fragments_of(group, p)
-        if rule.row_map:
-            if fragments:
-                return {
-                    key: torch.zeros(sum(f.rows for f in fragments), 1, dtype=dtype, device=p.device)
-                    for key in rule.state
-                }
-            if not layout_of(p).gathered:
-                return {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in rule.state}
-        if fragments:
-            raise RuntimeError(
-                f"{name}: rule {rule.name!r} keeps whole matrices, for which DeepSpeed's partitions have no place; "
-                "train it with DDP or FSDP2"
-            )
-        whole = rule.start(torch.zeros(view.shape(tuple(p.shape)), dtype=dtype, device=p.device))
-        return {key: repeated_like(value[0] if rule.row_map else value, p) for key, value in whole.items()}
+            for name, p in named_parameters(group):
+                if not self.state.get(p):
+                    self.state[p] = new_state(group, name, p, self._fragments_of(group, p))
 
     def _check_agreement(self) -> bool:
         """At a group's first step, make sure that all ranks have one plan; tell whether there was such a group."""
-        groups = [group for group in self.param_groups if group["params"] and _key(group) not in self._agreed]
+        groups = [group for group in self.param_groups if group["params"] and key_of(group) not in self._agreed]
         if not groups:
             return False
         lines = [
-            f"{name} {shape} {missing} " + " ".join(f"{key}={group[key]}" for key in sorted(group) if key not in _LOOSE)
+            f"{name} {shape} {missing} " + " ".join(f"{key}={group[key]}" for key in sorted(group) if key not in LOOSE)
             for group in groups
             for name, shape, missing in self._shapes(group)
         ]
         check_agreement("\n".join(lines), local(groups[0]["params"][0]).device)
-        self._agreed |= {_key(group) for group in groups}
+        self._agreed |= {key_of(group) for group in groups}
         return True
 
     def _shapes(self, group: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], bool]]:
@@ -278,7 +190,7 @@ class SymOptimizer(torch.optim.Optimizer):
         Raises: RuntimeError for a parameter that a wrapper cut in a way that nobody can read back.
         """
         axes = MatrixView.parse(group["view"]).axes
-        for name, p in _named(group):
+        for name, p in named_parameters(group):
             if fragments := self._fragments_of(group, p):
                 yield from ((fragment.name, fragment.layout.shape, p.grad is None) for fragment in fragments)
             elif p.ndim != axes:
@@ -306,7 +218,9 @@ class SymOptimizer(torch.optim.Optimizer):
 
         On a CPU the answer is read, since reading costs nothing there; on a GPU the step goes on and masks itself.
         """
-        named = [(name, p.grad) for group in self.param_groups for name, p in _named(group) if p.grad is not None]
+        named = [
+            (name, p.grad) for group in self.param_groups for name, p in named_parameters(group) if p.grad is not None
+        ]
         for name, gradient in named:
             if gradient.is_sparse:
                 raise RuntimeError(f"{name} has a sparse gradient; build its nn.Embedding with sparse=False")
@@ -330,7 +244,7 @@ class SymOptimizer(torch.optim.Optimizer):
                 self.state[p]["step"].add_(finite.to(self.state[p]["step"].device))
 
     def _members(self, group: dict[str, Any]) -> Iterator[Member]:
-        for name, p in _named(group):
+        for name, p in named_parameters(group):
             if p.grad is None:
                 continue
             fragments = self._fragments_of(group, p)
@@ -357,58 +271,7 @@ class SymOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and (value.dtype != own.dtype or own.device != p.device):
                     self.state[p][key] = value.to(device=p.device, copy=True)
         for group in self.param_groups:
-            _check_group(group)
-
-
-_LOOSE = ("params", "param_names", "lr", "initial_lr", "skipped", "step")  # what is no part of the ranks' common plan
-_ROUTED = ("role", "view", "rule", "scale", "outputs", "lr")
-
-
-def _refuse_unknown(what: str, key: str, known: dict[str, Any]) -> None:
-    if key not in known:
-        near = get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {sorted(known)}"
-        raise ValueError(f"unknown {what} {key!r}{hint}")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    role, rule, view = group["role"], get_rule(group["rule"]), MatrixView.parse(group["view"])
-    if rule.state and (view != WHOLE if rule.row_map else view.unequal):
-        needed = "view 'whole'" if rule.row_map else "a view of equal matrices"
-        raise ValueError(
-            f"group {role}: rule {rule.name!r} keeps a state, which needs {needed}; it has {view}; give "
-            f"the role another rule, overrides={{{role!r}: {{'rule': 'row_norm'}}}} for one"
-        )
-    get_schedule(group["schedule"]).steps(group["steps"])
-    choices = {
-        "scale": tuple(SCALES),
-        "polar_method": METHODS,
-        "kernels": CHOICES,
-        "rounding": ("stochastic", "compensated"),
-        "nonfinite": ("skip", "raise"),
-        "momentum_of": ("gradients", "directions"),
-        "momentum_dtype": ("float32", "bfloat16"),
-        "outputs": ("rows", "columns"),
-    }
-    for key, allowed in choices.items():
-        if group[key] not in allowed:
-            raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
-    if group["lr"] < 0 or not 0 <= group["momentum"] < 1 or group["weight_decay"] < 0:
-        raise ValueError(f"group {role}: lr and weight_decay are not negative, 0 <= momentum < 1")
-    for name, p in _named(group):
-        if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
-            raise ValueError(f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)")
-
-
-def _named(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    names = group.get("param_names", ())
-    if len(names) != len(group["params"]):  # none were given, or one partition stands for many parameters
-        names = [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
-    return zip(names, group["params"], strict=True)
-
-
-def _key(group: dict[str, Any]) -> tuple[str, str]:
-    return group["role"], group["view"]
+            check_group(group)
 
 
 def _extremes(tensors: list[Tensor]) -> list[Tensor]:

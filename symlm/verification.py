@@ -1,5 +1,6 @@
 """Whether the rules really ran: the checks of `SymOptimizer.verify`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from symlm.collectives import gathered
 from symlm.directions import rule_state, whole_directions
+from symlm.groups import named_parameters
 from symlm.rules import Rule, get_rule
 from symlm.rules.rule import DENSE
 from symlm.views import MatrixView
@@ -56,6 +58,24 @@ class Verification(list[Check]):
             f"{role:16} {rule:20} {promise:18} off by at most {departure:.1e} (bound {PROMISES[promise]:g})"
             for (role, rule, promise), departure in worst.items()
         )
+
+
+def verified(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]], matrices: int) -> Verification:
+    """Return the checks of all parameters.  Raises: RuntimeError, naming what broke its promise or saw no step."""
+    checks, failures = Verification(), []
+    for group in groups:
+        rule = get_rule(group["rule"])
+        for name, p in named_parameters(group):
+            state = states.get(p, {})
+            if not state or group.get("step", 0) < 1:
+                failures.append(f"{name} ({group['role']}): no step has reached it")
+            elif p.numel() and not rule.elementwise:
+                for promise, departure in departures(group, state, matrices).items():
+                    checks.append(Check(name, group["role"], rule.name, promise, departure))
+    failures += [str(check) for check in checks if not check.kept]
+    if failures:
+        raise RuntimeError("the optimizer did not do what its table says:\n  " + "\n  ".join(failures))
+    return checks
 
 
 def departures(group: dict[str, Any], state: dict[str, Any], matrices: int) -> dict[str, float]:
