@@ -49,7 +49,7 @@ def main() -> None:
         eval_dataset=data["test"],
         optimizer_cls_and_kwargs=symlm.hf.trainer_optimizer(lr=fields.lr, preset=fields.preset),
     )
-    print(symlm.describe_routing(model, fields.preset))
+    print(symlm.describe_routing(model, fields.preset, lr=fields.lr))
     deepspeed = trainer.is_deepspeed_enabled  # whose engine evaluates only once it has trained
     before = float("nan") if deepspeed else trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=fields.resume or None)

@@ -172,7 +172,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, accelerator
     """Return the optimizer, its table printed.  Raises: ValueError for an unknown algorithm, and for AGD in shards."""
     if config.algorithm == "symlm":
         kernels = config.options.get("kernels", "auto")
-        accelerator.print(symlm.describe_routing(model, config.preset, kernels=kernels))
+        told = {"kernels": kernels, "lr": config.lr, "overrides": config.overrides}
+        accelerator.print(symlm.describe_routing(model, config.preset, **told))
         return symlm.SymOptimizer(model, config.lr, config.preset, config.overrides, **config.options)
     if config.algorithm != "agd":
         raise ValueError(f"unknown optimizer.algorithm {config.algorithm!r}; choose 'symlm' or 'agd'")

@@ -244,15 +244,14 @@ def param_groups(
     """
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
-    table = get_preset(preset)
     settings = _check_overrides(overrides or {})
+    table = _overridden(get_preset(preset), settings)
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for site, role in place(model, roles):
         if site.parameter.is_complex():
             raise ValueError(f"{site}: complex parameters have no route")
-        route = replace(table[role], **{k: v for k, v in settings.get(role, {}).items() if k in ROUTE_KEYS})
-        view = str(view_of(site, role, route.view))
-        group = groups.setdefault((role, view), _group(role, view, route, lr, settings.get(role, {})))
+        view = str(view_of(site, role, table[role].view))
+        group = groups.setdefault((role, view), _group(role, view, table[role], lr, settings.get(role, {})))
         group["params"].append((site.name, site.parameter))
     if not groups:
         raise ValueError("the model has no trainable parameter")
@@ -275,6 +274,12 @@ def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, d
         if not values.get("lr", 1.0) > 0:
             raise ValueError(f"overrides[{role!r}]: lr must be positive, got {values['lr']}")
     return {Role(role): dict(values) for role, values in overrides.items()}
+
+
+def _overridden(table: Table, settings: Mapping[Role, Mapping[str, Any]]) -> dict[Role, Route]:
+    """Return the table with the rules, views and scales that a user set."""
+    own = {role: {k: v for k, v in values.items() if k in ROUTE_KEYS} for role, values in settings.items()}
+    return {role: replace(route, **own.get(role, {})) for role, route in table.items()}
 
 
 def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]) -> dict[str, Any]:
@@ -333,14 +338,21 @@ class Routing(list[RoutedParameter]):
 
 
 def describe_routing(
-    model: nn.Module, preset: str = "default", roles: Mapping[str, str] | None = None, kernels: str = "auto"
+    model: nn.Module,
+    preset: str = "default",
+    roles: Mapping[str, str] | None = None,
+    kernels: str = "auto",
+    lr: float = 0.02,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Routing:
     """Return which update each parameter gets, and why; print it for the table.
 
-    kernels: as `symlm.polar.polar`; `products` tells whose matrix products that means on the model's device.
+    preset, roles, lr, overrides: as `param_groups`, so that what is told is what is done; kernels: as
+    `symlm.polar.polar`; `products` tells whose matrix products that means on the model's device.
     Raises: as `param_groups`, and RuntimeError where Triton's are asked for in vain.
     """
-    table = get_preset(preset)
+    settings = _check_overrides(overrides or {})
+    table = _overridden(get_preset(preset), settings)
     return Routing(
         RoutedParameter(
             site.name,
@@ -349,9 +361,9 @@ def describe_routing(
             str(view_of(site, role, table[role].view)),
             table[role].rule,
             table[role].scale,
-            table[role].lr,
+            settings.get(role, {}).get("lr", lr * table[role].lr) / lr,
             _products(site, role, table[role], kernels),
-            table[role].why,
+            "set by overrides" if set(settings.get(role, ())) & {"rule", "view"} else table[role].why,
         )
         for site, role in place(model, roles)
     )

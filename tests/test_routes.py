@@ -37,6 +37,15 @@ def test_the_table_is_printed_and_is_data():
     assert {row.name for row in routing} == {name for name, _ in tiny("qwen3_moe").named_parameters()}
 
 
+def test_what_is_told_of_overrides_is_what_is_done():
+    overrides = {"lm_head": {"rule": "row_norm", "scale": "unit", "lr": 5e-3}, "mlp_in": {"lr": 0.3}}
+    told = {"lr": 0.1, "overrides": overrides}
+    groups = symlm.param_groups(tiny(), **told)
+    done = {name: (g["rule"], g["view"], g["scale"], g["lr"]) for g in groups for name, _ in g["params"]}
+    for row in symlm.describe_routing(tiny(), **told):
+        assert (row.rule, row.view, row.scale, pytest.approx(0.1 * row.lr_multiplier)) == done[row.name]
+
+
 def test_groups_hold_plain_values_and_scaled_rates():
     groups = symlm.param_groups(tiny(), lr=0.1, overrides={"lm_head": {"lr": 5e-3}})
     rates = {group["role"]: group["lr"] for group in groups}
