@@ -347,6 +347,33 @@ def traffic(rank, world):
     return sent
 
 
+def borrowed(rank, world):
+    """Measure the most memory that a step allocates beside what it keeps, and what the plan says."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from symlm.planning import plan
+
+    found = {}
+    for case, copies in (("ddp", world), ("fsdp2", 1)):
+        sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+        model = tiny("qwen3", **sizes, num_hidden_layers=4, vocab_size=61)
+        told = plan(model, shards=world // copies, copies=copies).temporary
+        if case == "fsdp2":
+            shard(model, init_device_mesh("cpu", (world,)))
+        optimizer = symlm.SymOptimizer(model)
+        train(model, optimizer, 1)
+        loss_of(model, batch(1)).backward()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            optimizer.step()
+        changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = peak = 0
+        for event in sorted(changes, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            peak = max(peak, now)
+        found[case] = {"peak": peak, "told": told}
+    return found
+
+
 def checkpoint_folder():
     return os.environ["SYMLM_TEST_CHECKPOINT"]
 
@@ -420,4 +447,5 @@ EXTRA_CASES = {
     "nonfinite": nonfinite,
     "work": work,
     "traffic": traffic,
+    "borrowed": borrowed,
 }

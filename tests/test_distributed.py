@@ -85,6 +85,14 @@ def test_bytes_are_what_the_counting_function_says(found, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_a_step_borrows_no_more_than_the_plan_says(found, world):
+    """The bound is no idle one either: the allocator sees at least 0.4 of it."""
+    for rank in result(found, "borrowed", world):
+        for case, told in rank.items():
+            assert 0.4 < told["peak"] / told["told"] <= 1, case
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_mixed_precision_shards_stay_wide_and_alike(found, world):
     first, *others = result(found, "mixed precision", world)
     for weights in others:
