@@ -68,13 +68,35 @@ def tokens_to(tokens: list[float], losses: list[float], goal: float) -> float:
     return float("inf")
 
 
+def complete(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs that saw all of the bench's tokens."""
+    return [run for run in runs if run.get("share", 1.0) == 1]
+
+
+def whole_runs_to(runs: list[dict[str, Any]], goals: dict[int, float]) -> str:
+    """Return the share of the tokens with which an arm's whole runs end at a seed's goal; "" if all have one length.
+
+    Between the lengths that were run, the final loss is a line in the logarithm of the tokens.
+    """
+    shares = sorted({run.get("share", 1.0) for run in runs})
+    if len(shares) < 2:
+        return ""
+    ends = {(run["seed"], run.get("share", 1.0)): run["loss"][-1] for run in runs}
+    seeds = [seed for seed in goals if all((seed, share) in ends for share in shares)]
+    logs = [tokens_to(np.log(shares).tolist(), [ends[seed, share] for share in shares], goals[seed]) for seed in seeds]
+    found = np.exp(logs).tolist()
+    below = "at most " if shares[0] in found else ""
+    return below + interval(found) if np.isfinite(found).all() else "not reached by every seed"
+
+
 def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFrame:
     """Return one line an arm: factor, final loss, paired difference to ours, tokens to the baselines' losses, costs.
 
-    A factor at the edge of those tried is marked: the arm's best may lie beyond.
+    A factor at the edge of those tried is marked: the arm's best may lie beyond. "whole runs to" is the tokens of a run
+    that ends at the baseline's loss, its rate decayed as theirs is.
     """
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in runs:
+    for run in complete(runs):
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run
     ours = by_arm.get(OURS, {})
     lines = []
@@ -94,6 +116,9 @@ def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFr
             ]
             reached = all(np.isfinite(shares))
             line[f"tokens to {baseline}'s loss"] = interval(shares) if reached else "not reached by every seed"
+            goals = {seed: run["loss"][-1] for seed, run in by_arm[baseline].items()}
+            if shorter := whole_runs_to([run for run in runs if run["arm"] == arm], goals):
+                line[f"whole runs to {baseline}'s loss"] = shorter
         line["seconds a step"] = f"{np.mean([run['seconds_per_step'] for run in seeds.values()]):.3f}"
         line["optimizer MB"] = f"{next(iter(seeds.values()))['optimizer_bytes'] / 1e6:.1f}"
         if "router/load_cv" in next(iter(seeds.values())):
@@ -151,7 +176,7 @@ def draw(results: Path, out: Path) -> list[Path]:
         trials = [run for run in told["runs"] if run["model"] == model and run["trial"]]
         runs = [run for run in told["runs"] if run["model"] == model and not run["trial"]]
         pictures = [out / f"{told['bench']}-{model}-curves.png", out / f"{told['bench']}-{model}-rates.png"]
-        draw_curves(runs, f"{told['bench']}, {model}", pictures[0])
+        draw_curves(complete(runs), f"{told['bench']}, {model}", pictures[0])
         draw_sensitivity(trials, f"{told['bench']}, {model}", pictures[1])
         frame = table(runs, trials)
         text += (

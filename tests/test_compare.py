@@ -5,14 +5,15 @@ import subprocess
 import sys
 
 import pytest
-from evidence import interval, table, tokens_to
+from evidence import interval, table, tokens_to, whole_runs_to
 from recipe import CONFIGS, ROOT
 
 
 def compare(out):
     arms = json.dumps([str(CONFIGS / f"{name}.yaml") for name in ("adamw", "default")])
-    steps = '["--train.steps=2","--train.validate_every=1","--data.validation_blocks=4","--data.length=32"]'
-    fields = [f"--out={out}", f"--arms={arms}", '--models=["moe"]', "--factors=[1.0]", "--seeds=1", f"--more={steps}"]
+    more = '["--train.validate_every=1","--data.validation_blocks=4","--data.length=32"]'
+    fields = [f"--out={out}", f"--arms={arms}", '--models=["moe"]', "--factors=[1.0]", "--seeds=1", f"--more={more}"]
+    fields += ["--steps=2", "--shares=[0.5]"]
     script = str(ROOT / "recipes" / "compare.py")
     done = subprocess.run([sys.executable, script, "--bench=tiny", *fields], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -22,11 +23,12 @@ def compare(out):
 def test_a_comparison_runs_draws_and_is_not_run_twice(tmp_path):
     compare(tmp_path)
     told = json.loads((tmp_path / "results.json").read_text())
-    assert [(run["arm"], run["seed"], run["trial"]) for run in told["runs"]] == [
-        ("adamw", 0, True),
-        ("default", 0, True),
-        ("adamw", 1, False),
-        ("default", 1, False),
+    assert [(run["arm"], run["seed"], run["trial"], len(run["tokens"])) for run in told["runs"]] == [
+        ("adamw", 0, True, 2),
+        ("default", 0, True, 2),
+        ("adamw", 1, False, 2),
+        ("default", 1, False, 2),
+        ("default", 1, False, 1),
     ]
     assert told["runs"][3]["optimizer_bytes"] < 0.55 * told["runs"][2]["optimizer_bytes"]
     assert "load CV" in (tmp_path / "report.md").read_text()
@@ -42,6 +44,19 @@ def test_tokens_to_a_loss_are_read_between_the_points():
     assert tokens_to([10, 20, 30], [4.0, 3.0, 2.0], 2.5) == 25
     assert tokens_to([10, 20], [4.0, 3.0], 4.0) == 10
     assert tokens_to([10, 20], [4.0, 3.0], 1.0) == float("inf")
+
+
+def test_whole_runs_of_fewer_tokens_are_read_between_their_lengths():
+    runs = [
+        {"seed": seed, "share": share, "loss": [9.0, 4.0 + seed - share]}
+        for seed in (1, 2)
+        for share in (0.25, 0.5, 1.0)
+    ]
+    goals = {1: 4.0 + 1 - 0.5, 2: 4.0 + 2 - 0.375}
+    assert whole_runs_to(runs, goals) == interval([0.5, 0.25 * 2**0.5])
+    assert whole_runs_to(runs, {1: 4.9}) == "at most 0.250"
+    assert whole_runs_to(runs, {1: 1.0}) == "not reached by every seed"
+    assert whole_runs_to([run for run in runs if run["share"] == 1], goals) == ""
 
 
 def test_the_interval_is_students():
