@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from symlm.collectives import Layout, layout_of_shards
+from symlm.directions import cost_of
 from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
 from symlm.step import Bucket, Member, batches
@@ -21,7 +22,8 @@ class Plan:
 
     received: what the rank that gets most gets from others; gradients: the same of reducing the gradients, a yardstick;
     temporary: the most that a rank borrows for the two buckets in flight, the polar iteration included;
-    imbalance: the operations of the busiest rank over an equal share: 1 is perfect, the number of ranks no sharing.
+    imbalance: the operations of the busiest rank over an equal share: 1 is perfect, the number of ranks no sharing;
+    what a rule with a state by matrices repeats on every rank is counted as a polar factor each.
     """
 
     received: int
@@ -41,7 +43,7 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
         raise ValueError(f"there is at least one shard and one copy, got {shards} and {copies}")
     optimizer = SymOptimizer(model, **options)
     loads: dict[Any, list[float]] = {}
-    received, temporary = [0] * (shards * copies), [0]
+    received, temporary, repeated = [0] * (shards * copies), [0], 0.0
     for group in optimizer.param_groups:
         if get_rule(group["rule"]).elementwise:
             continue
@@ -52,18 +54,21 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
                 size = MASTER * prod(bucket.layout.shape) * len(batch)
                 received = [told + size - size // shards for told in received]
                 temporary.append(2 * size)
+            if get_rule(group["rule"]).state and not bucket.by_rows:
+                repeated += cost_of(group, bucket.layout) * len(batch)
             if not bucket.exchange:
                 continue
             for rank in range(shards * copies):
                 received[rank] += bucket.exchange.bytes_to_receive(MASTER, divmod(rank, shards))
             temporary.append(_temporary(bucket))
     numel, ranks = sum(p.numel() for p in model.parameters()), shards * copies
-    work = max(loads.values(), key=sum, default=[0.0])
+    work = [own + repeated for own in max(loads.values(), key=sum, default=[0.0] * ranks)]
+    shared = sum(work) - (ranks - 1) * repeated
     return Plan(
         max(received),
         2 * MASTER * numel * (ranks - 1) // ranks,
         sum(sorted(temporary)[-2:]),
-        max(work) * len(work) / sum(work) if sum(work) else 1.0,
+        max(work) * ranks / shared if shared else 1.0,
     )
 
 

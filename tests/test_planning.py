@@ -33,6 +33,12 @@ def test_shards_move_less_the_more_there_are():
     assert received == sorted(received, reverse=True)
 
 
+def test_rotations_are_shared_by_nobody():
+    assert plan(tiny(), shards=4, preset="aro").imbalance == 4
+    assert plan(tiny(), copies=4, preset="aro").imbalance == 4
+    assert plan(tiny(), preset="aro").imbalance == 1
+
+
 def test_a_plan_of_nobody_is_refused():
     with pytest.raises(ValueError, match="at least one shard"):
         plan(tiny(), shards=0)
