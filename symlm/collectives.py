@@ -121,7 +121,9 @@ def gathered(x: Any) -> Tensor:
 
 
 def regrouped(part: Tensor, like: Any) -> Tensor:
-    """Return the DTensor, placed as another one, of which every rank has this part."""
+    """Return the DTensor, placed as another one, of which every rank has this part; the part, if that is no DTensor."""
+    if not hasattr(like, "placements"):
+        return part
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())

@@ -20,6 +20,11 @@ def rule_state(group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor
     return {key: local(state[key]) for key in (*keys, "step")} if keys else {}
 
 
+def turns_with_its_layer(group: dict[str, Any]) -> bool:
+    """Tell whether the rule's rotation is one for all matrices of a layer, and turned before their directions."""
+    return group["rotation"] == "layer" and get_rule(group["rule"]).pull is not None
+
+
 def whole_directions(
     group: dict[str, Any],
     momenta: list[Tensor],
@@ -63,7 +68,8 @@ def _stack_directions(
     else:
         kept = rule.start(stack)
     if refresh:
-        kept = rule.refreshed(stack, kept, told["beta2"])
+        turned = kept["rotation"] if turns_with_its_layer(group) else None
+        kept = rule.refreshed(stack, kept, told["beta2"], turned)
     U = rule.direction(stack, kept, **told)
     found = [view.from_matrices(part, shape) for part in U.mul_(scale_of(group, view, shape)).split(count)]
     return found, [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(stacks))]

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "rounding": "stochastic",
     "nonfinite": "skip",
     "shared": True,
+    "rotation": "own",
 }
 LOOSE = ("params", "param_names", "lr", "initial_lr", "skipped", "step")  # what is no part of the ranks' common plan
 ROUTED = ("role", "view", "rule", "scale", "outputs", "lr")
@@ -63,6 +64,7 @@ def check_group(group: dict[str, Any]) -> None:
         "momentum_of": ("gradients", "directions"),
         "momentum_dtype": ("float32", "bfloat16"),
         "outputs": ("rows", "columns"),
+        "rotation": ("own", "layer"),
     }
     for key, allowed in choices.items():
         if group[key] not in allowed:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from symlm.collectives import aligned, check_agreement, everywhere, layout_of, local
+from symlm.directions import turns_with_its_layer
 from symlm.groups import DEFAULTS, LOOSE, ROUTED, check_group, key_of, named_parameters, refuse_unknown
+from symlm.layer_rotations import turn_layers
 from symlm.partitions import Fragment, fragments_of, is_partition
 from symlm.roles import whole_shape
 from symlm.routes import param_groups
@@ -39,6 +41,7 @@ class SymOptimizer(torch.optim.Optimizer):
         momentum_dtype: "float32", or "bfloat16" to save memory;
         rounding: how a bf16 parameter without an fp32 master is stored, "stochastic" or "compensated";
         nonfinite: "skip" a step whose gradients are not finite (counted in `skipped_steps`), or "raise";
+        rotation: of ARO's rules, "own" for one a matrix, or "layer" for one that all matrices of a layer turn together;
         shared: whether plain tensors are the same on all ranks, which then share the work (True).
 
     Gradient clipping is not felt by rules of degree 0; the update itself is never clipped.
@@ -129,6 +132,7 @@ class SymOptimizer(torch.optim.Optimizer):
         if is_first and (exchanges := [bucket.exchange for bucket in buckets if bucket.exchange]):
             received = sum(exchange.bytes_to_receive(4) for exchange in exchanges)
             log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(exchanges))
+        turn_layers([bucket for bucket in buckets if turns_with_its_layer(bucket.group)], finite)
         size.begin([bucket.group for bucket in buckets if not bucket.fused], finite.device)
         for bucket in overlapped(buckets, finite):
             for updated, rows, updates in bucket.updates(finite):

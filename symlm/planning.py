@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from symlm.collectives import Layout, layout_of_shards
-from symlm.directions import cost_of
+from symlm.directions import cost_of, turns_with_its_layer
 from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
 from symlm.step import Bucket, Member, batches
@@ -52,7 +52,8 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
             bucket = Bucket(group, batch, loads.setdefault(batch[0].layout.size, [0.0] * shards * copies))
             if bucket.everywhere:  # every rank gathers all of it, and computes all of it
                 size = MASTER * prod(bucket.layout.shape) * len(batch)
-                received = [told + size - size // shards for told in received]
+                times = 2 if turns_with_its_layer(group) else 1
+                received = [told + times * (size - size // shards) for told in received]
                 temporary.append(2 * size)
             if get_rule(group["rule"]).state and not bucket.by_rows:
                 repeated += cost_of(group, bucket.layout) * len(batch)

@@ -50,6 +50,10 @@ class Member:
         wide = self.parameter.to(self.dtype)
         return wide + local(self.state["compensation"]) if "compensation" in self.state else wide
 
+    def whole(self, M: Tensor) -> Tensor:
+        """Return on every rank the whole matrix of which M, seen by the rule, is this rank's part."""
+        return gathered(regrouped(M, self.state["momentum"]))
+
     def keep(self, state: dict[str, Tensor], finite: Tensor, rows: slice = ALL.rows) -> None:
         """Take over the next state of a rule, or of these rows of it, where the step happens."""
         for key, value in state.items():
@@ -116,10 +120,11 @@ class Bucket:
         # A plan's members are nowhere, and have no momentum to look at.
         here = self.by_rows and batch[0].parameter.device.type != "meta"
         self.fused = here and fused_rows.serves(group, layout, batch[0].parameter)
+        self.momenta: list[Tensor] = []
 
     def start(self, finite: Tensor) -> None:
-        """Do phase 1, and start to move matrices to their owners."""
-        if self.fused:
+        """Do phase 1, unless it is done, and start to move matrices to their owners."""
+        if self.fused or self.momenta:
             return
         update_momenta(self.group, self.batch, finite)
         if not self.by_rows:
@@ -196,10 +201,9 @@ def _fused_step(group: dict[str, Any], member: Member, finite: Tensor) -> None:
 
 def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, finite: Tensor) -> Tensor:
     """Gather a momentum on every rank, where its parts or the rule's state are no intervals; keep this rank's part."""
-    stored = member.state["momentum"]
-    (U,), (state,) = whole_directions(group, [gathered(regrouped(M, stored))], states=[rule_state(group, member.state)])
+    (U,), (state,) = whole_directions(group, [member.whole(M)], states=[rule_state(group, member.state)])
     member.keep({key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
-    return placed_like(U, stored)
+    return placed_like(U, member.state["momentum"])
 
 
 def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Tensor:

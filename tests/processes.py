@@ -78,6 +78,8 @@ CASES = {
     "fsdp2 accelerate": {"kind": "qwen3", **ODD},
     "fsdp2 aro": {"kind": "qwen3", **ODD},
     "ddp aro": {"kind": "qwen3", **ODD},
+    "fsdp2 aro layer": {"kind": "qwen3", **ODD},
+    "ddp aro layer": {"kind": "qwen3", **ODD},
     "hsdp": {"kind": "qwen3", **ODD},
     "tp": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
     "tp fsdp2": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
@@ -101,7 +103,8 @@ def model_of(case):
 
 def optimizer_of(case, model):
     preset = next((name for name in ("muon", "aro") if name in case), "default")
-    return symlm.SymOptimizer(model, preset=preset, weight_decay=0.1)
+    rotation = "layer" if "layer" in case else "own"
+    return symlm.SymOptimizer(model, preset=preset, weight_decay=0.1, rotation=rotation)
 
 
 def run_case(case, rank, world):

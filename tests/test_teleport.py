@@ -73,21 +73,23 @@ ARO = {
 }
 
 
-@pytest.mark.parametrize("rules", [{}, ARO], ids=["default", "aro"])
-def test_state_is_transported(rules):
+@pytest.mark.parametrize(
+    ("rules", "rotation"), [({}, "own"), (ARO, "own"), (ARO, "layer")], ids=["default", "aro", "aro layer"]
+)
+def test_state_is_transported(rules, rotation):
     """Steps of symlm commute with a rotation of the residual stream, if momenta and what rules keep move along."""
     one, two = model_of(), model_of()
     overrides = {**rules, "vector": {"lr": 1e-12}}
-    optimizers = [symlm.SymOptimizer(m, lr=0.002, overrides=overrides) for m in (one, two)]
+    optimizers = [symlm.SymOptimizer(m, lr=0.002, overrides=overrides, rotation=rotation) for m in (one, two)]
     for step in range(3):
         for model, optimizer in zip((one, two), optimizers, strict=True):
             optimizer.zero_grad()
             loss_of(model, tokens(step)).backward()
             optimizer.step()
         if step == 0:
-            rotation = t.residual_rotation(two, orthogonal(32))
-            t.teleport(two, rotation, lambda: loss_of(two, tokens(0)), optimizers[1], tolerance=1e-6)
-    for key, move in rotation.items():
+            turn = t.residual_rotation(two, orthogonal(32))
+            t.teleport(two, turn, lambda: loss_of(two, tokens(0)), optimizers[1], tolerance=1e-6)
+    for key, move in turn.items():
         assert relative(two.get_parameter(key), move.weight(one.get_parameter(key).detach())) < 1e-6, key
 
 

@@ -26,14 +26,27 @@ def sinkhorn(M: Tensor, rounds: int = 5) -> Tensor:
     return M
 
 
-def refresh(base: Base, qr: Base | None = None) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """Return `(M, R) -> QR(M f(RᵀM)ᵀ + εR)` for a base f, by `cholesky_qr`, or by `orthonormal`."""
+def pull(base: Base) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `(M, R) -> M f(RᵀM)ᵀ` at M's direction alone, which draws R; of matrices that share one, the pulls add."""
 
-    def refreshed(M: Tensor, rotation: Tensor) -> dict[str, Tensor]:
-        X, R = _wide(M), rotation.to(_wide(M).dtype)
-        A = X @ base(R.mT @ X).mT
-        size = torch.linalg.matrix_norm(A, keepdim=True) / sqrt(A.shape[-1])
-        return {"rotation": (qr or cholesky_qr)(A + KEPT * size * R)}
+    def pulled(M: Tensor, rotation: Tensor) -> Tensor:
+        X = _wide(M)
+        return X @ base(rotation.to(X.dtype).mT @ X).mT
+
+    return pulled
+
+
+def turn(A: Tensor, R: Tensor, qr: Base | None = None) -> Tensor:
+    """Return `QR(A + εR)`, by `cholesky_qr`, or by `orthonormal`.  Shapes: (..., m, m) twice -> same."""
+    size = torch.linalg.matrix_norm(A, keepdim=True) / sqrt(A.shape[-1])
+    return (qr or cholesky_qr)(A + KEPT * size * R.to(A.dtype))
+
+
+def refresh(base: Base, qr: Base | None = None) -> Callable[..., dict[str, Tensor]]:
+    """Return `(M, R) -> QR(M f(RᵀM)ᵀ + εR)` for a base f, which leaves alone what its layer has turned already."""
+
+    def refreshed(M: Tensor, rotation: Tensor, turned: Tensor | None = None) -> dict[str, Tensor]:
+        return {"rotation": turn(pull(base)(M, rotation), rotation, qr) if turned is None else turned}
 
     return refreshed
 
@@ -45,31 +58,43 @@ def rotate(M: Tensor, R: Tensor, base: Base) -> Tensor:
     return unit_rms(R @ base(R.mT @ X)).to(M.dtype)
 
 
-@rule(ROTATED, state={"rotation": A_ROTATION}, refresh=refresh(sinkhorn))
+@rule(ROTATED, state={"rotation": A_ROTATION}, refresh=refresh(sinkhorn), pull=pull(sinkhorn))
 def aro_sinkhorn(M: Tensor, rotation: Tensor) -> Tensor:
     """Return ARO's direction with rows and columns of unit length as its base."""
     return rotate(M, rotation, sinkhorn)
 
 
-@rule(ROTATED, state={"rotation": A_ROTATION}, refresh=refresh(torch.sign))
+@rule(ROTATED, state={"rotation": A_ROTATION}, refresh=refresh(torch.sign), pull=pull(torch.sign))
 def aro_sign(M: Tensor, rotation: Tensor) -> Tensor:
     """Return ARO's direction with the sign of each entry as its base."""
     return rotate(M, rotation, torch.sign)
 
 
-@rule(Symmetry(left=rotations, right=rotations), state={"rotation": A_ROTATION}, refresh=refresh(unit_rows))
+@rule(
+    Symmetry(left=rotations, right=rotations),
+    state={"rotation": A_ROTATION},
+    refresh=refresh(unit_rows),
+    pull=pull(unit_rows),
+)
 def aro_rows(M: Tensor, rotation: Tensor) -> Tensor:
     """Return ARO's direction with unit rows as its base; a constant M makes it polar(M)."""
     return rotate(M, rotation, unit_rows)
 
 
-def _refresh_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> dict[str, Tensor]:
-    X, V = _wide(M), squares.to(_wide(M).dtype)
-    R = refresh(lambda Y: over_root(Y, V.lerp(Y.square(), 1 - beta2)))(X, rotation)["rotation"]
-    return {"rotation": R, "squares": V.lerp((R.mT @ X).square(), 1 - beta2)}
+def _pull_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> Tensor:
+    V = squares.to(_wide(M).dtype)
+    return pull(lambda Y: over_root(Y, V.lerp(Y.square(), 1 - beta2)))(M, rotation)
 
 
-@rule(ROTATED, state={"rotation": A_ROTATION, "squares": ROTATED_SQUARES}, refresh=_refresh_adam)
+def _refresh_adam(
+    M: Tensor, rotation: Tensor, squares: Tensor, beta2: float, turned: Tensor | None = None
+) -> dict[str, Tensor]:
+    X = _wide(M)
+    R = turn(_pull_adam(M, rotation, squares, beta2), rotation) if turned is None else turned
+    return {"rotation": R, "squares": squares.to(X.dtype).lerp((R.to(X.dtype).mT @ X).square(), 1 - beta2)}
+
+
+@rule(ROTATED, state={"rotation": A_ROTATION, "squares": ROTATED_SQUARES}, refresh=_refresh_adam, pull=_pull_adam)
 def aro_adam(M: Tensor, rotation: Tensor, squares: Tensor) -> Tensor:
     """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²`."""
     return rotate(M, rotation, lambda Y: over_root(Y, squares.to(Y.dtype)))

@@ -55,6 +55,7 @@ class Rule:
     degree: int = 0
     state: Mapping[str, State] = field(default_factory=dict)
     refresh: Callable[..., dict[str, Tensor]] | None = None
+    pull: Callable[..., Tensor] | None = None  # what draws a rotation: that of matrices which share one is their sum
     row_map: Callable[..., Any] | None = None  # the rule, between its centerings, where rows do not mix
     elementwise: bool = False  # torch's own AdamW, which the optimizer runs on whatever shape
 
@@ -67,9 +68,19 @@ class Rule:
         """Return the state of a matrix that no step has reached."""
         return {key: state.start(M) for key, state in self.state.items()}
 
-    def refreshed(self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95) -> dict[str, Tensor]:
-        """Return the state that M leaves.  beta2: of means over the steps, where the state is one."""
-        return _call(self.refresh, M, {"beta2": beta2, **state}) if self.refresh else {}
+    def refreshed(
+        self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95, turned: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the state that M leaves.
+
+        beta2: of means over the steps, where the state is one; turned: the rotation, where others have a say in it.
+        """
+        return _call(self.refresh, M, {"beta2": beta2, "turned": turned, **state}) if self.refresh else {}
+
+    def pulled(self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95) -> Tensor:
+        """Return what draws the rotation of M.  Shapes: (..., m, n) -> (..., m, m)."""
+        assert self.pull is not None
+        return _call(self.pull, M, {"beta2": beta2, **state})
 
     def direction(
         self, M: Tensor, state: Mapping[str, Tensor], *, polar: Polar = polar_factor, step: Any = 1, beta2: float = 0.95

@@ -1,0 +1,62 @@
+"""One rotation a layer: matrices that read and write one residual stream turn together (ARO, arXiv 2602.09006)."""
+
+import re
+from collections.abc import Iterable
+from math import sqrt
+from typing import Any, NamedTuple
+
+import torch
+from symlm_kernels.reference import row_norms
+from torch import Tensor
+
+from symlm.collectives import local
+from symlm.directions import wide
+from symlm.rules import get_rule
+from symlm.rules.rotated import turn
+from symlm.step import Bucket, Member
+from symlm.views import MatrixView
+
+LAYER = re.compile(r".*?\.\d+(?=\.)")
+
+
+def layer_of(name: str) -> str:
+    """Return the name of the layer that a parameter lies in, up to its first number; its own name outside of layers."""
+    found = LAYER.match(name)
+    return found.group() if found else name
+
+
+class Pull(NamedTuple):
+    """A parameter in the turn of its layer: `M f(RᵀM)ᵀ` of its matrices at an RMS of 1, and what their RMS was."""
+
+    member: Member
+    pulls: Tensor  # (b, m, m)
+    sizes: Tensor  # (b, 1, 1)
+
+
+def turn_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
+    """Do phase 1 of all these buckets, and turn each layer's rotation: `R <- QR(Σ_i M_i f(RᵀM_i)ᵀ + εR)`.
+
+    Every M_i has the residual stream's dimensions as rows, so that the sum is that of the layer's momenta side by side.
+    All ranks call this together; each keeps R with each parameter.
+    """
+    layers: dict[tuple[str, int, torch.dtype], list[Pull]] = {}
+    for bucket in buckets:
+        bucket.start(finite)
+        for member, seen in zip(bucket.batch, bucket.momenta, strict=True):
+            M = MatrixView.parse(bucket.group["view"]).to_matrices(wide(member.whole(seen)))
+            layers.setdefault((layer_of(member.name), M.shape[-2], M.dtype), []).append(_pull(bucket.group, member, M))
+    for pulls in layers.values():
+        largest = torch.cat([pull.sizes for pull in pulls]).max()
+        sizes = [pull.sizes / torch.where(largest > 0, largest, 1.0) for pull in pulls]
+        A = torch.cat([pull.pulls * size for pull, size in zip(pulls, sizes, strict=True)]).sum(dim=0)
+        R = turn(A, local(pulls[0].member.state["rotation"]).view(-1, *A.shape)[0])
+        for member, own, _ in pulls:
+            member.keep({"rotation": R.expand_as(own).view_as(local(member.state["rotation"]))}, finite)
+
+
+def _pull(group: dict[str, Any], member: Member, M: Tensor) -> Pull:
+    rule = get_rule(group["rule"])
+    kept = {key: local(member.state[key]) for key in rule.state}
+    state = {key: x.view(len(M), -1, x.shape[-1]) for key, x in kept.items()}
+    sizes = row_norms(M.flatten(-2))[..., None] / sqrt(M.shape[-2] * M.shape[-1])
+    return Pull(member, rule.pulled(M, state, group["betas"][1]), sizes)
