@@ -25,6 +25,10 @@ STREAM = {role: "whole" if role in ("attention_o", "mlp_out") else "transposed" 
 ARMS = {
     "Muon": {role: {"rule": "polar", "scale": "match_adamw_rms"} for role in INNER},
     "ARO, Sinkhorn": {role: {"rule": "aro_sinkhorn", "scale": "adamw_rms", "view": STREAM[role]} for role in INNER},
+    "ARO, Sinkhorn, one rotation a layer": {
+        role: {"rule": "aro_sinkhorn", "scale": "adamw_rms", "view": STREAM[role], "rotation": "layer"}
+        for role in INNER
+    },
     "ARO, sign": {role: {"rule": "aro_sign", "scale": "adamw_rms", "view": STREAM[role]} for role in INNER},
     "ARO, Adam": {role: {"rule": "aro_adam", "scale": "adamw_rms", "view": STREAM[role]} for role in INNER},
     "AuON": {role: {"rule": "auon", "scale": "match_adamw_rms_of_matrix"} for role in INNER},
