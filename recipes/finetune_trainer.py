@@ -51,12 +51,12 @@ def main() -> None:
     )
     print(symlm.describe_routing(model, fields.preset, lr=fields.lr))
     deepspeed = trainer.is_deepspeed_enabled  # whose engine evaluates only once it has trained
-    before = float("nan") if deepspeed else trainer.evaluate()["eval_loss"]
+    before = "" if deepspeed else f"{trainer.evaluate()['eval_loss']:.3f} before, "
     trainer.train(resume_from_checkpoint=fields.resume or None)
     after = trainer.evaluate()["eval_loss"]
     if not deepspeed:
         print(trainer.optimizer.optimizer.verify())
-    print(f"loss on held-out blocks: {before:.3f} before, {after:.3f} after")
+    print(f"loss on held-out blocks: {before}{after:.3f} after")
     trainer.save_model()
     tokenizer.save_pretrained(arguments.output_dir)
 
