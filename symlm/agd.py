@@ -40,7 +40,11 @@ class AGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Do one step.  Raises: RuntimeError for a layer without a gradient, since the rate needs them all."""
+        """Do one step.
+
+        Raises: RuntimeError for a layer without a gradient, FloatingPointError for one that is not finite: the rate
+        needs them all. Nothing was updated then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -49,6 +53,8 @@ class AGD(torch.optim.Optimizer):
         layers = group["params"]
         if any(p.grad is None for p in layers):
             raise RuntimeError("every layer needs a gradient: AGD's rate is computed from them all")
+        if bad := [k for k, p in enumerate(layers) if not p.grad.isfinite().all()]:
+            raise FloatingPointError(f"non-finite gradients in layers {bad}, counted from 0; nothing was updated")
         gradients = [self._gradient(group, p) for p in layers]
         norms = [g.norm() for g in gradients]
         scales = [layer_scale(p) for p in layers]

@@ -88,3 +88,18 @@ def test_what_the_bound_does_not_cover_is_refused():
     model[1].weight.grad = None
     with pytest.raises(RuntimeError, match="every layer needs a gradient"):
         AGD(model).step()
+
+
+def test_a_bad_gradient_updates_nothing():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False))
+    optimizer = AGD(model, momentum=0.9)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = [p.detach().clone() for p in model.parameters()]
+    momenta = [state["momentum"].clone() for state in optimizer.state.values()]
+    model[1].weight.grad[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"layers \[1\]"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), kept, strict=True))
+    assert all(torch.equal(s["momentum"], m) for s, m in zip(optimizer.state.values(), momenta, strict=True))
