@@ -49,14 +49,13 @@ def turn_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
         largest = torch.cat([pull.sizes for pull in pulls]).max()
         sizes = [pull.sizes / torch.where(largest > 0, largest, 1.0) for pull in pulls]
         A = torch.cat([pull.pulls * size for pull, size in zip(pulls, sizes, strict=True)]).sum(dim=0)
-        R = turn(A, local(pulls[0].member.state["rotation"]).view(-1, *A.shape)[0])
+        R = turn(A, local(pulls[0].member.state["rotation"])[0])
         for member, own, _ in pulls:
-            member.keep({"rotation": R.expand_as(own).view_as(local(member.state["rotation"]))}, finite)
+            member.keep({"rotation": R.expand_as(own)}, finite)
 
 
 def _pull(group: dict[str, Any], member: Member, M: Tensor) -> Pull:
     rule = get_rule(group["rule"])
-    kept = {key: local(member.state[key]) for key in rule.state}
-    state = {key: x.view(len(M), -1, x.shape[-1]) for key, x in kept.items()}
+    state = {key: local(member.state[key]) for key in rule.state}
     sizes = row_norms(M.flatten(-2))[..., None] / sqrt(M.shape[-2] * M.shape[-1])
     return Pull(member, rule.pulled(M, state, group["betas"][1]), sizes)
