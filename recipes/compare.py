@@ -22,6 +22,7 @@ import evidence
 import yaml
 from jsonargparse import CLI
 from report import read_metrics
+from run_config import read
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -59,22 +60,20 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / "summary.json").exists()
 
-    def command(self, steps: int, more: tuple[str, ...]) -> list[str]:
+    def command(self, more: tuple[str, ...]) -> list[str]:
         told = scaled(yaml.safe_load(self.arm.read_text())["optimizer"], self.factor)
         fields = {f"optimizer.{key}": value for key, value in told.items()}
         fields |= {"name": self.folder.name, "out": self.folder.parent, "train.seed": self.seed}
-        fields |= {
-            "train.steps": round(self.share * steps),
-            "train.tracker": "none",
-            "resume": (self.folder / "config.json").exists(),
-        }
+        fields |= {"train.tracker": "none", "resume": (self.folder / "config.json").exists()}
         texts = [f"--{key}={json.dumps(x) if isinstance(x, dict) else x}" for key, x in fields.items()]
-        return [sys.executable, str(HERE / "pretrain.py"), f"--config={self.bench}", *texts, *more]
+        bench = [f"--config={self.bench}", *texts, *more]
+        steps = round(self.share * read(bench).train.steps)
+        return [sys.executable, str(HERE / "pretrain.py"), *bench, f"--train.steps={steps}"]
 
-    def execute(self, steps: int, more: tuple[str, ...], threads: int) -> None:
+    def execute(self, more: tuple[str, ...], threads: int) -> None:
         """Run, or resume, and keep the numbers alone.  Raises: RuntimeError with the end of the run's errors."""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(self.command(steps, more), capture_output=True, text=True, env=environment)
+        done = subprocess.run(self.command(more), capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"{self.folder} failed:\n{done.stderr[-2000:]}")
         for heavy in ("checkpoints", "model"):
@@ -106,12 +105,12 @@ def scaled(optimizer: dict[str, Any], factor: float) -> dict[str, Any]:
     return {**optimizer, "lr": optimizer.get("lr", 0.02) * factor, "overrides": overrides}
 
 
-def execute(runs: list[Run], jobs: int, steps: int, more: tuple[str, ...], what: str) -> None:
+def execute(runs: list[Run], jobs: int, more: tuple[str, ...], what: str) -> None:
     """Run what is not finished, `jobs` side by side; one failure is told after the others have ended."""
     left = [run for run in runs if not run.finished]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with tqdm(total=len(left), unit="run", desc=what) as bar, ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run.execute, steps, more, threads) for run in left]
+        futures = [pool.submit(run.execute, more, threads) for run in left]
         for future in futures:
             future.add_done_callback(lambda _: bar.update())
     if failures := [str(error) for future in futures if (error := future.exception())]:
@@ -131,7 +130,6 @@ def main(
     factors: tuple[float, ...] = (0.5, 1.0, 2.0),
     seeds: int = 5,
     shares: tuple[float, ...] = (),
-    steps: int | None = None,
     jobs: int = 2,
     more: tuple[str, ...] = (),
 ) -> None:
@@ -145,25 +143,25 @@ def main(
         factors: what all rates of an arm are multiplied by, one trial each.
         seeds: how many runs of an arm are reported.
         shares: of the bench's tokens, in whole runs of the last arm on the reported seeds, for example '[0.55,0.85]'.
-        steps: of a run, in place of the bench's.
         jobs: runs side by side, which share the cores.
-        more: fields for every run, for example '["--data.length=128"]'.
+        more: fields for every run, for example '["--train.steps=4"]'.
     """
+    if bad := [share for share in shares if not 0 < share < 1]:
+        raise SystemExit(f"shares lie between 0 and 1, which every arm runs anyway; got {bad}")
     results: list[dict[str, Any]] = []
     for model in models:
         path, folder = HERE / "configs" / "bench" / f"{bench}-{model}.yaml", Path(out)
         if not path.exists():
             raise SystemExit(f"no bench {path}; there are {sorted(p.stem for p in path.parent.glob('*.yaml'))}")
-        length = steps or yaml.safe_load(path.read_text())["train"]["steps"]
         trials = {
             arm: [Run(folder, path, Path(arm), factor, TRIAL_SEED) for factor in factors] for arm in map(str, arms)
         }
-        execute([run for runs in trials.values() for run in runs], jobs, length, more, f"{model}: trials")
+        execute([run for runs in trials.values() for run in runs], jobs, more, f"{model}: trials")
         found = {arm: [run.result() for run in runs] for arm, runs in trials.items()}
         chosen = {arm: best_factor(each) for arm, each in found.items()}
         reported = [Run(folder, path, Path(arm), chosen[arm], seed + 1) for seed in range(seeds) for arm in arms]
         reported += [replace(run, share=share) for share in shares for run in reported if run.arm == Path(arms[-1])]
-        execute(reported, jobs, length, more, f"{model}: seeds")
+        execute(reported, jobs, more, f"{model}: seeds")
         results += [trial | {"trial": True} for each in found.values() for trial in each]
         results += [run.result() | {"trial": False} for run in reported]
         (folder / "results.json").write_text(json.dumps({"bench": bench, **evidence.origin(), "runs": results}))

@@ -84,9 +84,8 @@ def whole_runs_to(runs: list[dict[str, Any]], goals: dict[int, float]) -> str:
     ends = {(run["seed"], run.get("share", 1.0)): run["loss"][-1] for run in runs}
     seeds = [seed for seed in goals if all((seed, share) in ends for share in shares)]
     logs = [tokens_to(np.log(shares).tolist(), [ends[seed, share] for share in shares], goals[seed]) for seed in seeds]
-    found = np.exp(logs).tolist()
-    below = "at most " if shares[0] in found else ""
-    return below + interval(found) if np.isfinite(found).all() else "not reached by every seed"
+    below = "at most " if np.log(shares[0]) in logs else ""
+    return below + interval(np.exp(logs).tolist()) if np.isfinite(logs).all() else "not reached by every seed"
 
 
 def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFrame:

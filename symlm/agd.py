@@ -53,7 +53,9 @@ class AGD(torch.optim.Optimizer):
         layers = group["params"]
         if any(p.grad is None for p in layers):
             raise RuntimeError("every layer needs a gradient: AGD's rate is computed from them all")
-        if bad := [k for k, p in enumerate(layers) if not p.grad.isfinite().all()]:
+        finite = torch.stack([p.grad.isfinite().all() for p in layers if p.grad is not None]).tolist()
+        if not all(finite):
+            bad = [k for k, good in enumerate(finite) if not good]
             raise FloatingPointError(f"non-finite gradients in layers {bad}, counted from 0; nothing was updated")
         gradients = [self._gradient(group, p) for p in layers]
         norms = [g.norm() for g in gradients]

@@ -37,7 +37,8 @@ def turn_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
     """Do phase 1 of all these buckets, and turn each layer's rotation: `R <- QR(Σ_i M_i f(RᵀM_i)ᵀ + εR)`.
 
     Every M_i has the residual stream's dimensions as rows, so that the sum is that of the layer's momenta side by side.
-    All ranks call this together; each keeps R with each parameter.
+    All ranks call this together; each keeps R with each parameter. Momenta that are cut are gathered for this, and once
+    more for their directions, so that no rank holds a layer's at once. The layers' factorizations are one batch.
     """
     layers: dict[tuple[str, int, torch.dtype], list[Pull]] = {}
     for bucket in buckets:
@@ -45,13 +46,20 @@ def turn_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
         for member, seen in zip(bucket.batch, bucket.momenta, strict=True):
             M = MatrixView.parse(bucket.group["view"]).to_matrices(wide(member.whole(seen)))
             layers.setdefault((layer_of(member.name), M.shape[-2], M.dtype), []).append(_pull(bucket.group, member, M))
-    for pulls in layers.values():
-        largest = torch.cat([pull.sizes for pull in pulls]).max()
-        sizes = [pull.sizes / torch.where(largest > 0, largest, 1.0) for pull in pulls]
-        A = torch.cat([pull.pulls * size for pull, size in zip(pulls, sizes, strict=True)]).sum(dim=0)
-        R = turn(A, local(pulls[0].member.state["rotation"])[0])
-        for member, own, _ in pulls:
-            member.keep({"rotation": R.expand_as(own)}, finite)
+    for alike in {key[1:] for key in layers}:
+        same = [pulls for key, pulls in layers.items() if key[1:] == alike]
+        before = torch.stack([local(pulls[0].member.state["rotation"])[0] for pulls in same])
+        after = turn(torch.stack([_sum(pulls) for pulls in same]), before)
+        for pulls, R in zip(same, after, strict=True):
+            for member, own, _ in pulls:
+                member.keep({"rotation": R.expand_as(own)}, finite)
+
+
+def _sum(pulls: list[Pull]) -> Tensor:
+    """Return the pulls' sum at the momenta's sizes, the largest as 1, so that nothing overflows."""
+    largest = torch.cat([pull.sizes for pull in pulls]).max()
+    largest = torch.where(largest > 0, largest, 1.0)
+    return torch.cat([pull.pulls * (pull.sizes / largest) for pull in pulls]).sum(dim=0)
 
 
 def _pull(group: dict[str, Any], member: Member, M: Tensor) -> Pull:

@@ -11,9 +11,9 @@ from recipe import CONFIGS, ROOT
 
 def compare(out):
     arms = json.dumps([str(CONFIGS / f"{name}.yaml") for name in ("adamw", "default")])
-    more = '["--train.validate_every=1","--data.validation_blocks=4","--data.length=32"]'
+    more = '["--train.steps=2","--train.validate_every=1","--data.validation_blocks=4","--data.length=32"]'
     fields = [f"--out={out}", f"--arms={arms}", '--models=["moe"]', "--factors=[1.0]", "--seeds=1", f"--more={more}"]
-    fields += ["--steps=2", "--shares=[0.5]"]
+    fields += ["--shares=[0.5]"]
     script = str(ROOT / "recipes" / "compare.py")
     done = subprocess.run([sys.executable, script, "--bench=tiny", *fields], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
