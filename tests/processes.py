@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+import time
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import symlm
 STEPS = 10
 CLIP = 0.1
 LIMIT = timedelta(seconds=120)
+SHORT = timedelta(seconds=10)
 ODD = {"vocab_size": 61, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1}
 
 
@@ -32,10 +35,26 @@ def batch(step, rank=0, world=1):
     return x[rank * 4 // world : (rank + 1) * 4 // world]
 
 
-def train(model, optimizer, steps=STEPS, rank=0, world=1, first=0, clip=None):
+@contextmanager
+def unsynchronized(model):
+    """Let gradients pile up on their ranks."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+
+def train(model, optimizer, steps=STEPS, rank=0, world=1, first=0, clip=None, parts=1):
     for step in range(first, first + steps):
         optimizer.zero_grad()
-        loss_of(model, batch(step, rank, world)).backward()
+        *early, last = batch(step, rank, world).chunk(parts)
+        for part in early:
+            with unsynchronized(model):
+                (loss_of(model, part) / parts).backward()
+        (loss_of(model, last) / parts).backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -76,6 +95,9 @@ CASES = {
     "fsdp2 fused": {"kind": "phi3", "vocab_size": 61},
     "fsdp2 muon": {"kind": "qwen3", **ODD},
     "fsdp2 accelerate": {"kind": "qwen3", **ODD},
+    "fsdp2 clipped": {"kind": "qwen3", **ODD},
+    "fsdp2 accumulated": {"kind": "qwen3", **ODD},
+    "ddp accumulated": {"kind": "qwen3", **ODD},
     "fsdp2 aro": {"kind": "qwen3", **ODD},
     "ddp aro": {"kind": "qwen3", **ODD},
     "fsdp2 aro layer": {"kind": "qwen3", **ODD},
@@ -132,7 +154,8 @@ def run_case(case, rank, world):
     else:
         shard(model, mesh)
     optimizer = optimizer_of(case, model.module if case.startswith("ddp") else model)
-    train(model, optimizer, rank=data[0], world=data[1])
+    clip = CLIP if "clipped" in case else None
+    train(model, optimizer, rank=data[0], world=data[1], clip=clip, parts=2 if "accumulated" in case else 1)
     return whole(model), {"verified": len(optimizer.verify()), "rms": symlm.diagnostics.update_rms(optimizer)}
 
 
@@ -250,29 +273,30 @@ def mixed_precision(rank, world):
     return whole(model)
 
 
-def worker(rank, world, names, folder):
+def worker(rank, world, names, folder, limit):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=LIMIT)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=limit)
     for name in names:
         try:
             result = EXTRA_CASES[name](rank, world) if name in EXTRA_CASES else run_case(name, rank, world)
         except Exception:
             result = traceback.format_exc()
         torch.save(result, Path(folder, f"{name}-{rank}.pt"))
-        dist.barrier()
+        if name != "missing peer":
+            dist.barrier()
     dist.destroy_process_group()
 
 
-def run(world, names):
+def run(world, names, limit=LIMIT):
     """Run cases in `world` real processes; return {case: [what each rank returned]}."""
     from torch.distributed.elastic.utils.distributed import get_free_port
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "port").write_text(str(get_free_port()))
-        mp.start_processes(worker, (world, names, folder), nprocs=world, start_method="spawn")
+        mp.start_processes(worker, (world, names, folder, limit), nprocs=world, start_method="spawn")
         load = torch.load
         return {
             name: [load(Path(folder, f"{name}-{rank}.pt"), weights_only=True) for rank in range(world)]
@@ -289,6 +313,24 @@ def disagreement(rank, world):
         optimizer.step()
     except RuntimeError as error:
         return str(error)
+    return "no error"
+
+
+def missing_peer(rank, world):
+    """The last rank takes its second step too late for the others."""
+    model = model_of("fsdp2")
+    shard(model, init_device_mesh("cpu", (world,)))
+    optimizer = optimizer_of("fsdp2", model)
+    train(model, optimizer, 1, rank, world)
+    loss_of(model, batch(1, rank, world)).backward()
+    if rank == world - 1:
+        time.sleep(2 * SHORT.total_seconds())
+        return "late"
+    start = time.monotonic()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return {"error": str(error), "seconds": time.monotonic() - start}
     return "no error"
 
 
@@ -446,6 +488,7 @@ EXTRA_CASES = {
     "save": save,
     "load": load,
     "mixed precision": mixed_precision,
+    "missing peer": missing_peer,
     "disagreement": disagreement,
     "nonfinite": nonfinite,
     "work": work,

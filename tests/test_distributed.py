@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import RANKS, RUN, relative
-from processes import CASES, CLIP, EXTRA_CASES, WORLDS, model_of, optimizer_of, run, train, whole
+from processes import CASES, CLIP, EXTRA_CASES, SHORT, WORLDS, model_of, optimizer_of, run, train, whole
 
 import symlm
 
@@ -16,7 +16,7 @@ def found():
     results = {}
     for world in (2, 4):
         names = [case for case, size in PAIRS if size == world]
-        names += [name for name in EXTRA_CASES if name not in ("save", "load")]
+        names += [name for name in EXTRA_CASES if name not in ("save", "load", "missing peer")]
         results |= {(name, world): result for name, result in run(world, names).items()}
     return results
 
@@ -63,6 +63,13 @@ def test_ranks_that_disagree_all_raise_with_the_digests(found, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_bad_rank_makes_all_skip(found, world):
     assert result(found, "nonfinite", world) == [{"same": True, "skipped": 1}] * world
+
+
+def test_a_missing_peer_ends_in_the_time_limit_of_the_process_group():
+    first, late = result({("missing peer", 2): run(2, ["missing peer"], SHORT)["missing peer"]}, "missing peer", 2)
+    assert late == "late"
+    assert "Timed out" in first["error"]
+    assert first["seconds"] < 2 * SHORT.total_seconds()
 
 
 @pytest.mark.parametrize("world", [2, 4])
