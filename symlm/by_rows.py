@@ -1,4 +1,4 @@
-"""Row rules where the rows lie: block by block, and no row travels; of rows that ZeRO cut, only the squares do."""
+"""Row rules where the rows lie: block by block, and no row travels but those that ZeRO cut."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from symlm_kernels.reference import row_norms
 from torch import Tensor
 
 from symlm.collectives import Layout, summed
+from symlm.rules.rows import whitener
 from symlm.rules.rule import Rule
 
 
@@ -77,45 +78,64 @@ class RowStep:
     def directions(self, elements: int) -> Iterator[tuple[Block, Tensor, dict[str, Tensor]]]:
         """Yield each block, its direction and its rows' next state; all ranks call this together.
 
-        A centered rule passes over the part twice more, for the two means.
+        A centered rule passes over the part twice more, for the two means; a Gram matrix is made in the second pass.
+        What the rule keeps of the whole matrix is in `kept` from the first block on.
         """
         blocks, mean = blocks_of(self.layout, elements), None
-        self.shift: Tensor | None = None
-        if self.rule.symmetry.shift:
-            self.shift = self._mean_row(blocks, self.look)
-        self.norms = self._norms_of_cut_rows(blocks) if cuts_rows(self.layout) else {}
+        self.kept: dict[str, Tensor] = {}
+        self.cut_rows = self._cut_rows(blocks) if cuts_rows(self.layout) else {}
+        self.shift = self._mean_row(blocks, self._seen) if self.rule.symmetry.shift else None
+        turn = self._whitener(blocks) if "gram" in self.rule.state else None
         if self.rule.symmetry.shift:
             mean = self._mean_row(blocks, lambda block: self._mapped(block)[0])
+            mean = mean if turn is None else mean @ turn
         for block in blocks:
             U, state = self._mapped(block)
-            yield block, U if mean is None else U.sub_(mean[block.columns]), state
+            U = U if turn is None else U @ turn
+            yield block, (U if mean is None else U.sub_(mean))[:, block.columns], state
 
     def _mapped(self, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.rule.row_map is not None
-        X, norm = self._seen(block), self.norms.get(block.rows.start)
-        own = {key: value[block.rows] for key, value in self.state.items()}
-        return self.rule.row_map(X, row_norms(X) if norm is None else norm, **own, **self.settings)
+        X = self._seen(block) if self.shift is None else self._seen(block) - self.shift
+        own = {key: value[block.rows] for key, value in self.state.items() if self.rule.state[key].side == "left"}
+        return self.rule.row_map(X, row_norms(X), **own, **self.settings)
 
     def _seen(self, block: Block) -> Tensor:
-        X = self.look(block)
-        return X if self.shift is None else X - self.shift[block.columns]
+        """Return what the rule sees of the block's rows, those whole of which it is a piece."""
+        row = self.cut_rows.get(block.rows.start)
+        return self.look(block) if row is None else row
 
     def _mean_row(self, blocks: list[Block], values: Callable[[Block], Tensor]) -> Tensor:
-        total = torch.zeros(self.layout.shape[-1], dtype=_wide(self.part.dtype), device=self.part.device)
+        total = self._zeros(self.layout.shape[-1])
         for block in blocks:
-            total[block.columns] += values(block).sum(dim=0)
+            total[block.columns] += values(block)[:, block.columns].sum(dim=0)
         return summed(total, self.layout) / self.layout.shape[0]
 
-    def _norms_of_cut_rows(self, blocks: list[Block]) -> dict[int, Tensor]:
-        """Return, by their places here, the norms of cut rows; in float64, where no square overflows."""
+    def _whitener(self, blocks: list[Block]) -> Tensor:
+        """Return what turns the row map's columns, from its rows' Gram matrix in the mean of steps, which is kept."""
+        m, n = self.layout.shape
+        total = self._zeros(n, n)
+        for block in blocks:
+            if not block.columns.start:  # a cut row counts where it begins
+                D = self._mapped(block)[0]
+                total.addmm_(D.mT, D)
+        gram = self.state["gram"].lerp(summed(total, self.layout) / m, 1 - self.settings["beta2"])
+        self.kept["gram"] = gram
+        return whitener(gram, m)
+
+    def _cut_rows(self, blocks: list[Block]) -> dict[int, Tensor]:
+        """Return, by their places here, the whole rows of which this rank holds a piece."""
         n, first = self.layout.shape[-1], rows_held(self.layout)[0]
         rows = sorted({edge // n for interval in self.layout.intervals for edge in interval if edge % n})
         pieces = [(block, rows.index(first + block.rows.start)) for block in blocks if first + block.rows.start in rows]
-        squares = torch.zeros(len(rows), dtype=torch.float64, device=self.part.device)
+        whole = self._zeros(len(rows), n)
         for block, place in pieces:
-            squares[place] += self._seen(block).double().square().sum()
-        norms = summed(squares, self.layout).sqrt().to(_wide(self.part.dtype))
-        return {block.rows.start: norms[place].view(1, 1) for block, place in pieces}
+            whole[place, block.columns] = self.look(block)[0]
+        summed(whole, self.layout)
+        return {block.rows.start: whole[place : place + 1] for block, place in pieces}
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=_wide(self.part.dtype), device=self.part.device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -69,7 +69,7 @@ def _stack_directions(
         kept = rule.start(stack)
     if refresh:
         turned = kept["rotation"] if turns_with_its_layer(group) else None
-        kept = rule.refreshed(stack, kept, told["beta2"], turned)
+        kept = rule.refreshed(stack, kept, told["beta2"], turned, told.get("step", 1))
     U = rule.direction(stack, kept, **told)
     found = [view.from_matrices(part, shape) for part in U.mul_(scale_of(group, view, shape)).split(count)]
     return found, [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(stacks))]

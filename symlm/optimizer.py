@@ -18,7 +18,7 @@ from symlm.partitions import Fragment, fragments_of, is_partition
 from symlm.roles import whole_shape
 from symlm.routes import param_groups
 from symlm.rules import get_rule
-from symlm.state import new_state
+from symlm.state import new_state, of_fragments
 from symlm.step import Bucket, Member, adamw_step, apply, batches, member_of, overlapped, store
 from symlm.update_size import UpdateSize
 from symlm.verification import Verification, verified
@@ -255,13 +255,8 @@ class SymOptimizer(torch.optim.Optimizer):
             if not fragments or get_rule(group["rule"]).elementwise:  # a partition is as good as its parts
                 yield member_of(name, p, aligned(p.grad, p), self.state[p], layout_of(p, group["shared"]))
                 continue
-            keys, row = get_rule(group["rule"]).state, 0
-            for fragment in fragments:
-                state = {key: fragment.of(x) for key, x in self.state[p].items() if key not in (*keys, "step")}
-                state |= {key: self.state[p][key][row : row + fragment.rows] for key in keys}
-                if keys:
-                    state["step"] = self.state[p]["step"]
-                row += fragment.rows
+            states = of_fragments(group, self.state[p], fragments)
+            for fragment, state in zip(fragments, states, strict=True):
                 yield member_of(fragment.name, fragment.of(p.detach()), fragment.of(p.grad), state, fragment.layout)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

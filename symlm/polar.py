@@ -142,28 +142,49 @@ def _newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Te
 
 
 def _gram_newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:
-    """Iterate on R = XXᵀ alone, collecting `Q` with `U = QX`: `Z = bR + cR²`, `Q <- (a+Z)Q`, `R <- (a+Z)R(a+Z)`.
+    """Iterate on the Gram matrix alone, `U = QX` with Q of `_collected`, and again from there at `RESTART`.
 
-    Shapes: (b, m, n), normalized -> same. Equal to `_newton_schulz` in exact arithmetic; restarts at `RESTART`.
+    Shapes: (b, m, n), normalized -> same. Equal to `_newton_schulz` in exact arithmetic.
     Source: Zhang, Amsel, Chen, Dao 2026, Gram Newton–Schulz.
     """
-    product = products.symmetric_product
     for chunk in (triples[:RESTART], triples[RESTART:]):
-        if not chunk:
-            continue
-        R, Q = products.gram(X), None
-        for k, (a, b, c) in enumerate(chunk):
-            Z = product(R, R, R, alpha=c, beta=b)
-            if k + 1 < len(chunk):
-                RZ = product(R, Z, R, alpha=1.0, beta=a)
-                R = product(Z, RZ, RZ, alpha=1.0, beta=a)
-            if Q is None:
-                Q = Z
-                Q.diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                Q = product(Q, Z, Q, alpha=1.0, beta=a)
-        X = X if Q is None else torch.bmm(Q, X)
+        if chunk:
+            X = torch.bmm(_collected(products.gram(X), chunk, products), X)
     return X
+
+
+def _collected(R: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:
+    """Return Q with `U = QX` for `R = XXᵀ`: `Z = bR + cR²`, `Q <- (a+Z)Q`, `R <- (a+Z)R(a+Z)`.
+
+    Shapes: (b, m, m) -> same.
+    """
+    product, Q = products.symmetric_product, None
+    for k, (a, b, c) in enumerate(triples):
+        Z = product(R, R, R, alpha=c, beta=b)
+        if k + 1 < len(triples):
+            RZ = product(R, Z, R, alpha=1.0, beta=a)
+            R = product(Z, RZ, RZ, alpha=1.0, beta=a)
+        if Q is None:
+            Q = Z
+            Q.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            Q = product(Q, Z, Q, alpha=1.0, beta=a)
+    assert Q is not None
+    return Q
+
+
+def inverse_root(K: Tensor) -> Tensor:
+    """Return nearly `(K/tr K)^{-1/2}`, which makes X with the Gram matrix K semi-orthogonal but for its size.
+
+    Five steps of Polar Express on K alone: eigenvalues above 1e-6 tr K end within 14 % of their own, smaller ones
+    less raised. Shapes: (..., n, n), positive semidefinite, fp32 or wider -> same. A polynomial of K, so
+    that rotations of K rotate it; products alone, no factorization.
+    Source: as `_gram_newton_schulz`; arXiv 2505.16932 (Polar Express).
+    """
+    table = get_schedule("polar_express")
+    trace = K.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    R = (K / (torch.where(trace > 0, trace, 1.0) * table.bound**2)).reshape(-1, *K.shape[-2:])
+    return (_collected(R, table.steps(5), select_products(R, "torch")) / table.bound).reshape(K.shape)
 
 
 def _svd(X: Tensor) -> Tensor:

@@ -89,10 +89,10 @@ _IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_TEN_STEPS)
 _OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
 _TOKENS = Route("row_adam", "whole", "row_rms", 1.5, 0.0, "a row is a token, rare or frequent", _TEN_STEPS)
 _LOGITS = Route(
-    "centered_row_adam", "whole", "inverse_row_rms", 11.5, 0.0, "softmax ignores a shared shift", _TEN_STEPS
+    "centered_whitened_row_adam", "whole", "inverse_row_rms", 11.5, 0.0, "softmax ignores a shared shift", _TEN_STEPS
 )
 _EXPERTS = Route("centered_row_norm", "whole", "inverse_row_rms", 5.6, 0.0, "top-k softmax ignores it too", _NESTEROV)
-_ADAMW = Route("adamw", scale="unit", lr=0.25, weight_decay=0.0, why="no matrix: elementwise")
+_ADAMW = Route("adamw", scale="unit", lr=0.5, weight_decay=0.0, why="no matrix: elementwise")
 
 ROUTES: dict[Role, Route] = make_table(
     {
@@ -149,7 +149,7 @@ _PAPER_HYBRID = make_table(
 )
 _MUON: dict[Role, Route] = {
     **dict.fromkeys(_INNER, Route("polar", options=_NESTEROV, why="Muon: hidden matrices, whole")),
-    **dict.fromkeys((*_ENDS, Role.ROUTER, Role.VECTOR), replace(_ADAMW, lr=0.5)),
+    **dict.fromkeys((*_ENDS, Role.ROUTER, Role.VECTOR), _ADAMW),
 }
 _READS = Route(
     "aro_sinkhorn", "transposed", "adamw_rms", lr=0.25, why="rows are the residual stream's, rotated", options=_NESTEROV

@@ -1,5 +1,6 @@
 """What the optimizer keeps of a parameter: momentum, what the rule keeps, and what rounding lost."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,20 +31,41 @@ def new_state(group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragm
     return state
 
 
+def of_fragments(
+    group: dict[str, Any], state: dict[str, Tensor], fragments: list[Fragment]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the state of each fragment of a partition of ZeRO's, all of it views of the partition's."""
+    kinds, row, entry = get_rule(group["rule"]).state, 0, 0
+    for fragment in fragments:
+        own = {key: fragment.of(x) for key, x in state.items() if key not in (*kinds, "step")}
+        n = fragment.layout.shape[-1]
+        for key, kind in kinds.items():
+            by_rows = kind.side == "left"
+            own[key] = (
+                state[key][row : row + fragment.rows] if by_rows else state[key][entry : entry + n * n].view(n, n)
+            )
+        if kinds:
+            own["step"] = state["step"]
+        row, entry = row + fragment.rows, entry + n * n
+        yield own
+
+
 def _of_rule(
     group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragment], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return what the rule keeps: numbers by rows lie as the rows do, matrices are whole on every rank."""
     rule, view = get_rule(group["rule"]), MatrixView.parse(group["view"])
-    if rule.row_map and fragments:
-        rows = sum(fragment.rows for fragment in fragments)
-        return {key: torch.zeros(rows, 1, dtype=dtype, device=p.device) for key in rule.state}
-    if rule.row_map and not layout_of(p).gathered:
-        return {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in rule.state}
+    by_rows = {key for key, kind in rule.state.items() if rule.row_map and kind.side == "left"}
+    if rule.row_map and fragments:  # matrices lie flat, one after the other
+        rows, entries = sum(part.rows for part in fragments), sum(part.layout.shape[-1] ** 2 for part in fragments)
+        shapes = {key: (rows, 1) if key in by_rows else (entries,) for key in rule.state}
+        return {key: torch.zeros(shape, dtype=dtype, device=p.device) for key, shape in shapes.items()}
     if fragments:
         raise RuntimeError(
             f"{name}: rule {rule.name!r} keeps whole matrices, for which DeepSpeed's partitions have no place; "
             "train it with DDP or FSDP2"
         )
-    whole = rule.start(torch.zeros(view.shape(tuple(p.shape)), dtype=dtype, device=p.device))
-    return {key: repeated_like(value[0] if rule.row_map else value, p) for key, value in whole.items()}
+    lying = {} if layout_of(p).gathered else {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in by_rows}
+    M = torch.zeros((), dtype=dtype, device=p.device).expand(view.shape(tuple(p.shape)))
+    whole = {key: kind.start(M) for key, kind in rule.state.items() if key not in lying}
+    return lying | {key: repeated_like(value[0] if rule.row_map else value, p) for key, value in whole.items()}

@@ -190,6 +190,7 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
     for block, U, kept in rows.directions(elements):
         member.keep(kept, finite, block.rows)
         yield block, U.mul_(size)
+    member.keep(rows.kept, finite)
 
 
 def _fused_step(group: dict[str, Any], member: Member, finite: Tensor) -> None:

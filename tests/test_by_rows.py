@@ -24,21 +24,27 @@ def settings(rule):
 
 
 def kept(rule):
-    return {key: matrix(5)[:, :1].abs() for key in rule.state}
+    M = matrix(5)
+    values = {"row_rms": M[:, :1].abs(), "gram": M.mT @ M}
+    return {key: values[key] for key in rule.state}
 
 
 @pytest.mark.parametrize("rule", ROW_RULES, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("elements", [1, 40, 10**6])
 def test_blocks_of_rows_are_the_rule(rule, elements):
     M, layout = matrix(), Layout(SHAPE, ((0, 84),))
-    state = rule.refreshed(M, kept(rule))
+    state = rule.refreshed(M, kept(rule), step=3)
     U = rule.direction(M, state, step=3)
-    found = list(RowStep(rule, layout, M, lambda block: block.of(M), kept(rule), settings(rule)).directions(elements))
+    rows = RowStep(rule, layout, M, lambda block: block.of(M), kept(rule), settings(rule))
+    found = list(rows.directions(elements))
     assert len(found) == {1: 12, 40: 3, 10**6: 1}[elements]
     for block, part, own in found:
         assert relative(part, block.of(U)) < EXACT
         for key, value in own.items():
             assert relative(value, state[key][block.rows]) < EXACT
+    assert {*found[0][2], *rows.kept} == set(rule.state)
+    for key, value in rows.kept.items():
+        assert relative(value, state[key]) < EXACT
 
 
 CUTS = [(0, 30, 50, 84), (0, 3, 5, 84), (0, 14, 16, 84), (0, 0, 84), (0, 28, 84), (0, 6, 8, 13, 15, 84)]

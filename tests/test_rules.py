@@ -4,11 +4,13 @@ import pytest
 import torch
 from numerics import BRAKE, EXACT, MUST_FAIL, ROTATED, relative
 
+from symlm.coefficients import get_schedule
 from symlm.polar import polar
 from symlm.rules import RULES
 from symlm.symmetry import Symmetry, act
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
+POLAR_EXPRESS = get_schedule("polar_express")
 
 
 def matrix(shape, seed=0):
@@ -100,6 +102,14 @@ def C(M):
     return M - M.mean(0)
 
 
+def W(M):
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    S = S / M.norm() / POLAR_EXPRESS.bound
+    for a, b, c in POLAR_EXPRESS.steps(5):
+        S = a * S + b * S**3 + c * S**5
+    return (len(M) / min(M.shape)) ** 0.5 * U @ torch.diag(S) @ Vh
+
+
 def aro(f):
     def rule(M):
         A = M / M.square().mean().sqrt() @ f(M).T
@@ -127,6 +137,7 @@ FORMULAS = {
     "centered_row_norm": lambda M: C(D(C(M))),
     "row_adam": D,
     "centered_row_adam": lambda M: C(D(C(M))),
+    "centered_whitened_row_adam": lambda M: C(W(D(C(M)))),
     "aro_sinkhorn": aro(S),
     "aro_sign": aro(torch.sign),
     "aro_rows": aro(D),

@@ -1,10 +1,13 @@
-"""Rules by rows: what a row's length, of this step or in the mean of steps, makes of the row."""
+"""Rules by rows: what a row's length, of this step or in the mean of steps, makes of the row; and the rows' spread."""
+
+from math import sqrt
 
 import torch
 from symlm_kernels.reference import center, mean_norms, over_rms, row_norms, unit_rows
 from torch import Tensor
 
-from symlm.rules.rule import A_NUMBER_A_ROW, CENTERED_ROWS, ROWS, rule
+from symlm.polar import inverse_root
+from symlm.rules.rule import A_GRAM_MATRIX, A_NUMBER_A_ROW, CENTERED_ROWS, ROWS, rule
 
 Rows = tuple[Tensor, dict[str, Tensor]]
 
@@ -59,3 +62,31 @@ def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Te
 def centered_row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
     """Do the same on the centered M, and center again: a shared shift of all rows is invisible to a softmax."""
     return center(over_rms(center(M), row_rms, 1 - beta2**step))
+
+
+def whitener(gram: Tensor, rows: int) -> Tensor:
+    """Return nearly `(min(m, n)·K/tr K)^{-1/2}`: rows of unit length and Gram matrix K keep it in the mean."""
+    return inverse_root(gram) / sqrt(min(rows, gram.shape[-1]))
+
+
+def _refreshed(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> dict[str, Tensor]:
+    X = center(M)
+    D, kept = over_mean(X, row_norms(X), row_rms, step, beta2)
+    return {**kept, "gram": gram.lerp(D.mT @ D / M.shape[-2], 1 - beta2)}
+
+
+@rule(
+    CENTERED_ROWS,
+    row_map=over_mean,
+    state={"row_rms": A_NUMBER_A_ROW, "gram": A_GRAM_MATRIX},
+    refresh=_refreshed,
+)
+def centered_whitened_row_adam(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
+    """Return `C D (min(m, n)·K/tr K)^{-1/2}`, D the rows of `row_adam` on C M, `K <- β₂K + (1−β₂)DᵀD/m`.
+
+    The rows of a head's gradient lie along a few directions, the mean hidden state first; the right Gram matrix in the
+    mean of steps gives the others an equal say. With one step it is `√max(1, m/n)` times `centered_row_then_polar`.
+    Source: the hybrid of arXiv 2605.18106, section 3.6, with Adam's and Shampoo's memory (arXiv 1802.09568).
+    """
+    D = over_rms(center(M), row_rms, 1 - beta2**step)
+    return center(D @ whitener(gram, M.shape[-2]))

@@ -33,6 +33,11 @@ class State:
 
 
 A_NUMBER_A_ROW = State(lambda M: torch.zeros_like(M[..., :1]), "left", lambda s, L: L.abs() @ s, rotations=False)
+A_GRAM_MATRIX = State(
+    lambda M: torch.zeros(*M.shape[:-2], M.shape[-1], M.shape[-1], dtype=M.dtype, device=M.device),
+    "right",
+    lambda K, R: R @ K @ R.mT,
+)
 A_ROTATION = State(
     lambda M: torch.eye(M.shape[-2], dtype=M.dtype, device=M.device).repeat(*M.shape[:-2], 1, 1),
     "left",
@@ -69,13 +74,20 @@ class Rule:
         return {key: state.start(M) for key, state in self.state.items()}
 
     def refreshed(
-        self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95, turned: Tensor | None = None
+        self,
+        M: Tensor,
+        state: Mapping[str, Tensor],
+        beta2: float = 0.95,
+        turned: Tensor | None = None,
+        step: Any = 1,
     ) -> dict[str, Tensor]:
         """Return the state that M leaves.
 
-        beta2: of means over the steps, where the state is one; turned: the rotation, where others have a say in it.
+        beta2: of means over the steps, where the state is one; turned: the rotation, where others have a say in it;
+        step: how often the state was refreshed, this time included.
         """
-        return _call(self.refresh, M, {"beta2": beta2, "turned": turned, **state}) if self.refresh else {}
+        told = {"beta2": beta2, "turned": turned, "step": step, **state}
+        return _call(self.refresh, M, told) if self.refresh else {}
 
     def pulled(self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95) -> Tensor:
         """Return what draws the rotation of M.  Shapes: (..., m, n) -> (..., m, m)."""
