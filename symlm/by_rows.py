@@ -78,17 +78,20 @@ class RowStep:
     def directions(self, elements: int) -> Iterator[tuple[Block, Tensor, dict[str, Tensor]]]:
         """Yield each block, its direction and its rows' next state; all ranks call this together.
 
-        A centered rule passes over the part twice more, for the two means; a Gram matrix is made in the second pass.
-        What the rule keeps of the whole matrix is in `kept` from the first block on.
+        A centered rule passes over the part twice more, for the two means; the second pass makes a Gram matrix too,
+        if the rule keeps one, and what is kept of it is in `kept` from the first block on.
         """
-        blocks, mean = blocks_of(self.layout, elements), None
+        blocks = blocks_of(self.layout, elements)
         self.kept: dict[str, Tensor] = {}
         self.cut_rows = self._cut_rows(blocks) if cuts_rows(self.layout) else {}
-        self.shift = self._mean_row(blocks, self._seen) if self.rule.symmetry.shift else None
-        turn = self._whitener(blocks) if "gram" in self.rule.state else None
+        self.shift = mean = turn = None
         if self.rule.symmetry.shift:
-            mean = self._mean_row(blocks, lambda block: self._mapped(block)[0])
-            mean = mean if turn is None else mean @ turn
+            self.shift = self._means(blocks, self._seen)[-1]
+            means = self._means(blocks, lambda block: self._mapped(block)[0], "gram" in self.rule.state)
+            mean = means[-1]
+            if len(means) > 1:
+                turn = self._whitener(means[:-1])
+                mean = mean @ turn
         for block in blocks:
             U, state = self._mapped(block)
             U = U if turn is None else U @ turn
@@ -105,23 +108,23 @@ class RowStep:
         row = self.cut_rows.get(block.rows.start)
         return self.look(block) if row is None else row
 
-    def _mean_row(self, blocks: list[Block], values: Callable[[Block], Tensor]) -> Tensor:
-        total = self._zeros(self.layout.shape[-1])
-        for block in blocks:
-            total[block.columns] += values(block)[:, block.columns].sum(dim=0)
-        return summed(total, self.layout) / self.layout.shape[0]
-
-    def _whitener(self, blocks: list[Block]) -> Tensor:
-        """Return what turns the row map's columns, from its rows' Gram matrix in the mean of steps, which is kept."""
+    def _means(self, blocks: list[Block], rows: Callable[[Block], Tensor], square: bool = False) -> Tensor:
+        """Return the mean row, and above it `XᵀX/m` if asked for, in one sum over the shards."""
         m, n = self.layout.shape
-        total = self._zeros(n, n)
+        total = self._zeros(n * square + 1, n)
         for block in blocks:
-            if not block.columns.start:  # a cut row counts where it begins
-                D = self._mapped(block)[0]
-                total.addmm_(D.mT, D)
-        gram = self.state["gram"].lerp(summed(total, self.layout) / m, 1 - self.settings["beta2"])
-        self.kept["gram"] = gram
-        return whitener(gram, m)
+            if block.columns.start:
+                continue  # a cut row counts where it begins
+            X = rows(block)
+            total[-1] += X.sum(dim=0)
+            if square:
+                total[:-1].addmm_(X.mT, X)
+        return summed(total, self.layout) / m
+
+    def _whitener(self, square: Tensor) -> Tensor:
+        """Return what turns the row map's columns, by the Gram matrix in the mean of steps, which is kept."""
+        self.kept["gram"] = self.state["gram"].lerp(square, 1 - self.settings["beta2"])
+        return whitener(self.kept["gram"], self.layout.shape[0])
 
     def _cut_rows(self, blocks: list[Block]) -> dict[int, Tensor]:
         """Return, by their places here, the whole rows of which this rank holds a piece."""

@@ -104,10 +104,11 @@ def C(M):
 
 def W(M):
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    S = S / M.norm() / POLAR_EXPRESS.bound
+    root = (S.square() / S.square().sum() + 1e-6).sqrt() / POLAR_EXPRESS.bound
+    P = root
     for a, b, c in POLAR_EXPRESS.steps(5):
-        S = a * S + b * S**3 + c * S**5
-    return (len(M) / min(M.shape)) ** 0.5 * U @ torch.diag(S) @ Vh
+        P = a * P + b * P**3 + c * P**5
+    return (len(M) / min(M.shape)) ** 0.5 * U @ torch.diag(S / S.norm() / POLAR_EXPRESS.bound * P / root) @ Vh
 
 
 def aro(f):
