@@ -32,9 +32,16 @@ class Block:
 ALL = Block()
 
 
-def cuts_rows(layout: Layout) -> bool:
-    """Tell whether any rank's part begins or ends inside of a row."""
-    return any(edge % layout.shape[-1] for interval in layout.intervals for edge in interval)
+def cut_rows(layout: Layout) -> list[int]:
+    """Return the rows inside of which any rank's part begins or ends."""
+    n = layout.shape[-1]
+    return sorted({edge // n for interval in layout.intervals for edge in interval if edge % n})
+
+
+def entries_to_sum(rule: Rule, layout: Layout) -> int:
+    """Count the numbers that a step sums over the shards: the rows that are cut, two mean rows, a Gram matrix."""
+    means = (2 + layout.shape[-1] * ("gram" in rule.state)) if rule.symmetry.shift else 0
+    return (len(cut_rows(layout)) + means) * layout.shape[-1]
 
 
 def rows_held(layout: Layout) -> tuple[int, int]:
@@ -47,7 +54,7 @@ def blocks_of(layout: Layout, elements: int) -> list[Block]:
     """Cut this rank's part in blocks of about `elements`, which stay near a cache, and pieces of cut rows."""
     n, size = layout.shape[-1], max(1, elements // layout.shape[-1])
     (start, stop), (first, last) = layout.interval, rows_held(layout)
-    if not cuts_rows(layout):
+    if not cut_rows(layout):
         return [Block(slice(row, min(row + size, last - first))) for row in range(0, last - first, size)]
     whole = range(-(-start // n) * n, stop // n * n + 1, n)  # where its whole rows begin, and the last of them ends
     edges = sorted({start, stop, *whole[::size], *whole[-1:]})
@@ -83,7 +90,7 @@ class RowStep:
         """
         blocks = blocks_of(self.layout, elements)
         self.kept: dict[str, Tensor] = {}
-        self.cut_rows = self._cut_rows(blocks) if cuts_rows(self.layout) else {}
+        self.cut_rows = self._cut_rows(blocks) if cut_rows(self.layout) else {}
         self.shift = mean = turn = None
         if self.rule.symmetry.shift:
             self.shift = self._means(blocks, self._seen)[-1]
@@ -128,10 +135,9 @@ class RowStep:
 
     def _cut_rows(self, blocks: list[Block]) -> dict[int, Tensor]:
         """Return, by their places here, the whole rows of which this rank holds a piece."""
-        n, first = self.layout.shape[-1], rows_held(self.layout)[0]
-        rows = sorted({edge // n for interval in self.layout.intervals for edge in interval if edge % n})
+        rows, first = cut_rows(self.layout), rows_held(self.layout)[0]
         pieces = [(block, rows.index(first + block.rows.start)) for block in blocks if first + block.rows.start in rows]
-        whole = self._zeros(len(rows), n)
+        whole = self._zeros(len(rows), self.layout.shape[-1])
         for block, place in pieces:
             whole[place, block.columns] = self.look(block)[0]
         summed(whole, self.layout)

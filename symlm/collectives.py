@@ -288,7 +288,8 @@ class Exchange:
         own = _joined(parts, found)
         self.moved += (found.numel() - own.numel()) * own.element_size()
         if len({len(queue) for queue in by_copy}) == 1:
-            dist.all_gather_into_tensor(found.view(-1), own, group=group)
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+            gather(found.view(-1), own, group=group)
         else:
             shares[self.layout.rank[0]].copy_(own.view(-1, size))
             sent = [(copy, share) for copy, share in enumerate(shares) if share.numel()]

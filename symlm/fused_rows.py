@@ -7,7 +7,7 @@ from symlm_kernels.reference import MeanNorms
 from symlm_kernels.selection import LARGEST_ROW, choose
 from torch import Tensor
 
-from symlm.by_rows import cuts_rows
+from symlm.by_rows import cut_rows
 from symlm.collectives import Layout
 from symlm.rules import get_rule
 
@@ -22,7 +22,7 @@ def serves(group: dict[str, Any], layout: Layout, W: Tensor) -> bool:
     """
     if group["rule"] not in RULES or group["momentum_of"] != "gradients":
         return False
-    if cuts_rows(layout) or (get_rule(group["rule"]).symmetry.shift and not layout.whole):
+    if cut_rows(layout) or (get_rule(group["rule"]).symmetry.shift and not layout.whole):
         return False
     if W.dtype != torch.float32 or W.stride(-1) != 1 or layout.shape[-1] > LARGEST_ROW:
         return False

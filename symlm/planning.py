@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from symlm.by_rows import entries_to_sum
 from symlm.collectives import Layout, layout_of_shards
 from symlm.directions import cost_of, turns_with_its_layer
 from symlm.optimizer import SymOptimizer
@@ -20,7 +21,8 @@ MASTER = 4  # bytes of an fp32 element
 class Plan:
     """One rank's share of a step. Bytes are of fp32, which momenta and directions travel in.
 
-    received: what the rank that gets most gets from others; gradients: the same of reducing the gradients, a yardstick;
+    received: what the rank that gets most gets from others, sums by rings; gradients: the same of reducing the
+    gradients, a yardstick;
     temporary: the most that a rank borrows for the two buckets in flight, the polar iteration included;
     imbalance: the operations of the busiest rank over an equal share: 1 is perfect, the number of ranks no sharing;
     what a rule with a state by matrices repeats on every rank is counted as a polar factor each.
@@ -55,6 +57,9 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
                 times = 2 if turns_with_its_layer(group) else 1
                 received = [told + times * (size - size // shards) for told in received]
                 temporary.append(2 * size)
+            if bucket.by_rows and shards > 1:
+                size = MASTER * entries_to_sum(get_rule(group["rule"]), bucket.layout) * len(batch)
+                received = [told + 2 * size * (shards - 1) // shards for told in received]
             if get_rule(group["rule"]).state and not bucket.by_rows:
                 repeated += cost_of(group, bucket.layout) * len(batch)
             if not bucket.exchange:

@@ -370,10 +370,12 @@ def work(rank, world):
 
 
 def traffic(rank, world):
-    """Count the bytes that exchanges sent, and what the counting function says."""
-    from symlm.collectives import Exchange
+    """Count what exchanges sent and what row rules summed, and what the counting functions say."""
+    from symlm import by_rows
+    from symlm.collectives import Exchange, layout_of
+    from symlm.rules import get_rule
 
-    sent = []
+    sent, summed = [], []
     original = Exchange.receive
 
     def counting(self):
@@ -381,14 +383,24 @@ def traffic(rank, world):
         sent.append((self.moved, self.bytes_to_receive(self.parts[0].element_size())))
         return found
 
-    Exchange.receive = counting
+    def counting_sums(x, layout):
+        summed.append(x.numel() if layout.shards else 0)
+        return plain(x, layout)
+
+    Exchange.receive, by_rows.summed, plain = counting, counting_sums, by_rows.summed
     for case in ("ddp", "fsdp2") + (("hsdp",) if world == 4 else ()):
         model = model_of(case)
         if case != "ddp":
             grid = (2, world // 2) if case == "hsdp" else (world,)
             shard(model, init_device_mesh("cpu", grid, mesh_dim_names=("copies", "shards")[-len(grid) :]))
-        train(model, optimizer_of(case, model), 1, 0, 1)
-    Exchange.receive = original
+        optimizer = optimizer_of(case, model)
+        train(model, optimizer, 1, 0, 1)
+        if case != "ddp":
+            rules = [(get_rule(group["rule"]), p) for group in optimizer.param_groups for p in group["params"]]
+            told = [by_rows.entries_to_sum(rule, layout_of(p)) for rule, p in rules if rule.row_map]
+            sent.append((sum(summed), sum(told)))
+        summed.clear()
+    Exchange.receive, by_rows.summed = original, plain
     return sent
 
 

@@ -56,7 +56,7 @@ def test_blocks_cover_every_part_once_and_stay_in_their_rows(cuts, elements):
     M, intervals = matrix(), tuple(pairwise(cuts))
     for start, stop in intervals:
         layout = _Part(SHAPE, intervals, AbsentGroup(len(intervals)), own=(start, stop))
-        (first, last), cut = rows_held(layout), by_rows.cuts_rows(layout)
+        (first, last), cut = rows_held(layout), by_rows.cut_rows(layout)
         flat = M.flatten()[start:stop]
         part = flat if cut else flat.view(-1, SHAPE[1])
         rebuilt = torch.full((last - first, SHAPE[1]), torch.nan, dtype=M.dtype)

@@ -29,8 +29,14 @@ def test_ddp_gets_every_direction_that_others_compute():
 
 
 def test_shards_move_less_the_more_there_are():
-    received = [plan(tiny(), shards=ranks).received for ranks in (2, 4, 8)]
+    received = [plan(tiny(), shards=ranks, preset="muon").received for ranks in (2, 4, 8)]
     assert received == sorted(received, reverse=True)
+
+
+def test_the_heads_gram_matrix_is_summed_over_shards():
+    plain = {"lm_head": {"rule": "centered_row_adam"}}
+    more = plan(tiny(), shards=4).received - plan(tiny(), shards=4, overrides=plain).received
+    assert more == 2 * 4 * 32 * 32 * 3 // 4
 
 
 def test_rotations_are_shared_by_nobody():
