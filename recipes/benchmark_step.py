@@ -1,7 +1,8 @@
 """Time the optimizer's step on Qwen3-0.6B-shaped parameters, beside its floor and its peers, in one run.
 
-The floor is what must be spent: the counted operations of the polar factors over the measured rate of a large product,
-and the bytes of one pass (read gradient, momentum and weight; write momentum and weight) over the measured copy rate.
+The floor is what must be spent: the counted operations of the polar factors and of the head's Gram matrix over the
+measured rate of a large product, and the bytes of one pass (read gradient, momentum and weight; write momentum and
+weight) over the measured copy rate.
 torch.optim.Muon multiplies in bf16 whatever the machine; where bf16 is emulated, the row "Muon in fp32" (its own five
 steps, one whole matrix at a time) is the fairer peer.
 """
@@ -54,11 +55,12 @@ def floor_seconds(optimizer: symlm.SymOptimizer, device: str, runs: int) -> tupl
     """Return the seconds of the counted operations and of the counted bytes, at the rates measured here."""
     flops, size = 0, 0
     for group in optimizer.param_groups:
-        view, spectral = MatrixView.parse(group["view"]), RULES[group["rule"]].spectral
+        view, rule = MatrixView.parse(group["view"]), RULES[group["rule"]]
         for p in group["params"]:
             for part_view, part in view.sections(p):
                 b, m, n = part_view.shape(tuple(part.shape))
-                flops += b * operations(m, n, group["steps"], "auto") if spectral else 0
+                flops += b * operations(m, n, group["steps"], "auto") if rule.spectral else 0
+                flops += 4 * b * m * n * n if "gram" in rule.state else 0
             size += 5 * p.element_size() * prod(p.shape)
     A = torch.randn(2048, 2048, device=device, dtype=fastest_dtype(device))
     big = torch.randn(2**26, device=device)

@@ -10,6 +10,7 @@ from symlm_kernels.reference import row_norms
 from torch import Tensor
 
 from symlm.collectives import Layout, summed
+from symlm.polar import resolve_dtype
 from symlm.rules.rows import whitener
 from symlm.rules.rule import Rule
 
@@ -72,7 +73,7 @@ class RowStep:
     """One row rule on this rank's part of a matrix.
 
     part: where the rule's input lies, for its dtype and device; look: what the rule sees of a block; state: what it
-    keeps of the rows held; settings: what else its map takes.
+    keeps of the rows held, and of the whole; settings: what else its map takes; compute_dtype: of products on a GPU.
     """
 
     rule: Rule
@@ -81,6 +82,7 @@ class RowStep:
     look: Callable[[Block], Tensor]
     state: dict[str, Tensor]
     settings: dict[str, Any]
+    compute_dtype: str | torch.dtype = "auto"
 
     def directions(self, elements: int) -> Iterator[tuple[Block, Tensor, dict[str, Tensor]]]:
         """Yield each block, its direction and its rows' next state; all ranks call this together.
@@ -101,7 +103,7 @@ class RowStep:
                 mean = mean @ turn
         for block in blocks:
             U, state = self._mapped(block)
-            U = U if turn is None else U @ turn
+            U = U if turn is None else self._product(U, turn)
             yield block, (U if mean is None else U.sub_(mean))[:, block.columns], state
 
     def _mapped(self, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,8 +127,15 @@ class RowStep:
             X = rows(block)
             total[-1] += X.sum(dim=0)
             if square:
-                total[:-1].addmm_(X.mT, X)
+                total[:-1] += self._product(X.mT, X)
         return summed(total, self.layout) / m
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return A B, on a GPU of half-precision factors, summed in fp32: a Gram matrix stays one."""
+        dtype = resolve_dtype(A, self.compute_dtype)
+        if not A.is_cuda or dtype == A.dtype:
+            return A @ B
+        return torch.mm(A.to(dtype), B.to(dtype), out_dtype=A.dtype)
 
     def _whitener(self, square: Tensor) -> Tensor:
         """Return what turns the row map's columns, by the Gram matrix in the mean of steps, which is kept."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from symlm.coefficients import Triple, get_schedule
 
-CUTOFF = 1e-6  # of a Gram matrix's trace: rounding may leave eigenvalues below zero, from where no step returns
+CUTOFF = 1e-5  # of a Gram matrix's trace: rounding may leave eigenvalues below zero, from where no step returns
 RESTART = 2  # the Gram iteration forms X anew before this step: half precision loses definiteness otherwise
 
 
@@ -53,7 +53,7 @@ def polar(
     m, n = M.shape[-2:]
     stack = M.reshape(-1, m, n)
     exact = method in ("svd", "qdwh")
-    X = stack.to(_resolve_dtype(M, "float32" if exact else compute_dtype, exact))
+    X = stack.to(resolve_dtype(M, "float32" if exact else compute_dtype))
     if method == "svd":
         return _svd(X).to(M.dtype).reshape(M.shape)
     flipped = side == "right" or (side is None and m > n)
@@ -111,7 +111,11 @@ def fastest_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
 
 
-def _resolve_dtype(M: Tensor, asked: str | torch.dtype, exact: bool) -> torch.dtype:
+def resolve_dtype(M: Tensor, asked: str | torch.dtype) -> torch.dtype:
+    """Return the dtype in which M is multiplied.  asked: "auto" (`fastest_dtype`), a name or a `torch.dtype`.
+
+    float64 stays what it is unless a `torch.dtype` is given. Raises: ValueError for a name that is no floating dtype.
+    """
     if isinstance(asked, torch.dtype):
         return asked
     if M.dtype == torch.float64:

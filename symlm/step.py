@@ -185,7 +185,8 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
     def seen(block: Block) -> Tensor:
         return seen_by_rule(group, member, finite, block)
 
-    rows = RowStep(get_rule(group["rule"]), member.layout, member.momentum, seen, state, settings)
+    rule, dtype = get_rule(group["rule"]), group["compute_dtype"]
+    rows = RowStep(rule, member.layout, member.momentum, seen, state, settings, dtype)
     size = scale_of(group, WHOLE, member.layout.shape)
     for block, U, kept in rows.directions(elements):
         member.keep(kept, finite, block.rows)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import loss_of, tiny, tokens
-from numerics import FP32, relative
+from numerics import BF16_POLAR, FP32, relative
 
 import symlm
 
@@ -41,6 +41,16 @@ def test_a_step_is_captured_in_a_cuda_graph_and_replayed(preset):
     graph.replay()
     assert optimizers[1].skipped_steps == 1
     assert all(torch.equal(p, before[name]) for name, p in captured.named_parameters())
+
+
+def test_a_whitened_heads_half_precision_products_give_fp32s_step():
+    one, two = with_gradients(0), with_gradients(0)
+    for model, dtype in ((one, "float32"), (two, "bfloat16")):
+        optimizer = symlm.SymOptimizer(model, compute_dtype=dtype)
+        before = model.lm_head.weight.detach().clone()
+        optimizer.step()
+        model.lm_head.moved = model.lm_head.weight.detach() - before
+    assert relative(two.lm_head.moved, one.lm_head.moved) < BF16_POLAR
 
 
 def test_tritons_products_give_torchs_step():

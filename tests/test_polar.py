@@ -5,7 +5,7 @@ import torch
 from numerics import EXACT, EXACT_POLAR_FP32, relative
 
 from symlm.coefficients import SCHEDULES
-from symlm.polar import METHODS, fastest_dtype, inverse_root, operations, polar
+from symlm.polar import CUTOFF, METHODS, fastest_dtype, inverse_root, operations, polar
 
 
 def spectrum(m, n, smallest, seed=0):
@@ -121,7 +121,7 @@ def test_the_inverse_root_is_the_root_of_the_inverse_above_the_cutoff(dtype):
     eigenvalues = torch.logspace(-9, 3, 40, dtype=torch.float64)
     K = Q * eigenvalues @ Q.mT
     found = (Q.mT @ inverse_root(K.to(dtype)).double() @ Q).diagonal(dim1=-2, dim2=-1)
-    exact = (eigenvalues / eigenvalues.sum() + 1e-6).rsqrt()
+    exact = (eigenvalues / eigenvalues.sum() + CUTOFF).rsqrt()
     assert (found / exact - 1).abs().max() < 0.16
     assert inverse_root(torch.zeros(3, 3)).isfinite().all()
     assert relative(inverse_root(1e-30 * K.to(dtype)), inverse_root(K.to(dtype))) < 1e-2

@@ -5,7 +5,7 @@ import torch
 from numerics import BRAKE, EXACT, MUST_FAIL, ROTATED, relative
 
 from symlm.coefficients import get_schedule
-from symlm.polar import polar
+from symlm.polar import CUTOFF, polar
 from symlm.rules import RULES
 from symlm.symmetry import Symmetry, act
 
@@ -104,7 +104,7 @@ def C(M):
 
 def W(M):
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    root = (S.square() / S.square().sum() + 1e-6).sqrt() / POLAR_EXPRESS.bound
+    root = (S.square() / S.square().sum() + CUTOFF).sqrt() / POLAR_EXPRESS.bound
     P = root
     for a, b, c in POLAR_EXPRESS.steps(5):
         P = a * P + b * P**3 + c * P**5
