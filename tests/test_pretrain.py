@@ -44,7 +44,7 @@ def test_a_run_leaves_its_report(whole):
     assert rows[-1]["tokens"] == 12 * 2 * 64
     assert rows[-1]["update_rms/lm_head"] >= 0
     assert all((folder / name).stat().st_size > 5000 for name in ("loss.png", "update_rms.png"))
-    assert "centered_row_adam" in printed
+    assert "centered_whitened_row_adam" in printed
     assert "sample:" in printed
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-10", "step-12"]
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
