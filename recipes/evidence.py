@@ -135,10 +135,9 @@ def draw_curves(runs: list[dict[str, Any]], title: str, path: Path) -> None:
         own = [run for run in runs if run["arm"] == arm]
         tokens, losses = np.array(own[0]["tokens"]), np.array([run["loss"] for run in own])
         shown = tokens >= tokens[-1] / 5
-        axes.plot(tokens[shown], losses.mean(0)[shown], color=f"C{number}", label=f"{arm} ({len(own)} seeds)")
-        axes.fill_between(
-            tokens[shown], losses.min(0)[shown], losses.max(0)[shown], color=f"C{number}", alpha=0.2, lw=0
-        )
+        color, width = ("black", 2.5) if arm == OURS else (f"C{number}", 1.5)
+        axes.plot(tokens[shown], losses.mean(0)[shown], color=color, lw=width, label=f"{arm} ({len(own)} seeds)")
+        axes.fill_between(tokens[shown], losses.min(0)[shown], losses.max(0)[shown], color=color, alpha=0.2, lw=0)
     axes.set(xlabel="tokens", ylabel="validation loss (nats a token)", title=f"{title}: mean and range over seeds")
     axes.legend()
     axes.grid(alpha=0.3)
