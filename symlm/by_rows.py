@@ -41,8 +41,9 @@ def cut_rows(layout: Layout) -> list[int]:
 
 def entries_to_sum(rule: Rule, layout: Layout) -> int:
     """Count the numbers that a step sums over the shards: the rows that are cut, two mean rows, a Gram matrix."""
-    means = (2 + layout.shape[-1] * ("gram" in rule.state)) if rule.symmetry.shift else 0
-    return (len(cut_rows(layout)) + means) * layout.shape[-1]
+    centered, whitened, n = rule.symmetry.shift, "gram" in rule.state, layout.shape[-1]
+    means = centered + (1 + n * whitened) * (centered or whitened)
+    return (len(cut_rows(layout)) + means) * n
 
 
 def rows_held(layout: Layout) -> tuple[int, int]:
@@ -87,20 +88,19 @@ class RowStep:
     def directions(self, elements: int) -> Iterator[tuple[Block, Tensor, dict[str, Tensor]]]:
         """Yield each block, its direction and its rows' next state; all ranks call this together.
 
-        A centered rule passes over the part twice more, for the two means; the second pass makes a Gram matrix too,
-        if the rule keeps one, and what is kept of it is in `kept` from the first block on.
+        A centered rule passes over the part twice more, for the two means; the second pass is also a whitened rule's,
+        whose Gram matrix is in `kept` from the first block on.
         """
         blocks = blocks_of(self.layout, elements)
         self.kept: dict[str, Tensor] = {}
         self.cut_rows = self._cut_rows(blocks) if cut_rows(self.layout) else {}
-        self.shift = mean = turn = None
-        if self.rule.symmetry.shift:
-            self.shift = self._means(blocks, self._seen)[-1]
-            means = self._means(blocks, lambda block: self._mapped(block)[0], "gram" in self.rule.state)
-            mean = means[-1]
-            if len(means) > 1:
-                turn = self._whitener(means[:-1])
-                mean = mean @ turn
+        centered, whitened = self.rule.symmetry.shift, "gram" in self.rule.state
+        self.shift = self._means(blocks, self._seen)[-1] if centered else None
+        mean = turn = None
+        if centered or whitened:
+            means = self._means(blocks, lambda block: self._mapped(block)[0], whitened)
+            turn = self._whitener(means[:-1]) if whitened else None
+            mean = (means[-1] if turn is None else means[-1] @ turn) if centered else None
         for block in blocks:
             U, state = self._mapped(block)
             U = U if turn is None else self._product(U, turn)

@@ -98,7 +98,7 @@ ROUTES: dict[Role, Route] = make_table(
     {
         Role.EMBEDDING: _TOKENS,
         Role.TIED_EMBEDDING: replace(
-            _TOKENS, scale="inverse_row_rms", lr=11.5, why="a row is a token; tied, so no shared shift"
+            _LOGITS, rule="whitened_row_adam", why="a row is a token; tied, so no shared shift"
         ),
         Role.LM_HEAD: _LOGITS,
         Role.ROUTER: _EXPERTS,

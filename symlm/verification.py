@@ -17,6 +17,7 @@ from symlm.views import MatrixView
 PROMISES = {  # the departure that rounding, or five Newton–Schulz steps, may leave
     "unit rows": 1e-3,
     "rows' directions": 1e-3,
+    "rows' senses": 1e-3,
     "unit RMS": 1e-3,
     "the matrix's direction": 1e-3,
     "zero column sums": 1e-3,
@@ -97,12 +98,16 @@ def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
 
     Shapes: (b, m, n) twice, float64. Rows and matrices that are zero promise nothing. Reads the device, and takes SVDs.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     lengths, moved = M.norm(dim=-1), U.norm(dim=-1)
     if rule.row_map and not rule.symmetry.shift:
         if rule.state:
             along = (M * U).sum(dim=-1) / (lengths * moved).clamp(min=1e-300)
-            found["rows' directions"] = (along - 1)[lengths > 0].abs()
+            along = along[lengths > 0]
+            if "gram" in rule.state:
+                found["rows' senses"] = (-along).clamp(min=0)
+            else:
+                found["rows' directions"] = (along - 1).abs()
         else:
             found["unit rows"] = (moved - 1)[lengths > 0].abs()
     if rule.symmetry.shift:

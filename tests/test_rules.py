@@ -138,6 +138,7 @@ FORMULAS = {
     "centered_row_norm": lambda M: C(D(C(M))),
     "row_adam": D,
     "centered_row_adam": lambda M: C(D(C(M))),
+    "whitened_row_adam": lambda M: W(D(M)),
     "centered_whitened_row_adam": lambda M: C(W(D(C(M)))),
     "aro_sinkhorn": aro(S),
     "aro_sign": aro(torch.sign),

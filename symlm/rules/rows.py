@@ -69,24 +69,38 @@ def whitener(gram: Tensor, rows: int) -> Tensor:
     return inverse_root(gram) / sqrt(min(rows, gram.shape[-1]))
 
 
-def _refreshed(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> dict[str, Tensor]:
-    X = center(M)
+def _spread(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> dict[str, Tensor]:
+    """Return the state that the rows of X leave of a whitened rule."""
     D, kept = over_mean(X, row_norms(X), row_rms, step, beta2)
-    return {**kept, "gram": gram.lerp(D.mT @ D / M.shape[-2], 1 - beta2)}
+    return {**kept, "gram": gram.lerp(D.mT @ D / X.shape[-2], 1 - beta2)}
+
+
+def _whitened(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
+    return over_rms(X, row_rms, 1 - beta2**step) @ whitener(gram, X.shape[-2])
+
+
+@rule(
+    ROWS,
+    row_map=over_mean,
+    state={"row_rms": A_NUMBER_A_ROW, "gram": A_GRAM_MATRIX},
+    refresh=lambda M, row_rms, gram, step, beta2: _spread(M, row_rms, gram, step, beta2),
+)
+def whitened_row_adam(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
+    """Return `D (min(m, n)·K/tr K)^{-1/2}`, D the rows of `row_adam`, `K <- β₂K + (1−β₂)DᵀD/m`.
+
+    The rows of a head's gradient lie along a few directions, the mean hidden state first; the right Gram matrix in the
+    mean of steps gives the others an equal say. With one step it is `√max(1, m/n)` times `row_then_polar`.
+    Source: the hybrid of arXiv 2605.18106, section 3.6, with Adam's and Shampoo's memory (arXiv 1802.09568).
+    """
+    return _whitened(M, row_rms, gram, step, beta2)
 
 
 @rule(
     CENTERED_ROWS,
     row_map=over_mean,
     state={"row_rms": A_NUMBER_A_ROW, "gram": A_GRAM_MATRIX},
-    refresh=_refreshed,
+    refresh=lambda M, row_rms, gram, step, beta2: _spread(center(M), row_rms, gram, step, beta2),
 )
 def centered_whitened_row_adam(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
-    """Return `C D (min(m, n)·K/tr K)^{-1/2}`, D the rows of `row_adam` on C M, `K <- β₂K + (1−β₂)DᵀD/m`.
-
-    The rows of a head's gradient lie along a few directions, the mean hidden state first; the right Gram matrix in the
-    mean of steps gives the others an equal say. With one step it is `√max(1, m/n)` times `centered_row_then_polar`.
-    Source: the hybrid of arXiv 2605.18106, section 3.6, with Adam's and Shampoo's memory (arXiv 1802.09568).
-    """
-    D = over_rms(center(M), row_rms, 1 - beta2**step)
-    return center(D @ whitener(gram, M.shape[-2]))
+    """Do the same on the centered M, and center again: a shared shift of all rows is invisible to a softmax."""
+    return center(_whitened(center(M), row_rms, gram, step, beta2))
