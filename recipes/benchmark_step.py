@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import symlm
+from symlm.by_rows import operations_of
 from symlm.polar import fastest_dtype, operations
 from symlm.rules import RULES
 from symlm.views import MatrixView
@@ -60,7 +61,7 @@ def floor_seconds(optimizer: symlm.SymOptimizer, device: str, runs: int) -> tupl
             for part_view, part in view.sections(p):
                 b, m, n = part_view.shape(tuple(part.shape))
                 flops += b * operations(m, n, group["steps"], "auto") if rule.spectral else 0
-                flops += 4 * b * m * n * n if "gram" in rule.state else 0
+                flops += b * operations_of(rule, (m, n))
             size += 5 * p.element_size() * prod(p.shape)
     A = torch.randn(2048, 2048, device=device, dtype=fastest_dtype(device))
     big = torch.randn(2**26, device=device)

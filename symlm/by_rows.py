@@ -41,9 +41,15 @@ def cut_rows(layout: Layout) -> list[int]:
 
 def entries_to_sum(rule: Rule, layout: Layout) -> int:
     """Count the numbers that a step sums over the shards: the rows that are cut, two mean rows, a Gram matrix."""
-    centered, whitened, n = rule.symmetry.shift, "gram" in rule.state, layout.shape[-1]
-    means = centered + (1 + n * whitened) * (centered or whitened)
+    centered, n = rule.symmetry.shift, layout.shape[-1]
+    means = centered + (1 + n * rule.whitens) * (centered or rule.whitens)
     return (len(cut_rows(layout)) + means) * n
+
+
+def operations_of(rule: Rule, shape: tuple[int, ...]) -> int:
+    """Count the floating-point operations of products of whole rows: a Gram matrix, and what turns by it."""
+    m, n = shape
+    return 4 * m * n * n if rule.whitens else 0
 
 
 def rows_held(layout: Layout) -> tuple[int, int]:
@@ -94,7 +100,7 @@ class RowStep:
         blocks = blocks_of(self.layout, elements)
         self.kept: dict[str, Tensor] = {}
         self.cut_rows = self._cut_rows(blocks) if cut_rows(self.layout) else {}
-        centered, whitened = self.rule.symmetry.shift, "gram" in self.rule.state
+        centered, whitened = self.rule.symmetry.shift, self.rule.whitens
         self.shift = self._means(blocks, self._seen)[-1] if centered else None
         mean = turn = None
         if centered or whitened:
@@ -109,7 +115,7 @@ class RowStep:
     def _mapped(self, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.rule.row_map is not None
         X = self._seen(block) if self.shift is None else self._seen(block) - self.shift
-        own = {key: value[block.rows] for key, value in self.state.items() if self.rule.state[key].side == "left"}
+        own = {key: value[block.rows] for key, value in self.state.items() if key in self.rule.kept_by_rows}
         return self.rule.row_map(X, row_norms(X), **own, **self.settings)
 
     def _seen(self, block: Block) -> Tensor:

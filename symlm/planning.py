@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symlm.by_rows import entries_to_sum
+from symlm.by_rows import entries_to_sum, operations_of
 from symlm.collectives import Layout, layout_of_shards
 from symlm.directions import cost_of, turns_with_its_layer
 from symlm.optimizer import SymOptimizer
@@ -25,7 +25,8 @@ class Plan:
     gradients, a yardstick;
     temporary: the most that a rank borrows for the two buckets in flight, the polar iteration included;
     imbalance: the operations of the busiest rank over an equal share: 1 is perfect, the number of ranks no sharing;
-    what a rule with a state by matrices repeats on every rank is counted as a polar factor each.
+    what a rule with a state by matrices repeats on every rank is counted as a polar factor each, and what a whitened
+    head's copies repeat is counted.
     """
 
     received: int
@@ -45,7 +46,7 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
         raise ValueError(f"there is at least one shard and one copy, got {shards} and {copies}")
     optimizer = SymOptimizer(model, **options)
     loads: dict[Any, list[float]] = {}
-    received, temporary, repeated = [0] * (shards * copies), [0], 0.0
+    received, temporary, repeated, by_rows = [0] * (shards * copies), [0], 0.0, 0
     for group in optimizer.param_groups:
         if get_rule(group["rule"]).elementwise:
             continue
@@ -57,6 +58,8 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
                 times = 2 if turns_with_its_layer(group) else 1
                 received = [told + times * (size - size // shards) for told in received]
                 temporary.append(2 * size)
+            if bucket.by_rows:
+                by_rows += operations_of(get_rule(group["rule"]), bucket.layout.shape) * len(batch)
             if bucket.by_rows and shards > 1:
                 size = MASTER * entries_to_sum(get_rule(group["rule"]), bucket.layout) * len(batch)
                 received = [told + 2 * size * (shards - 1) // shards for told in received]
@@ -68,13 +71,13 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
                 received[rank] += bucket.exchange.bytes_to_receive(MASTER, divmod(rank, shards))
             temporary.append(_temporary(bucket))
     numel, ranks = sum(p.numel() for p in model.parameters()), shards * copies
-    work = [own + repeated for own in max(loads.values(), key=sum, default=[0.0] * ranks)]
-    shared = sum(work) - (ranks - 1) * repeated
+    owned = max(loads.values(), key=sum, default=[0.0] * ranks)
+    busiest, once = max(owned) + repeated + by_rows / shards, sum(owned) + repeated + by_rows
     return Plan(
         max(received),
         2 * MASTER * numel * (ranks - 1) // ranks,
         sum(sorted(temporary)[-2:]),
-        max(work) * ranks / shared if shared else 1.0,
+        busiest * ranks / once if once else 1.0,
     )
 
 

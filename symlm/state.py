@@ -35,18 +35,18 @@ def of_fragments(
     group: dict[str, Any], state: dict[str, Tensor], fragments: list[Fragment]
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the state of each fragment of a partition of ZeRO's, all of it views of the partition's."""
-    kinds, row, entry = get_rule(group["rule"]).state, 0, 0
+    rule, row, entry = get_rule(group["rule"]), 0, 0
     for fragment in fragments:
-        own = {key: fragment.of(x) for key, x in state.items() if key not in (*kinds, "step")}
-        n = fragment.layout.shape[-1]
-        for key, kind in kinds.items():
-            by_rows = kind.side == "left"
-            own[key] = (
-                state[key][row : row + fragment.rows] if by_rows else state[key][entry : entry + n * n].view(n, n)
-            )
-        if kinds:
+        own = {key: fragment.of(x) for key, x in state.items() if key not in (*rule.state, "step")}
+        rows, n = fragment.rows, fragment.layout.shape[-1]
+        for key in rule.state:
+            if key in rule.kept_by_rows:
+                own[key] = state[key][row : row + rows]
+            else:
+                own[key] = state[key][entry : entry + n * n].view(n, n)
+        if rule.state:
             own["step"] = state["step"]
-        row, entry = row + fragment.rows, entry + n * n
+        row, entry = row + rows, entry + n * n
         yield own
 
 
@@ -55,17 +55,17 @@ def _of_rule(
 ) -> dict[str, Tensor]:
     """Return what the rule keeps: numbers by rows lie as the rows do, matrices are whole on every rank."""
     rule, view = get_rule(group["rule"]), MatrixView.parse(group["view"])
-    by_rows = {key for key, kind in rule.state.items() if rule.row_map and kind.side == "left"}
     if rule.row_map and fragments:  # matrices lie flat, one after the other
         rows, entries = sum(part.rows for part in fragments), sum(part.layout.shape[-1] ** 2 for part in fragments)
-        shapes = {key: (rows, 1) if key in by_rows else (entries,) for key in rule.state}
+        shapes = {key: (rows, 1) if key in rule.kept_by_rows else (entries,) for key in rule.state}
         return {key: torch.zeros(shape, dtype=dtype, device=p.device) for key, shape in shapes.items()}
     if fragments:
         raise RuntimeError(
             f"{name}: rule {rule.name!r} keeps whole matrices, for which DeepSpeed's partitions have no place; "
             "train it with DDP or FSDP2"
         )
-    lying = {} if layout_of(p).gathered else {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in by_rows}
+    by_rows = set() if layout_of(p).gathered else rule.kept_by_rows
+    lying = {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in by_rows}
     M = torch.zeros((), dtype=dtype, device=p.device).expand(view.shape(tuple(p.shape)))
     whole = {key: kind.start(M) for key, kind in rule.state.items() if key not in lying}
     return lying | {key: repeated_like(value[0] if rule.row_map else value, p) for key, value in whole.items()}

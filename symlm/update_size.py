@@ -5,33 +5,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.groups import key_of
 from symlm.step import adamw_update
 
 
 class UpdateSize:
-    """`Σ(ηsU)²`, decay left out, and of how many entries; roles that no step reaches keep their last.
+    """`Σ(ηsU)²`, decay left out, and of how many entries; what no step reaches keeps its last.
 
-    DeepSpeed steps group by group, so that a step may be several calls.
+    DeepSpeed steps group by group, and a group in several calls with other parameters, so that a step may be many.
     """
 
     def __init__(self) -> None:
-        self._squares: dict[tuple[str, str], tuple[Tensor, int]] = {}
-        self._adamw: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any], int]]] = {}
+        self._squares: dict[tuple[str, Tensor], tuple[Tensor, int]] = {}
+        self._adamw: dict[tuple[str, Tensor], list[tuple[dict[str, Any], dict[str, Any], int]]] = {}
 
     def begin(self, groups: list[dict[str, Any]], device: torch.device) -> None:
         """Forget what these groups' last step was."""
-        self._squares |= {key_of(group): (torch.zeros((), device=device), 0) for group in groups}
+        self._squares |= {_key(group): (torch.zeros((), device=device), 0) for group in groups}
 
     def add(self, group: dict[str, Any], squares: Tensor, count: int) -> None:
         """Add a part of a group's step."""
-        before = self._squares[key_of(group)]
-        self._squares[key_of(group)] = (before[0] + squares, before[1] + count)
+        before = self._squares[_key(group)]
+        self._squares[_key(group)] = (before[0] + squares, before[1] + count)
 
     def of_adamw(self, group: dict[str, Any], stepped: list[tuple[dict[str, Any], int]]) -> None:
         """Take note of the states and sizes that AdamW stepped; its update is read from them when asked for."""
         told = {key: group[key] for key in ("lr", "betas", "eps")}
-        self._adamw[key_of(group)] = [(told, state, count) for state, count in stepped]
+        self._adamw[_key(group)] = [(told, state, count) for state, count in stepped]
 
     def by_role(self) -> dict[str, tuple[Tensor, int]]:
         """Return the sum of squares, and of how many entries, by role."""
@@ -43,3 +42,8 @@ class UpdateSize:
             before = found.get(role, (torch.zeros_like(squares), 0))
             found[role] = (before[0] + squares, before[1] + count)
         return found
+
+
+def _key(group: dict[str, Any]) -> tuple[str, Tensor]:
+    """Return what tells this call's part of a group from its others."""
+    return group["role"], group["params"][0]

@@ -104,7 +104,7 @@ def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
         if rule.state:
             along = (M * U).sum(dim=-1) / (lengths * moved).clamp(min=1e-300)
             along = along[lengths > 0]
-            if "gram" in rule.state:
+            if rule.whitens:
                 found["rows' senses"] = (-along).clamp(min=0)
             else:
                 found["rows' directions"] = (along - 1).abs()

@@ -48,3 +48,9 @@ def test_rotations_are_shared_by_nobody():
 def test_a_plan_of_nobody_is_refused():
     with pytest.raises(ValueError, match="at least one shard"):
         plan(tiny(), shards=0)
+
+
+def test_a_whitened_head_is_repeated_by_copies_and_shared_by_shards():
+    plain = {"lm_head": {"rule": "centered_row_adam"}}
+    assert plan(tiny(), copies=4).imbalance > 1.05 * plan(tiny(), copies=4, overrides=plain).imbalance
+    assert plan(tiny(), shards=4).imbalance <= plan(tiny(), shards=4, overrides=plain).imbalance

@@ -83,7 +83,7 @@ def _whitened(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta
     ROWS,
     row_map=over_mean,
     state={"row_rms": A_NUMBER_A_ROW, "gram": A_GRAM_MATRIX},
-    refresh=lambda M, row_rms, gram, step, beta2: _spread(M, row_rms, gram, step, beta2),
+    refresh=_spread,
 )
 def whitened_row_adam(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
     """Return `D (min(m, n)·K/tr K)^{-1/2}`, D the rows of `row_adam`, `K <- β₂K + (1−β₂)DᵀD/m`.

@@ -34,7 +34,7 @@ class State:
 
 A_NUMBER_A_ROW = State(lambda M: torch.zeros_like(M[..., :1]), "left", lambda s, L: L.abs() @ s, rotations=False)
 A_GRAM_MATRIX = State(
-    lambda M: torch.zeros(*M.shape[:-2], M.shape[-1], M.shape[-1], dtype=M.dtype, device=M.device),
+    lambda M: M.new_zeros(*M.shape[:-2], M.shape[-1], M.shape[-1]),
     "right",
     lambda K, R: R @ K @ R.mT,
 )
@@ -99,6 +99,16 @@ class Rule:
     ) -> Tensor:
         """Return `U(M, s)`.  step: how often the state was refreshed, this time included."""
         return _call(self.function, M, {"polar": polar, "step": step, "beta2": beta2, **state})
+
+    @property
+    def kept_by_rows(self) -> set[str]:
+        """Return what of the state is a number a row, and lies where the rows do."""
+        return {key for key, kind in self.state.items() if self.row_map and kind.side == "left"}
+
+    @property
+    def whitens(self) -> bool:
+        """Tell whether rows, once mapped, are turned by their Gram matrix, which is the rest of the state."""
+        return "gram" in self.state
 
     @property
     def spectral(self) -> bool:
