@@ -167,6 +167,11 @@ def test_rule_is_its_formula(name):
     assert relative(RULES[name](M, polar=lambda X: polar(X, "svd")), FORMULAS[name](M)) < rounding(RULES[name])
 
 
+def test_a_whitened_matrix_of_few_rows_has_rows_of_unit_length_in_the_mean():
+    M = matrix((7, 12), seed=3)
+    assert relative(RULES["whitened_row_adam"](M), FORMULAS["whitened_row_adam"](M)) < EXACT
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rule_leaves_its_input_alone_and_sends_zero_to_zero(rule, dtype):
