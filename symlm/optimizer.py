@@ -14,7 +14,7 @@ from symlm.collectives import aligned, check_agreement, everywhere, layout_of, l
 from symlm.directions import turns_with_its_layer
 from symlm.groups import DEFAULTS, LOOSE, ROUTED, check_group, key_of, named_parameters, refuse_unknown
 from symlm.layer_rotations import turn_layers
-from symlm.partitions import Fragment, fragments_of, is_partition
+from symlm.partitions import Fragment, fragments_of, is_partition, refuse_settings
 from symlm.roles import whole_shape
 from symlm.routes import param_groups
 from symlm.rules import get_rule
@@ -46,7 +46,8 @@ class SymOptimizer(torch.optim.Optimizer):
 
     Gradient clipping is not felt by rules of degree 0; the update itself is never clipped.
 
-    Raises: ValueError for lr <= 0 and unknown names; TypeError for a list of parameters without roles.
+    Raises: ValueError for lr <= 0, unknown names and settings of DeepSpeed that would not run this; TypeError for a
+    list of parameters without roles.
     Source: arXiv 2605.18106, section 3.
     """
 
@@ -65,6 +66,7 @@ class SymOptimizer(torch.optim.Optimizer):
         roles: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
+        refuse_settings()
         for key in options:
             refuse_unknown("option", key, DEFAULTS)
         for role, values in (overrides or {}).items():

@@ -1,9 +1,10 @@
 """The flat partitions that DeepSpeed's ZeRO cuts a model into, read as parts of its parameters.
 
 Under ZeRO-1, 2 and 3 an optimizer is given 1-D tensors that hold this rank's parts of many parameters, end to end.
-Where each part lies is known to the parameters themselves, which ZeRO marks.
+Where each part lies is known to the parameters themselves, which ZeRO marks. Some settings of ZeRO are refused.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +15,26 @@ from torch import Tensor, nn
 from symlm.by_rows import rows_held
 from symlm.collectives import Layout, intervals_of_all, rank_in
 from symlm.roles import whole_shape
+
+
+def refuse_settings() -> None:
+    """Look at the DeepSpeed configuration of accelerate, if there is one.
+
+    Raises: ValueError where it would not run symlm: accelerate puts DeepSpeed's own Adam in the place of an optimizer
+    that is offloaded, without a word; and where nobody knows whether it would.
+    """
+    state = sys.modules.get("accelerate.state")
+    plugin = state.AcceleratorState().deepspeed_plugin if state and state.is_initialized() else None
+    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin else {}
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if device not in ("none", None):
+        raise ValueError(
+            f"DeepSpeed's configuration offloads the optimizer to {device!r}, where its own Adam takes symlm's place: "
+            'remove "offload_optimizer" (offload_optimizer_device: none in accelerate\'s yaml); ZeRO cuts the state'
+        )
+    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key) is True]
+    if quantized:
+        raise ValueError(f"symlm was never run with DeepSpeed's {quantized}, which need a GPU: leave them out")
 
 
 @dataclass(frozen=True)

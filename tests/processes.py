@@ -113,8 +113,9 @@ CASES |= {
     "zero3 experts": {"kind": "qwen3_moe", "vocab_size": 61, "num_experts": 5},
     "zero1 clipped": {"kind": "qwen3", **ODD},
     "zero3 small groups": {"kind": "qwen3", **ODD},
+    "zero3 secondary": {"kind": "qwen3", **ODD},
 }
-WORLDS = {"hsdp": (4,), "tp fsdp2": (4,), "ddp": (2, 4), "fsdp2": (2, 4)}
+WORLDS = {"hsdp": (4,), "tp fsdp2": (4,), "ddp": (2, 4), "fsdp2": (2, 4), "zero3 secondary": (4,)}
 
 
 def model_of(case):
@@ -223,6 +224,8 @@ def prepared_by_deepspeed(case, model, **more):
 
     if "small groups" in case:
         more["zero"] = {"sub_group_size": 2000}
+    if "secondary" in case:  # ZeRO++'s second copy of the weights, cut over two ranks of four
+        more["zero"] = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
     accelerator = Accelerator(deepspeed_plugin=deepspeed_plugin(int(case[4]), **more))
     engine, optimizer = accelerator.prepare(model, optimizer_of(case, model))
     return accelerator, engine, optimizer
@@ -242,6 +245,7 @@ def through_deepspeed(case, model, rank, world):
     clip = {"gradient_clipping": CLIP} if "clipped" in case else {}
     accelerator, engine, optimizer = prepared_by_deepspeed(case, model, **clip)
     assert engine.zero_optimization_stage() == int(case[4])
+    assert engine.zero_hpz_partition_size() == (2 if "secondary" in case else 1)
     for step in range(STEPS):
         accelerator.backward(loss_of(engine, batch(step, rank, world)))  # DeepSpeed steps inside
         optimizer.step()
@@ -494,7 +498,20 @@ def matrices_under_zero(rank, world):
     return message
 
 
+def refused_settings(rank, world):
+    """Settings under which accelerate or DeepSpeed would not run symlm are refused before anything is wrapped."""
+    messages = []
+    for zero in ({"offload_optimizer": {"device": "cpu"}}, {"zero_quantized_weights": True}):
+        try:
+            prepared_by_deepspeed("zero3", model_of("zero3"), zero=zero)
+        except ValueError as error:
+            messages.append(str(error))
+        leave_deepspeed()
+    return messages
+
+
 EXTRA_CASES = {
+    "refused settings": refused_settings,
     "matrices under zero": matrices_under_zero,
     "watched": watched,
     "save": save,

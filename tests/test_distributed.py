@@ -53,6 +53,13 @@ def test_a_rule_that_keeps_matrices_is_refused_under_zero(found):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_settings_of_deepspeed_that_would_not_run_symlm_are_refused_at_construction(found, world):
+    for offloaded, quantized in result(found, "refused settings", world):
+        assert "its own Adam takes symlm's place" in offloaded
+        assert "zero_quantized_weights" in quantized
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_ranks_that_disagree_all_raise_with_the_digests(found, world):
     messages = result(found, "disagreement", world)
     assert all("the ranks disagree" in message for message in messages)
