@@ -82,14 +82,23 @@ def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Rol
 
 
 # Rates, momenta and Nesterov's look-ahead were chosen at width 128 (recipes/LOG.md); rows' scales carry them to others.
-_TEN_STEPS = {"nesterov": True, "momentum": 0.9}
 _NESTEROV = {"nesterov": True}
-_HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_TEN_STEPS)
-_IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_TEN_STEPS)
+_INNER_MEAN = {"nesterov": True, "momentum": 0.85}
+_HEADS = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_INNER_MEAN)
+_SUMMED_HEADS = replace(_HEADS, view="whole", why="the heads' outputs are summed: one matrix")
+_IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_INNER_MEAN)
 _OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
-_TOKENS = Route("row_adam", "whole", "row_rms", 1.5, 0.0, "a row is a token, rare or frequent", _TEN_STEPS)
+_TOKENS = Route(
+    "row_adam", "whole", "row_rms", 0.75, 0.0, "a row is a token, rare or frequent", {"nesterov": True, "momentum": 0.7}
+)
 _LOGITS = Route(
-    "centered_whitened_row_adam", "whole", "inverse_row_rms", 11.5, 0.0, "softmax ignores a shared shift", _TEN_STEPS
+    "centered_whitened_row_adam",
+    "whole",
+    "inverse_row_rms",
+    15.0,
+    0.0,
+    "softmax ignores a shared shift",
+    {"nesterov": True, "momentum": 0.8, "betas": (0.9, 0.98)},
 )
 _EXPERTS = Route("centered_row_norm", "whole", "inverse_row_rms", 5.6, 0.0, "top-k softmax ignores it too", _NESTEROV)
 _ADAMW = Route("adamw", scale="unit", lr=0.5, weight_decay=0.0, why="no matrix: elementwise")
@@ -102,14 +111,15 @@ ROUTES: dict[Role, Route] = make_table(
         ),
         Role.LM_HEAD: _LOGITS,
         Role.ROUTER: _EXPERTS,
-        **dict.fromkeys((Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_O), _HEADS),
+        **dict.fromkeys((Role.ATTENTION_Q, Role.ATTENTION_K), _HEADS),
+        **dict.fromkeys((Role.ATTENTION_V, Role.ATTENTION_O), _SUMMED_HEADS),
         Role.ATTENTION_QKV: replace(_HEADS, why="each head of q, k and v is a matrix of its own"),
         Role.MLP_IN: _IN,
         Role.MLP_OUT: _OUT,
         Role.EXPERT_IN: replace(_IN, why="rows are neurons, one matrix an expert"),
         Role.EXPERT_OUT: replace(_OUT, why="rows are neurons, one matrix an expert"),
-        Role.LORA: Route("polar", lr=0.5, why="a low-rank adapter's factor", options=_TEN_STEPS),
-        Role.MATRIX: Route("polar", lr=0.5, why="a dense matrix", options=_TEN_STEPS),
+        Role.LORA: Route("polar", lr=0.5, why="a low-rank adapter's factor", options=_INNER_MEAN),
+        Role.MATRIX: Route("polar", lr=0.5, why="a dense matrix", options=_INNER_MEAN),
         Role.VECTOR: _ADAMW,
     }
 )
@@ -129,6 +139,7 @@ _PAPER_ROW = make_table(
     {
         **ROUTES,
         **_changed(ROUTES, _INNER, lr=1.0, options=_NESTEROV),
+        **dict.fromkeys((Role.ATTENTION_V, Role.ATTENTION_O), replace(_HEADS, lr=1.0, options=_NESTEROV)),
         **_changed(ROUTES, _MLP, rule="polar", view="whole", lr=1.0, options=_NESTEROV, why="Muon, whole"),
         Role.EMBEDDING: Route("row_norm", scale="unit", lr=25.0, weight_decay=0.0, why="a row is a token"),
         Role.TIED_EMBEDDING: Route("row_norm", scale="unit", lr=0.25, weight_decay=0.0, why="tied: not centered"),

@@ -284,7 +284,8 @@ def test_polar_first_is_its_formula():
 def test_row_adam_is_its_formula_over_the_steps():
     """`M <- .9M + .1G`, `X = .1G + .9M`, `r² <- .95r² + .05|X|²`, `W <- (1 − ηλ)W − η·s·X·√(1 − .95^t)/r`, by hand."""
     model = tiny(dtype=torch.float64)
-    opt = symlm.SymOptimizer(model, weight_decay=0.1, overrides={"embedding": {"weight_decay_multiplier": 1.0}})
+    told = {"weight_decay_multiplier": 1.0, "momentum": 0.9}
+    opt = symlm.SymOptimizer(model, weight_decay=0.1, overrides={"embedding": told})
     p = model.model.embed_tokens.weight
     (group,) = [group for group in opt.param_groups if group["role"] == "embedding"]
     W, M, v = p.detach().clone(), torch.zeros_like(p), torch.zeros(len(p), 1, dtype=p.dtype)

@@ -51,8 +51,9 @@ def test_groups_hold_plain_values_and_scaled_rates():
     rates = {group["role"]: group["lr"] for group in groups}
     assert rates["lm_head"] == 5e-3
     assert rates["embedding"] == pytest.approx(0.1 * ROUTES[symlm.Role.EMBEDDING].lr)
-    plain = (str, int, float, bool)
-    assert all(isinstance(v, plain) and type(v) in plain for g in groups for k, v in g.items() if k != "params")
+    values = [value for group in groups for key, value in group.items() if key not in ("params", "betas")]
+    values += [beta for group in groups for beta in group.get("betas", ())]
+    assert {type(value) for value in values} <= {str, int, float, bool}
 
 
 @pytest.mark.parametrize(
