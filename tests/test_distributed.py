@@ -83,7 +83,7 @@ def test_polar_work_is_shared(found, world):
     counts = [rank["matrices"] for rank in result(found, "work", world)]
     model = model_of("ddp")
     total = sum(
-        layer.self_attn.config.num_attention_heads * 2 + layer.self_attn.config.num_key_value_heads * 2 + 3
+        layer.self_attn.config.num_attention_heads + layer.self_attn.config.num_key_value_heads + 2 + 3
         for layer in model.model.layers
     )
     assert sum(counts) == total
