@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +24,13 @@ def refuse_settings() -> None:
     Raises: ValueError where it would not run symlm: accelerate puts DeepSpeed's own Adam in the place of an optimizer
     that is offloaded, without a word; and where nobody knows whether it would.
     """
-    state = sys.modules.get("accelerate.state")
-    plugin = state.AcceleratorState().deepspeed_plugin if state and state.is_initialized() else None
-    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin else {}
+    accelerate: Any = sys.modules.get("accelerate")
+    # Read, not asked: AcceleratorState() writes the process's own type over FSDP's in what all of them share.
+    shared = accelerate.state.AcceleratorState._shared_state if accelerate else {}
+    if shared.get("distributed_type") != "DEEPSPEED":
+        return
+    plugin = accelerate.utils.get_active_deepspeed_plugin(SimpleNamespace(**shared))
+    zero = plugin.deepspeed_config.get("zero_optimization", {})
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
     if device not in ("none", None):
         raise ValueError(
