@@ -33,8 +33,8 @@ class SymOptimizer(torch.optim.Optimizer):
     params: a model; or the output of `symlm.param_groups(model, ...)`, which then holds rates, preset and overrides.
     lr, preset, overrides, roles: as in `symlm.param_groups`.
     options: defaults of every group, which `overrides` may set by role:
-        momentum β (0.95; 0.9 in the default table); nesterov: U((1−β)G + βM) instead (False; True in the default
-        table); weight_decay λ (0.0);
+        momentum β (0.95; 0.7 to 0.95 in the default table, by role); nesterov: U((1−β)G + βM) instead (False; True in
+        the default table); weight_decay λ (0.0);
         momentum_of: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM` (PolarGrad's polar-first);
         betas, eps: AdamW's, for roles routed to it; β₂ is also that of `row_adam` and `aro_adam`;
         polar_method, schedule, steps, compute_dtype, kernels: see `symlm.polar`;
