@@ -117,12 +117,15 @@ def test_every_configuration_is_read_and_its_roles_exist(config):
     values = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
     assert values["name"] == config
     optimizer = values["optimizer"]
-    model = MODELS[values.get("model", {"preset": "qwen3-tiny"})["preset"]]
+    presets = [values["model"]["preset"]] if "model" in values else ["qwen3-tiny", "olmoe-tiny"]  # an arm of any bench
     small = {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 64, "intermediate_size": 32}
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model | small))
-    groups = symlm.param_groups(network, optimizer.get("lr", 0.02), optimizer["preset"], optimizer.get("overrides"))
-    assert set(optimizer.get("overrides", {})) <= {group["role"] for group in groups}
+    roles = set()
+    for preset in presets:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[preset] | small))
+        told = (optimizer.get("lr", 0.02), optimizer["preset"], optimizer.get("overrides"))
+        roles |= {group["role"] for group in symlm.param_groups(network, *told)}
+    assert set(optimizer.get("overrides", {})) <= roles
     run_config.read([f"--config={CONFIGS / config}.yaml"])
 
 
