@@ -15,7 +15,7 @@ from symlm.scaling import SCALES
 from symlm.symmetry import Symmetry, permutations, rotations, trivial
 from symlm.views import view_of
 
-GRANULARITIES = ("whole", "heads", "transposed", "pair")
+GRANULARITIES = ("whole", "heads", "qk_heads", "transposed", "pair")
 
 SYMMETRIES: dict[Role, Symmetry] = {
     Role.EMBEDDING: Symmetry(permutations, rotations),
@@ -113,7 +113,7 @@ ROUTES: dict[Role, Route] = make_table(
         Role.ROUTER: _EXPERTS,
         **dict.fromkeys((Role.ATTENTION_Q, Role.ATTENTION_K), _HEADS),
         **dict.fromkeys((Role.ATTENTION_V, Role.ATTENTION_O), _SUMMED_HEADS),
-        Role.ATTENTION_QKV: replace(_HEADS, why="each head of q, k and v is a matrix of its own"),
+        Role.ATTENTION_QKV: replace(_HEADS, view="qk_heads", why="as q, k and v apart: v's heads are summed"),
         Role.MLP_IN: _IN,
         Role.MLP_OUT: _OUT,
         Role.EXPERT_IN: replace(_IN, why="rows are neurons, one matrix an expert"),
@@ -139,7 +139,9 @@ _PAPER_ROW = make_table(
     {
         **ROUTES,
         **_changed(ROUTES, _INNER, lr=1.0, options=_NESTEROV),
-        **dict.fromkeys((Role.ATTENTION_V, Role.ATTENTION_O), replace(_HEADS, lr=1.0, options=_NESTEROV)),
+        **dict.fromkeys(
+            (Role.ATTENTION_V, Role.ATTENTION_O, Role.ATTENTION_QKV), replace(_HEADS, lr=1.0, options=_NESTEROV)
+        ),
         **_changed(ROUTES, _MLP, rule="polar", view="whole", lr=1.0, options=_NESTEROV, why="Muon, whole"),
         Role.EMBEDDING: Route("row_norm", scale="unit", lr=25.0, weight_decay=0.0, why="a row is a token"),
         Role.TIED_EMBEDDING: Route("row_norm", scale="unit", lr=0.25, weight_decay=0.0, why="tied: not centered"),

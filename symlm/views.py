@@ -24,12 +24,15 @@ class MatrixView:
 
     Axes in parentheses are merged, row-major; a `1` on the right is a new axis. `sizes` gives those that the
     stored shape does not tell. A size that is a sum names an axis of unequal blocks, each a stack of its own
-    (`sections`): fused q, k and v. `str(view)` is plain text for a parameter group; `MatrixView.parse` reads it.
+    (`sections`): fused q, k and v. Blocks that stack differently have a right side each, set apart by `|`.
+    `str(view)` is plain text for a parameter group; `MatrixView.parse` reads it.
 
     >>> str(MatrixView("(h m) n -> h m n", {"h": (16,)}))
     '(h m) n -> h m n, h=16'
     >>> str(MatrixView("m n -> 1 m n", {"m": (64, 32, 32)}))
     'm n -> 1 m n, m=64+32+32'
+    >>> str(MatrixView("(h m) n -> h m n | 1 (h m) n", {"h": (12, 4)}))  # q and k head by head, v whole
+    '(h m) n -> h m n | 1 (h m) n, h=12+4'
     """
 
     pattern: str
@@ -50,11 +53,16 @@ class MatrixView:
 
     @cached_property
     def _sides(self) -> tuple[list[Axis], list[Axis]]:
-        stored, stack = (_axes(side) for side in self.pattern.split("->"))
-        flat = [name for axis in stored for name in axis]
-        if sorted(flat) != sorted(n for axis in stack for n in axis if n != "1") or len(stack) != 3:
-            raise ValueError(f"{self.pattern!r} is no rearrangement into three axes b m n")
-        return stored, stack
+        """Return the axes of the stored tensor and of the stack; of the first block's, if there are several."""
+        left, right = self.pattern.split("->")
+        stored, stacks = _axes(left), [_axes(stack) for stack in right.split("|")]
+        flat = sorted(name for axis in stored for name in axis)
+        for stack in stacks:
+            if flat != sorted(n for axis in stack for n in axis if n != "1") or len(stack) != 3:
+                raise ValueError(f"{self.pattern!r} is no rearrangement into three axes b m n")
+        if len(stacks) not in (1, *(len(self.sizes[key]) for key in self.unequal)):
+            raise ValueError(f"view {self} has {len(stacks)} right sides for another number of blocks")
+        return stored, stacks[0]
 
     @property
     def axes(self) -> int:
@@ -96,8 +104,12 @@ class MatrixView:
         split = stored
         for k in reversed(range(len(left))):  # splitting axes never copies
             split = split.unflatten(k, [lengths[name] for name in left[k]]) if len(left[k]) > 1 else split
-        view = MatrixView(" ".join(names) + " ->" + self.pattern.split("->")[1])
-        return [(view, part) for part in split.split(self.sizes[self.unequal[0]], dim=names.index(self.unequal[0]))]
+        blocks = split.split(self.sizes[self.unequal[0]], dim=names.index(self.unequal[0]))
+        stacks = self.pattern.split("->")[1].split("|")
+        each = stacks if len(stacks) > 1 else stacks * len(blocks)
+        return [
+            (MatrixView(f"{' '.join(names)} -> {own.strip()}"), part) for own, part in zip(each, blocks, strict=True)
+        ]
 
     def of_interval(self, shape: tuple[int, ...], intervals: tuple[tuple[int, int], ...]) -> "MatrixView | None":
         """Return the view of one part of the flat stored tensor, if every part holds whole matrices; else None."""
@@ -162,8 +174,9 @@ def gate_up(transposed: bool, concatenated: bool, paired: bool) -> MatrixView:
 def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
     """Return the view of a parameter where it stands: its storage from its module, its split from the route.
 
-    granularity: "whole", "heads" (attention), "transposed" (neurons of a down projection as rows) or "pair"
-    (gate and up of a neuron in one row). Raises: ValueError when head counts do not divide the projection.
+    granularity: "whole", "heads" (attention), "qk_heads" (those of q and k; v and o whole), "transposed" (neurons of a
+    down projection as rows) or "pair" (gate and up of a neuron in one row).
+    Raises: ValueError when head counts do not divide the projection.
     """
     axes = len(site.shape)
     if role is Role.VECTOR or axes < 2:
@@ -177,7 +190,7 @@ def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
         return MatrixView(f"{stored} -> {'1 m (p n)' if granularity == 'pair' else 'p m n'}", {"p": (2,)})
     if site.leaf == "kv_a_proj_with_mqa":
         return MatrixView("m n -> 1 m n", {"m": _sizes(site, "kv_lora_rank", "qk_rope_head_dim")})
-    if granularity == "heads":
+    if granularity == "heads" or (granularity == "qk_heads" and role in (Role.ATTENTION_Q, Role.ATTENTION_K)):
         return _head_view(site, role)
     return TRANSPOSED if (granularity == "transposed") != site.transposed else WHOLE
 
@@ -215,24 +228,29 @@ def _head_view(site: Site, role: Role) -> MatrixView:
 
 
 def _fused_view(site: Site, granularity: str) -> MatrixView:
-    """Split a fused projection in the order that `site.fused` names: per head, or q, k and v one after the other."""
-    whole = granularity != "heads"
+    """Split a fused projection in the order that `site.fused` names: into heads, or q, k and v one after the other."""
     if site.fused == "heads of k v":
+        stacks = {"heads": "h m n", "qk_heads": "h m n | 1 (h m) n"}.get(granularity, "1 (h m) n")
         sizes = {"h": _sizes(site, "num_heads"), "m": _sizes(site, "qk_nope_head_dim", "v_head_dim")}
-        return MatrixView(f"(h m) n -> {'1 (h m) n' if whole else 'h m n'}", sizes)
+        return MatrixView(f"(h m) n -> {stacks}", sizes)
     channels, width = site.shape[int(site.transposed)], head_dim(site, Role.ATTENTION_QKV)
     if channels % width:
         raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
     if site.fused == "heads of q k v":
-        stack = "p (h m) n" if whole else "(h p) m n"
-        return MatrixView(f"{_stored('(h p m)', 'n', site.transposed)} -> {stack}", {"p": (3,), "m": (width,)})
-    if not whole:
-        return row_heads(channels // width, site.transposed)
+        stacks = {"heads": "(h p) m n", "qk_heads": "(h p) m n | p (h m) n"}.get(granularity, "p (h m) n")
+        sizes = {"p": (2, 1) if granularity == "qk_heads" else (3,), "m": (width,)}
+        return MatrixView(f"{_stored('(h p m)', 'n', site.transposed)} -> {stacks}", sizes)
+    heads = channels // width
+    if granularity == "heads":
+        return row_heads(heads, site.transposed)
     groups = getattr(site.parent, "num_key_value_groups", 1)  # query heads for each head of k and v
-    kv_channels = channels // (groups + 2)
-    blocks = (groups * kv_channels, kv_channels, kv_channels)
-    if sum(blocks) != channels:
+    kv_heads = heads // (groups + 2)
+    if kv_heads * (groups + 2) != heads:
         raise ValueError(f"{site}: {channels} channels are no q, k, v with {groups} query heads for one of k and v")
+    if granularity == "qk_heads":
+        stacks, sizes = "h m n | 1 (h m) n", {"h": (heads - kv_heads, kv_heads)}
+        return MatrixView(f"{_stored('(h m)', 'n', site.transposed)} -> {stacks}", sizes)
+    blocks = (groups * kv_heads * width, kv_heads * width, kv_heads * width)
     return MatrixView(f"{_stored('m', 'n', site.transposed)} -> 1 m n", {"m": blocks})
 
 

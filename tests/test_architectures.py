@@ -107,10 +107,10 @@ def test_orientation_agrees_with_the_models_own_tensor_parallel_plan(kind):
     assert checked or kind in ("gpt_oss", "granitemoe")  # without a plan for these projections
 
 
-def sections(model, leaf):
+def sections(model, leaf, granularity="heads"):
     """Return the head matrices of layer 0's projection, views of its storage: [(heads, rows, columns), ...]."""
     site, role = next((s, r) for s, r in place(model) if s.leaf == leaf and ".0." in s.name)
-    parts = view_of(site, role, "heads").sections(site.parameter.detach())
+    parts = view_of(site, role, granularity).sections(site.parameter.detach())
     return [view.to_matrices(part) for view, part in parts]
 
 
@@ -151,6 +151,27 @@ def test_low_rank_attention_is_split_between_keys_and_values():
     assert abs(loss_of(model, tokens()).item() - loss) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("kind", "fused", "of_v"),
+    [
+        ("gpt2", "c_attn", slice(8, None)),
+        ("gpt_neox", "query_key_value", slice(2, None, 3)),
+        ("phi3", "qkv_proj", slice(6, None)),
+        ("deepseek_v3", "kv_b_proj", None),
+    ],
+)
+def test_of_a_fused_projection_q_and_k_are_taken_by_head_and_v_whole(kind, fused, of_v):
+    options = {"first_k_dense_replace": 2} if kind == "deepseek_v3" else {}
+    model = tiny(kind, torch.float64, **options)
+    by_head = sections(model, fused)
+    v = by_head[0][of_v] if of_v else by_head[1]
+    qk, whole_v = sections(model, fused, "qk_heads")
+    assert torch.equal(whole_v, v.reshape(1, -1, v.shape[-1]))
+    assert qk.shape[0] == sum(len(part) for part in by_head) - len(v)
+    left = {tuple(matrix.flatten().tolist()) for part in by_head for matrix in part}
+    assert left - {tuple(matrix.flatten().tolist()) for matrix in v} == {tuple(x.flatten().tolist()) for x in qk}
+
+
 def unfused(phi3):
     """Return the Mistral model that computes what a Phi-3 model computes, with the same weights."""
     twin = tiny("mistral", torch.float64, sliding_window=None, rms_norm_eps=1e-5)
@@ -167,7 +188,7 @@ def unfused(phi3):
     return twin
 
 
-@pytest.mark.parametrize("preset", ["default", "muon"])
+@pytest.mark.parametrize("preset", ["default", "paper-row", "muon"])
 def test_a_fused_model_and_its_unfused_twin_take_the_same_steps(preset):
     fused = tiny("phi3", torch.float64, sliding_window=None)
     twin = unfused(fused)
@@ -247,7 +268,8 @@ def test_a_plain_module_is_placed_as_far_as_structure_tells():
         "mlp.c_proj.bias": "vector",
     }
     groups = symlm.param_groups(NanoGPT(), roles=overrides)
-    assert {group["view"] for group in groups if group["role"] == "attention_qkv"} == {"(h m) n -> h m n, h=6"}
+    (qkv,) = (group["view"] for group in groups if group["role"] == "attention_qkv")
+    assert qkv == "(h m) n -> h m n | 1 (h m) n, h=4+2"
 
 
 def test_first_pattern_wins():

@@ -62,3 +62,5 @@ def test_sizes_that_do_not_divide_are_refused():
         WHOLE.shape((6,))
     with pytest.raises(ValueError, match="no rearrangement"):
         MatrixView("m n -> 1 m k").shape((6, 4))
+    with pytest.raises(ValueError, match="2 right sides"):
+        MatrixView("(h m) n -> h m n | 1 (h m) n", {"h": (3,)}).shape((6, 4))
