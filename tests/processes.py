@@ -115,19 +115,22 @@ CASES |= {
     "zero3 small groups": {"kind": "qwen3", **ODD},
     "zero3 secondary": {"kind": "qwen3", **ODD},
 }
-WORLDS = {"hsdp": (4,), "tp fsdp2": (4,), "ddp": (2, 4), "fsdp2": (2, 4), "zero3 secondary": (4,)}
+CASES |= {f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")}
+WORLDS = {"hsdp": (4,), "hsdp fp32": (4,), "tp fsdp2": (4,), "ddp": (2, 4), "fsdp2": (2, 4), "zero3 secondary": (4,)}
 
 
 def model_of(case):
     # Routers and experts compute in fp32, and so does ZeRO.
-    dtype = torch.float32 if "moe" in CASES[case]["kind"] or "zero" in case else torch.float64
+    narrow = "moe" in CASES[case]["kind"] or "zero" in case or "fp32" in case
+    dtype = torch.float32 if narrow else torch.float64
     return tiny(dtype=dtype, **CASES[case])
 
 
 def optimizer_of(case, model):
     preset = next((name for name in ("muon", "aro") if name in case), "default")
     rotation = "layer" if "layer" in case else "own"
-    return symlm.SymOptimizer(model, preset=preset, weight_decay=0.1, rotation=rotation)
+    lr = 1e-3 if "fp32" in case else 0.02  # fp32 rounding of the gradients, times the rate, is what remains
+    return symlm.SymOptimizer(model, lr=lr, preset=preset, weight_decay=0.1, rotation=rotation)
 
 
 def run_case(case, rank, world):
@@ -136,7 +139,7 @@ def run_case(case, rank, world):
     data = (rank, world)
     if case.startswith("ddp"):
         model = DistributedDataParallel(model)
-    elif case == "hsdp":
+    elif case.startswith("hsdp"):
         shard(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards")))
     elif case == "tp":
         tensor_parallel(model, mesh)
