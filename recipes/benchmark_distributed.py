@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 recipes/benchmark_distributed.py
 
 All in one run, on Qwen3-0.6B's shapes with few layers and a small vocabulary: rows are not what is shared. On a CPU the
-processes share the cores, so two processes with one thread each stand for two machines.
+processes share the cores, so two processes with one thread each stand for two machines; and bf16, in which
+torch.optim.Muon multiplies, may be emulated: `--hidden 256` ends in a minute all the same.
 """
 
 import statistics
@@ -18,6 +19,8 @@ from benchmark_step import qwen3
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import symlm
 from symlm import directions
@@ -45,11 +48,32 @@ def with_gradients(model: nn.Module) -> nn.Module:
     return model
 
 
-def sharded(layers: int, device: str) -> nn.Module:
-    model, mesh = qwen3(layers, 1000).to(device), init_device_mesh(device, (dist.get_world_size(),))
+def sharded(layers: int, hidden: int, device: str) -> nn.Module:
+    model, mesh = qwen3(layers, 1000, hidden).to(device), init_device_mesh(device, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     return with_gradients(fully_shard(model, mesh=mesh))
+
+
+class Implicit(TorchDispatchMode):
+    """Count the bytes that DTensor's own operations receive, each by the least that its kind needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # come again as the operations on its local parts
+        found = func(*args, **(kwargs or {}))
+        kind, others = func.name().partition("::")[2].partition(".")[0], dist.get_world_size() - 1
+        if func.namespace == "_c10d_functional" and kind in RECEIVED:
+            self.bytes += RECEIVED[kind] * others / (others + 1) * max(args[0].nbytes, found.nbytes)
+        return found
+
+
+# Of the larger of what goes in and what comes out, times (n - 1) / n for n ranks.
+RECEIVED = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_to_all_single": 1, "all_reduce": 2}
 
 
 class Watched:
@@ -94,6 +118,7 @@ def slowest(value: float) -> float:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--skip-torch-muon", action="store_true", help="its emulated bf16 takes minutes a step")
     arguments = parser.parse_args()
@@ -101,8 +126,8 @@ def main() -> None:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    plain = with_gradients(qwen3(arguments.layers, 1000).to(device))
-    cut = sharded(arguments.layers, device)
+    plain = with_gradients(qwen3(arguments.layers, 1000, arguments.hidden).to(device))
+    cut = sharded(arguments.layers, arguments.hidden, device)
     modes: dict[str, torch.optim.Optimizer] = {
         "every rank computes all": symlm.SymOptimizer(plain, shared=False),
         "symlm, DDP": symlm.SymOptimizer(plain),
@@ -113,14 +138,15 @@ def main() -> None:
         modes["torch.optim.Muon, FSDP2 (matrices only)"] = torch.optim.Muon(matrices)
     spent, moved, polar = {}, {}, {}
     for name, optimizer in modes.items():
-        optimizer.step()
+        with Implicit() as implicit:
+            optimizer.step()
         factors = []
         for _ in range(arguments.runs):
             with Watched() as watched:
                 dist.barrier()
                 optimizer.step()
             factors.append(slowest(watched.polar_seconds))
-        moved[name], polar[name] = watched.bytes, statistics.median(factors)
+        moved[name], polar[name] = watched.bytes + implicit.bytes, statistics.median(factors)
         spent[name] = seconds(optimizer.step, arguments.runs)
     if dist.get_rank() == 0:
         first = next(iter(modes))
@@ -128,7 +154,8 @@ def main() -> None:
         for name, value in spent.items():
             share = f"{polar[name]:6.3f} s   {polar[name] / polar[first]:11.2f}" if polar[name] else f"{'':8}   {'':11}"
             print(f"{name:40} {value:6.3f} s   {value / spent[first]:11.2f}   {share}   {moved[name] / 2**20:5.1f} MiB")
-        print(f"torch {torch.__version__}, {device}, {dist.get_world_size()} processes, {arguments.layers} layers")
+        ranks = f"{dist.get_world_size()} processes"
+        print(f"torch {torch.__version__}, {device}, {ranks}, {arguments.layers} layers, d = {arguments.hidden}")
     dist.destroy_process_group()
 
 

@@ -26,14 +26,14 @@ from symlm.views import MatrixView
 NOISE = 1e-3
 
 
-def qwen3(layers: int, vocabulary: int) -> nn.Module:
+def qwen3(layers: int, vocabulary: int, hidden: int = 1024) -> nn.Module:
     config = AutoConfig.for_model(
         "qwen3",
-        hidden_size=1024,
-        intermediate_size=3072,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
         head_dim=128,
         vocab_size=vocabulary,
         tie_word_embeddings=False,
