@@ -1,7 +1,8 @@
 """Step control by the softmax radius: shorten a proposed step that would drive some position's logits too far apart."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, pi
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from symlm.directions import wide
 
 REDUCTIONS = ("max", "mean")
 
@@ -66,14 +69,22 @@ class StepControl:
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
+        rests = {p: rest.clone() for p in parameters if (rest := self._rest(p)) is not None}
         result = self.optimizer.step()
         step = [p - old for p, old in zip(parameters, before, strict=True)]
         r = self._measured(before, step, inputs, named)
         factor = 1.0 if r is None or r <= self.r_target else self.r_target / r
-        for p, old in zip(parameters, before, strict=True) if factor < 1 else ():
-            p.lerp_(old, 1 - factor)
+        for p, old, change in zip(parameters, before, step, strict=True) if factor < 1 else ():
+            short = wide(old) + factor * wide(change)  # an interpolation would lose a small factor to rounding
+            p.copy_(short)
+            if (rest := self._rest(p)) is not None:
+                rest.copy_(short - p + rests.get(p, 0.0))
         self.last = None if r is None else Told(r, factor)
         return result
+
+    def _rest(self, p: Tensor) -> Tensor | None:
+        """Return what compensated rounding keeps of a bf16 weight below its last digit, if anything."""
+        return self.optimizer.state.get(p, {}).get("compensation")
 
     def _measured(self, before: list[Tensor], step: list[Tensor], inputs: Any, named: Any) -> float | None:
         try:
@@ -95,12 +106,8 @@ class StepControl:
     def _ratio(self, start: list[Tensor], step: list[Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> float:
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         values, tangents = (dict(zip(names, tensors, strict=True)) for tensors in (start, step))
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             change = self._change(values, tangents, inputs, named)
-        finally:
-            self.model.train(training)
         if change.ndim < 1 or change.shape[-1] < 2:
             raise TypeError(f"logits of shape {tuple(change.shape)} have no classes")
         return float(reduce_spread(change, self.over) / pi)
@@ -123,6 +130,18 @@ class StepControl:
         width = 1e-3 / scale if scale > 1e-3 else 1.0
         moved = {name: value + width * tangents[name] for name, value in values.items()}
         return (function(moved) - function(values)) / width
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and every module of it back in its own."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Call:

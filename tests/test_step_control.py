@@ -1,15 +1,17 @@
 """The softmax radius: its formula, what it is invariant to, and that a clipped step is the step times a factor."""
 
+import cmath
 import warnings
 from math import pi
 
 import pytest
 import torch
-from models import tiny, tokens
+from models import loss_of, tiny, tokens
 from torch import nn
 
 import symlm
 from symlm.step_control import StepControl, reduce_spread
+from symlm.teleport import neuron_scales, teleport
 
 
 def linear(seed=0):
@@ -50,6 +52,92 @@ def test_a_language_models_step_is_clipped_to_the_target(kind, difference):
         for p, old in zip(model.parameters(), twin, strict=True):
             p.data.copy_(old)
         assert control.radius_ratio(moved, input_ids=x) == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("rate", [1e2, 1e6, 1e12])
+def test_however_long_a_step_of_any_optimizer_is_its_measured_ratio_is_the_target(rate):
+    """Of the step that was really made, in fp32."""
+    torch.manual_seed(0)
+    model, X = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(9, 6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    control = StepControl(model, optimizer)
+    model(X).logsumexp(1).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    control.step(X)
+    moved = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
+    for p, old in zip(model.parameters(), before, strict=True):
+        p.data.copy_(old)
+    assert control.last.proposed > 1
+    assert control.radius_ratio(moved, X) == pytest.approx(1, rel=1e-4)
+
+
+def test_what_compensated_rounding_keeps_is_clipped_too():
+    torch.manual_seed(0)
+    model, X = nn.Linear(6, 4, bias=False).bfloat16(), torch.randn(9, 6).bfloat16()
+    optimizer = symlm.SymOptimizer(model, rounding="compensated", weight_decay=0.0)
+    control = StepControl(model, optimizer)
+    for lr in (1e4, 1e-6):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.randn_like(model.weight)
+        control.step(X)
+    assert (model.weight - before).abs().max() < 2**-8 * before.abs().max()
+
+
+def test_modules_that_were_in_evaluation_mode_stay_so():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).train()
+    model[1].eval()
+    control = StepControl(model, torch.optim.SGD(model.parameters(), 1.0))
+    model(torch.randn(9, 6)).sum().backward()
+    control.step(torch.randn(9, 6))
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+
+
+class Broken(nn.Linear):
+    """Finite logits, whose derivative is not."""
+
+    def forward(self, x):
+        return super().forward(x) + (self.weight.sum() * 0).sqrt()
+
+
+def test_a_derivative_that_is_not_finite_leaves_the_step_alone_and_says_so():
+    model = Broken(6, 4)
+    control = StepControl(model, torch.optim.SGD(model.parameters(), 0.1))
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.ones_like(model.weight)
+    with pytest.warns(UserWarning, match="the derivative of the logits is not finite"):
+        control.step(torch.randn(9, 6))
+    assert torch.allclose(model.weight, before - 0.1)
+    assert control.last is None
+
+
+def test_a_loss_of_two_classes_has_no_root_nearer_than_the_radius():
+    """`1 + e^(δ + t·a)` is zero at `t = (−δ ± iπ)/a`: at |t| = √(δ² + π²)/|a| ≥ π/|a| = ρ."""
+    W, D = (torch.randn(2, 3, dtype=torch.float64) for _ in range(2))
+    model = nn.Linear(3, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(W)
+    x = torch.randn(1, 3, dtype=torch.float64)
+    gap, slope = ((x @ A.T)[0] for A in (W, D))
+    gap, slope = complex(gap[1] - gap[0]), complex(slope[1] - slope[0])
+    root = (-gap + 1j * pi) / slope
+    assert abs(1 + cmath.exp(gap + root * slope)) < 1e-12
+    control = StepControl(model, torch.optim.SGD(model.parameters(), 1.0))
+    assert 1 / control.radius_ratio([D], x) <= abs(root)
+    assert 1 / control.radius_ratio([D], x) == pytest.approx(pi / abs(slope))
+
+
+def test_the_ratio_is_the_same_wherever_a_symmetry_of_the_loss_moves_model_and_step():
+    model, x = tiny(dtype=torch.float64), tokens()
+    control = StepControl(model, torch.optim.SGD(model.parameters(), 1.0))
+    step = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    r = control.radius_ratio(step.values(), input_ids=x)
+    generator = torch.Generator().manual_seed(0)
+    scales = neuron_scales(model, 0.3 * torch.randn(2, 48, dtype=torch.float64, generator=generator))
+    teleport(model, scales, lambda: loss_of(model, x))
+    step |= {name: transport.weight(step[name]) for name, transport in scales.items()}
+    assert control.radius_ratio(step.values(), input_ids=x) == pytest.approx(r, rel=1e-9)
 
 
 def test_a_small_step_is_left_as_it_is():
