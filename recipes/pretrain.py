@@ -133,10 +133,10 @@ def train_step(
         with accelerator.accumulate(model):
             output = model(input_ids=x, labels=x, **routers.inputs)
             accelerator.backward(output.loss + routers.loss(output))
-            if train.clip and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), train.clip)
             if job.teleporter and accelerator.sync_gradients:
                 job.teleporter.before_step(x)
+            if train.clip and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), train.clip)
             if job.control and accelerator.sync_gradients:
                 job.control.step(input_ids=x)
             else:

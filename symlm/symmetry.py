@@ -1,4 +1,4 @@
-"""Groups as values, and the symmetry of a matrix map: `U(L M Rᵀ) = L U(M) Rᵀ`, with or without a shared shift."""
+"""Groups as values, how their elements act, and the symmetry of a matrix map: `U(L M Rᵀ) = L U(M) Rᵀ`."""
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -71,3 +71,58 @@ class Symmetry:
 def act(M: Tensor, L: Tensor, R: Tensor) -> Tensor:
     """Move M by a group element, `L M Rᵀ`.  Shapes: (..., m, n), (m, m), (n, n) -> (..., m, n)."""
     return L @ M @ R.mT
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How a group element acts on a weight (m, n): `W' = L W R^{-1} + shift`.
+
+    left, right: None for the identity; a vector, the diagonal; or a stack (b, k, k), the blocks on the diagonal.
+    shift: added to every row (n), as softmax ignores it in a head or a router.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    shift: Tensor | None = None
+
+    def weight(self, W: Tensor) -> Tensor:
+        """Return `L W R^{-1} + shift`.  Shapes: (m, n) -> same."""
+        moved = _times(self.left, W)
+        moved = _times(_inverse_transposed(self.right), moved.mT).mT
+        return moved if self.shift is None else moved + self.shift
+
+    def covector(self, G: Tensor) -> Tensor:
+        """Return `L^{-T} G R^T`, how gradients and momenta move.  Shapes: (m, n) -> same."""
+        return _times(self.right, _times(_inverse_transposed(self.left), G).mT).mT
+
+    @property
+    def group(self) -> Group | None:
+        """The smallest group of more than one element that both sides lie in; None if they are no rotations."""
+        groups = [_group_of(A) for A in (self.left, self.right) if A is not None]
+        return None if None in groups else max(filter(None, groups), default=permutations)
+
+
+def _times(A: Tensor | None, W: Tensor) -> Tensor:
+    if A is None:
+        return W
+    if A.ndim == 1:
+        return A[:, None] * W
+    W = W.to(torch.promote_types(A.dtype, W.dtype))
+    return (A @ W.reshape(len(A), -1, W.shape[-1])).reshape(W.shape)
+
+
+def _group_of(A: Tensor) -> Group | None:
+    """Return the smallest group of more than one element that a diagonal, or a stack of blocks, lies in, if any."""
+    Q = torch.diag_embed(A[:, None]) if A.ndim == 1 else A
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    if not torch.allclose(Q @ Q.mT, eye.expand_as(Q), atol=1e-5):
+        return None
+    if not torch.allclose(Q.abs().amax(dim=-1), Q.new_ones(()), atol=1e-5):
+        return rotations
+    return permutations if (Q > -1e-5).all() else signed_permutations
+
+
+def _inverse_transposed(A: Tensor | None) -> Tensor | None:
+    if A is None:
+        return None
+    return 1 / A if A.ndim == 1 else torch.linalg.inv(A).mT

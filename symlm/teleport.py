@@ -5,8 +5,7 @@ an optimizer's state, moves as the covector `G' = L^{-T} G R^T`: the search need
 the model. Source: Zhao, Dehmamy, Walters & Yu, NeurIPS 2022; the transformer's groups are derived.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from math import inf
 from typing import Any
@@ -16,46 +15,10 @@ from torch import Tensor, nn
 
 from symlm.rules import get_rule
 from symlm.rules.rule import State
+from symlm.symmetry import Group, Transport, permutations, rotations, signed_permutations
 from symlm.views import TRANSPOSED, WHOLE, MatrixView
 
 TOLERANCE = 1e-10  # of float64, relative; fp32 gets 1e-5
-
-
-@dataclass(frozen=True)
-class Transport:
-    """How a group element acts on a weight (m, n): `W' = L W R^{-1} + shift`.
-
-    left, right: None for the identity; a vector, the diagonal; or a stack (b, k, k), the blocks on the diagonal.
-    shift: added to every row (n), as softmax ignores it in a head or a router.
-    """
-
-    left: Tensor | None = None
-    right: Tensor | None = None
-    shift: Tensor | None = None
-
-    def weight(self, W: Tensor) -> Tensor:
-        """Return `L W R^{-1} + shift`.  Shapes: (m, n) -> same."""
-        moved = _times(self.left, W)
-        moved = _times(_inverse_transposed(self.right), moved.mT).mT
-        return moved if self.shift is None else moved + self.shift
-
-    def covector(self, G: Tensor) -> Tensor:
-        """Return `L^{-T} G R^T`, how gradients and momenta move.  Shapes: (m, n) -> same."""
-        return _times(self.right, _times(_inverse_transposed(self.left), G).mT).mT
-
-
-def _times(A: Tensor | None, W: Tensor) -> Tensor:
-    if A is None:
-        return W
-    if A.ndim == 1:
-        return A[:, None] * W
-    return (A @ W.reshape(len(A), -1, W.shape[-1])).reshape(W.shape)
-
-
-def _inverse_transposed(A: Tensor | None) -> Tensor | None:
-    if A is None:
-        return None
-    return 1 / A if A.ndim == 1 else torch.linalg.inv(A).mT
 
 
 Transports = Mapping[str, Transport]
@@ -64,7 +27,10 @@ Transports = Mapping[str, Transport]
 def neuron_scales(model: nn.Module, T: Tensor) -> dict[str, Transport]:
     """Return the scales `up' = e^T up`, `down' = down e^{-T}` of a SwiGLU's neurons.  Shapes: T (layers, neurons)."""
     found = {}
-    for path, t in zip(_paths(model, "up_proj"), T, strict=True):
+    for path, t in zip(_paths(model, "up_proj", len(T)), T, strict=True):
+        neurons = len(model.get_parameter(f"{path}.up_proj.weight"))
+        if neurons != len(t):
+            raise ValueError(f"{path} has {neurons} neurons, T has {len(t)} a layer")
         found[f"{path}.up_proj.weight"] = Transport(left=t.exp())
         found[f"{path}.down_proj.weight"] = Transport(right=t.exp())
     return found
@@ -73,7 +39,7 @@ def neuron_scales(model: nn.Module, T: Tensor) -> dict[str, Transport]:
 def neuron_permutations(model: nn.Module, orders: Tensor) -> dict[str, Transport]:
     """Return permutations of gate, up and down together.  Shapes: orders (layers, neurons), each a permutation."""
     found = {}
-    for path, order in zip(_paths(model, "up_proj"), orders, strict=True):
+    for path, order in zip(_paths(model, "up_proj", len(orders)), orders, strict=True):
         P = torch.eye(len(order), dtype=_dtype(model), device=order.device)[order][None]
         for name in ("gate_proj", "up_proj"):
             found[f"{path}.{name}.weight"] = Transport(left=P)
@@ -87,7 +53,7 @@ def value_output(model: nn.Module, T: Tensor) -> dict[str, Transport]:
     Shapes: T (layers, value heads, head, head). Query heads that share a value head share its g.
     """
     found = {}
-    for path, t in zip(_paths(model, "v_proj"), T, strict=True):
+    for path, t in zip(_paths(model, "v_proj", len(T)), T, strict=True):
         g = torch.linalg.matrix_exp(t)
         value, output = (model.get_parameter(f"{path}.{leaf}.weight") for leaf in ("v_proj", "o_proj"))
         groups = output.shape[1] // value.shape[0]
@@ -103,7 +69,7 @@ def rope_rotations(model: nn.Module, angles: Tensor) -> dict[str, Transport]:
     and k must be equal within a pair.
     """
     found = {}
-    for path, angle in zip(_paths(model, "k_proj"), angles, strict=True):
+    for path, angle in zip(_paths(model, "k_proj", len(angles)), angles, strict=True):
         cos, sin = torch.diag_embed(angle.cos()), torch.diag_embed(angle.sin())
         R = torch.cat([torch.cat([cos, -sin], dim=-1), torch.cat([sin, cos], dim=-1)], dim=-2)
         query, key = (model.get_parameter(f"{path}.{leaf}.weight") for leaf in ("q_proj", "k_proj"))
@@ -122,6 +88,7 @@ def residual_rotation(model: nn.Module, Q: Tensor) -> dict[str, Transport]:
     """Return the rotation of the residual stream: readers `W Qᵀ`, writers `Q W`.  Shapes: Q (d, d), orthogonal.
 
     It leaves the loss unchanged where every norm of the stream has unit gains.
+    Raises: ValueError for a model with weights of which it is not known whether they read the stream or write it.
     """
     readers = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "embed_tokens")
     found = {}
@@ -131,13 +98,17 @@ def residual_rotation(model: nn.Module, Q: Tensor) -> dict[str, Transport]:
             found[name] = Transport(right=Q[None])
         elif p.ndim == 2 and leaf in ("o_proj", "down_proj"):
             found[name] = Transport(left=Q[None])
+        elif p.ndim > 1:
+            raise ValueError(
+                f"{name}: a rotation knows {(*readers, 'o_proj', 'down_proj')}, and not how this one turns"
+            )
     return found
 
 
-def _paths(model: nn.Module, leaf: str) -> list[str]:
+def _paths(model: nn.Module, leaf: str, layers: int) -> list[str]:
     found = [name.rpartition(".")[0] for name, _ in model.named_modules() if name.rpartition(".")[2] == leaf]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no {leaf}: this action is not one of its symmetries")
+    if len(found) != layers:
+        raise ValueError(f"{type(model).__name__} has {len(found)} {leaf}, the action is on {layers}")
     return found
 
 
@@ -156,31 +127,43 @@ def teleport(
     """Act on a model, and on the gradients' means in its optimizer's state; or leave both alone and raise.
 
     loss: evaluated before and after, and must not change by more than `tolerance` (relative; by dtype).
-    Raises: ValueError where the loss changed, for an unknown weight, and for an elementwise second moment under
-    a group element that mixes elements; everything is then as it was.
+    Raises: ValueError where the loss changed, for an unknown weight, for weights of less than fp32, and for a state
+    that cannot move: elementwise squares under what is no permutation, means of steps under what is no rotation.
+    Whatever raises, everything is then as it was.
     """
     weights = dict(model.named_parameters())
     if unknown := sorted(set(transports) - set(weights)):
         raise ValueError(f"the model has no {unknown}")
+    if narrow := [name for name in transports if weights[name].dtype.itemsize < 4]:
+        raise ValueError(
+            f"{narrow[0]} is {weights[narrow[0]].dtype}, whose rounding would change the loss: widen it first"
+        )
     tolerance = tolerance or (TOLERANCE if _dtype(model) == torch.float64 else 1e-5)
     states = [(value, moved(value)) for value, moved in _states(optimizer, transports, weights)] if optimizer else []
-    before, kept = loss().item(), {name: weights[name].detach().clone() for name in transports}
-    for name, transport in transports.items():
-        weights[name].copy_(transport.weight(kept[name]))
-    after = loss().item()
-    if not abs(after - before) <= tolerance * max(1.0, abs(before)):
+    kept = {name: weights[name].detach().clone() for name in transports}
+    try:
+        before = loss().item()
+        for name, transport in transports.items():
+            weights[name].copy_(transport.weight(kept[name]))
+        after = loss().item()
+        if not abs(after - before) <= tolerance * max(1.0, abs(before)):
+            raise ValueError(
+                f"the loss went from {before:.12g} to {after:.12g}: the action is no symmetry of this model (norm "
+                "gains that are not 1? biases? dropout?); the weights are as they were"
+            )
+    except BaseException:
         for name, W in kept.items():
             weights[name].copy_(W)
-        raise ValueError(
-            f"the loss went from {before:.12g} to {after:.12g}: the action is no symmetry of this model (norm gains "
-            "that are not 1? biases? an activation that is not bijective?); the weights are as they were"
-        )
+        raise
     for value, moved in states:
         value.copy_(moved)
     for name, transport in transports.items():
         gradient = weights[name].grad
         if gradient is not None:
             weights[name].grad = transport.covector(gradient).contiguous()  # fused steps read along memory
+
+
+MEANS_OF_GRADIENTS = ("momentum", "momentum_buffer", "exp_avg")  # ours and torch's
 
 
 def _states(
@@ -195,15 +178,37 @@ def _states(
         group = groups.get(weights[name], {})
         kept = get_rule(group["rule"]).state if "rule" in group else {}
         for key, value in optimizer.state.get(weights[name], {}).items():
+            if not isinstance(value, Tensor) or not value.ndim:
+                continue
             if key in kept:
                 found.append((value, partial(_moved_by_rule, kept[key], group["view"], transport, name)))
-            elif not isinstance(value, Tensor) or value.shape != weights[name].shape:
-                continue
-            elif key in ("exp_avg_sq", "compensation"):
-                raise ValueError(f"{key} of {name} is elementwise and cannot move with the group; reset it first")
-            else:
+            elif value.shape == weights[name].shape and transport.group in _groups_that_move(key, group):
                 found.append((value, transport.covector))
+            else:
+                raise ValueError(f"{key} of {name} cannot move with this group element (elementwise?); reset it first")
     return found
+
+
+def _groups_that_move(key: str, group: Mapping[str, Any]) -> tuple[Group | None, ...]:
+    """Return the groups under which a tensor of the state moves like a gradient; None stands for GL."""
+    if key not in MEANS_OF_GRADIENTS:
+        return (permutations,)
+    if group.get("momentum_of") == "directions":
+        return (permutations, signed_permutations, rotations)
+    return (permutations, signed_permutations, rotations, None)
+
+
+def refuse_unmovable(optimizer: torch.optim.Optimizer, model: nn.Module, names: Collection[str]) -> None:
+    """Tell before any step whether these weights' states will move with more than permutations.
+
+    Raises: ValueError for elementwise rules, rules with a state and means of steps, which do not.
+    """
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for name in names:
+        group = groups.get(model.get_parameter(name), {})
+        rule = get_rule(group["rule"]) if "rule" in group else None
+        if (rule and (rule.elementwise or rule.state)) or group.get("momentum_of") == "directions":
+            raise ValueError(f"{name}: what {group['rule']!r} keeps does not move with a teleport; choose another rule")
 
 
 def _moved_by_rule(state: State, view: str, transport: Transport, name: str, value: Tensor) -> Tensor:
@@ -217,12 +222,12 @@ def _moved_by_rule(state: State, view: str, transport: Transport, name: str, val
     side = transport.left if (state.side == "left") == (parsed == WHOLE) else transport.right
     if side is None:
         return value
-    Q = torch.diag(side) if side.ndim == 1 else torch.block_diag(*side)
-    if not torch.allclose(Q @ Q.mT, torch.eye(len(Q), dtype=Q.dtype, device=Q.device), atol=1e-5):
+    group = Transport(left=side).group
+    if group is None:
         raise ValueError(f"what the rule keeps of {name} moves with rotations alone; reset it first")
-    if not state.rotations and not torch.allclose(Q.abs().amax(dim=0), Q.new_ones(len(Q)), atol=1e-5):
+    if group == rotations and not state.rotations:
         raise ValueError(f"what the rule keeps of {name} moves with signed permutations alone; reset it first")
-    return state.act(value, Q)
+    return state.act(value, torch.diag(side) if side.ndim == 1 else torch.block_diag(*side))
 
 
 def climb(
@@ -235,7 +240,7 @@ def climb(
     """Search a group for the place of the largest gradient, by ascent in its Lie algebra.
 
     family: T -> the transports of exp(T); start: T's first value, zero for the identity; each step has length `lr`.
-    Returns T and `|∇L|` there over `|∇L|` here, of the weights that move.
+    Returns T and `|∇L|` there over `|∇L|` here, of the weights that move; 1 where the gradient is zero.
     """
     T = start.detach().clone().requires_grad_()
     with torch.no_grad():
@@ -245,7 +250,7 @@ def climb(
         with torch.no_grad():
             T += lr * direction / direction.norm().clamp(min=1e-30)
     with torch.no_grad():
-        ratio = float((_square(family(T), gradients) / here).sqrt())
+        ratio = float((_square(family(T), gradients) / here).sqrt()) if here > 0 else 1.0
     return T.detach(), ratio
 
 
@@ -282,6 +287,15 @@ def ascend(
     return [x.detach() for x in moved] if many else moved.detach()
 
 
+def act_on_quadratic(A: Tensor, R: Tensor, w: Tensor) -> Tensor:
+    """Let a rotation R act on the w of `wᵀAw`: `A^{-1/2} R A^{1/2} w`.  Shapes: (n, n), (n, n), (n) -> (n).
+
+    A: symmetric and positive definite. Source: Zhao et al., NeurIPS 2022.
+    """
+    values, vectors = torch.linalg.eigh(A)
+    return vectors @ ((vectors.mT @ (R @ (vectors @ (values.sqrt() * (vectors.mT @ w))))) / values.sqrt())
+
+
 def act_on_mlp(
     weights: list[Tensor],
     X: Tensor,
@@ -293,14 +307,24 @@ def act_on_mlp(
     """Let g of GL(k) act on the outputs h of a layer of `h_m = σ(W_m h_{m-1})`, exactly, for the data X.
 
     `W_m' = σ^{-1}(g σ(W_m h)) h^+`, `W_{m+1}' = W_{m+1} g^{-1}`, h the layer's inputs. Shapes: X (inputs, samples).
-    Raises: ValueError where h has more samples than rows: then no weights give these outputs.
+    Raises: ValueError for the last layer, and where no weights give these outputs: h has more samples than rows, or
+    they depend on each other; `inverse` is not σ's, or g leads out of σ's values.
     """
+    if not 0 <= layer < len(weights) - 1:
+        raise ValueError(f"layer {layer} of {len(weights)}: the last has no next one to take g back")
     h = X
     for W in weights[:layer]:
         h = activation(W @ h)
     if h.shape[1] > h.shape[0]:
         raise ValueError(f"a batch of {h.shape[1]} is larger than the width {h.shape[0]}: the action is not exact")
-    moved = list(weights)
-    moved[layer] = inverse(g @ activation(weights[layer] @ h)) @ torch.linalg.pinv(h)
+    moved, wanted = list(weights), g @ activation(weights[layer] @ h)
+    moved[layer] = inverse(wanted) @ torch.linalg.pinv(h)
     moved[layer + 1] = weights[layer + 1] @ torch.linalg.inv(g)
+    with torch.no_grad():
+        error = (activation(moved[layer] @ h) - wanted).norm() / wanted.norm()
+    if not error <= 1e-6:
+        raise ValueError(
+            f"the layer's outputs are off by {error:.1e}: samples that depend on each other, or an activation that is "
+            "not bijective or has not these values"
+        )
     return moved

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import loss_of, tiny, tokens
 from numerics import relative
+from teleporting import LARGEST, Teleporter
 
 import symlm
 from symlm import teleport as t
@@ -103,14 +104,139 @@ def test_what_is_no_symmetry_is_refused_and_undone():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_elementwise_second_moments_do_not_move():
+SQUARES = ("Adam", "Adagrad", "RMSprop", "Adadelta", "Adamax", "Adafactor")
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_elementwise_second_moments_do_not_move(name):
     model, x = model_of(), tokens()
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-3)
     loss_of(model, x).backward()
     optimizer.step()
-    with pytest.raises(ValueError, match=r"exp_avg_sq of .* is elementwise"):
+    with pytest.raises(ValueError, match=r"cannot move with this group element \(elementwise"):
         t.teleport(model, ACTIONS["value and output"](model), lambda: loss_of(model, x), optimizer)
     t.teleport(model, ACTIONS["head shift"](model), lambda: loss_of(model, x), optimizer)  # moves no gradient
+
+
+def test_but_with_permutations():
+    """Adam commutes with a permutation of neurons, if its two moments move along."""
+    one, two = model_of(), model_of()
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3) for m in (one, two)]
+    for step in range(3):
+        for model, optimizer in zip((one, two), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, tokens(step)).backward()
+            optimizer.step()
+        if step == 0:
+            turn = ACTIONS["neuron permutations"](two)
+            t.teleport(two, turn, lambda: loss_of(two, tokens(0)), optimizers[1])
+    for key, move in turn.items():
+        assert relative(two.get_parameter(key), move.weight(one.get_parameter(key).detach())) < 1e-9, key
+
+
+@pytest.mark.parametrize("name", ["neuron scales", "value and output"])
+@pytest.mark.parametrize("build", [torch.optim.SGD, symlm.SymOptimizer], ids=["torch", "symlm"])
+def test_a_mean_of_one_gradient_is_the_gradient_at_the_destination(name, build):
+    model, x = model_of(), tokens()
+    optimizer = build(model if build is symlm.SymOptimizer else model.parameters(), lr=1e-30, momentum=0.9)
+    loss_of(model, x).backward()
+    optimizer.step()
+    transports = ACTIONS[name](model)
+    t.teleport(model, transports, lambda: loss_of(model, x), optimizer)
+    model.zero_grad()
+    loss_of(model, x).backward()
+    for key in transports:
+        p = model.get_parameter(key)
+        mean = next(optimizer.state[p][k] for k in t.MEANS_OF_GRADIENTS if k in optimizer.state[p])
+        mean = mean * (p.grad.norm() / mean.norm())  # (1 - β) g or g
+        assert relative(mean, p.grad) < 1e-8, key
+
+
+def test_a_mean_of_steps_moves_with_rotations_alone():
+    model, x = model_of(), tokens()
+    optimizer = symlm.SymOptimizer(model, preset="polargrad", momentum_of="directions")
+    loss_of(model, x).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"momentum of .* cannot move with this group element"):
+        t.teleport(model, ACTIONS["neuron scales"](model), lambda: loss_of(model, x), optimizer)
+
+
+def test_a_bf16_momentum_moves():
+    model, x = tiny("qwen3"), tokens()
+    optimizer = symlm.SymOptimizer(model, momentum_dtype="bfloat16")
+    loss_of(model, x).backward()
+    optimizer.step()
+    scales = t.neuron_scales(model, random(2, 48).float())
+    before = {name: optimizer.state[model.get_parameter(name)]["momentum"].clone() for name in scales}
+    t.teleport(model, scales, lambda: loss_of(model, x), optimizer)
+    for name, move in scales.items():
+        M = optimizer.state[model.get_parameter(name)]["momentum"]
+        assert M.dtype == torch.bfloat16
+        assert relative(M.float(), move.covector(before[name].float())) < 2**-8
+
+
+def test_bf16_weights_are_refused_with_the_reason():
+    model, x = tiny("qwen3").bfloat16(), tokens()
+    with pytest.raises(ValueError, match="whose rounding would change the loss"):
+        t.teleport(model, t.neuron_scales(model, random(2, 48).float()), lambda: loss_of(model, x))
+
+
+def test_a_loss_that_cannot_be_told_again_undoes_the_teleport():
+    model, x, calls = model_of(), tokens(), []
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss():
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return loss_of(model, x)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        t.teleport(model, ACTIONS["neuron scales"](model), loss)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_teleports_at_every_step_do_not_run_away():
+    torch.manual_seed(0)
+    model = tiny("qwen3")
+    optimizer = symlm.SymOptimizer(model, lr=0.002)
+    teleporter = Teleporter(model, optimizer, 1)
+    for step in range(30):
+        optimizer.zero_grad()
+        loss_of(model, tokens(step)).backward()
+        teleporter.before_step(tokens(step))
+        assert all(p.grad.norm() > 0 for p in model.parameters())
+        optimizer.step()
+    assert 1 < teleporter.growth <= LARGEST
+    assert max(p.abs().max() for p in model.parameters() if p.ndim == 2) < 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("qwen3", {"preset": "adamw"}, "'adamw' keeps does not move"),
+        ("qwen3", {"overrides": {"mlp_in": {"rule": "aro_adam"}}}, "'aro_adam' keeps does not move"),
+        ("glm4_moe", {}, "neurons, T has"),
+    ],
+)
+def test_a_run_that_could_not_teleport_is_refused_before_it_begins(kind, options, words):
+    model = tiny(kind)
+    with pytest.raises(ValueError, match=words):
+        Teleporter(model, symlm.SymOptimizer(model, **options), 10)
+
+
+def test_a_rotation_refuses_weights_that_it_does_not_know():
+    model = tiny("phi3", dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"qkv_proj\.weight: a rotation knows"):
+        t.residual_rotation(model, orthogonal(32))
+
+
+def test_a_quadratics_action_keeps_its_value():
+    A = random(4, 4)
+    A, w = A @ A.T + torch.eye(4).double(), random(4, seed=1)
+    moved = t.act_on_quadratic(A, orthogonal(4), w)
+    assert moved @ A @ moved == pytest.approx((w @ A @ w).item(), rel=1e-12)
+    assert relative(moved, w) > 0.1
 
 
 def test_a_refused_teleport_leaves_everything_as_it_was():
@@ -136,7 +262,41 @@ def test_numbers_of_rows_move_with_permutations_alone():
         t.teleport(model, ACTIONS["residual rotation"](model), lambda: loss_of(model, x), optimizer)
 
 
-def test_a_batch_larger_than_the_width_is_refused():
-    W = [random(4, 3), random(2, 4)]
-    with pytest.raises(ValueError, match="larger than the width 3"):
-        t.act_on_mlp(W, random(3, 5), 0, torch.eye(4).double(), torch.tanh, torch.atanh)
+def leaky(h):
+    return torch.nn.functional.leaky_relu(h, 0.1)
+
+
+def unleaky(h):
+    return torch.nn.functional.leaky_relu(h, 10.0)
+
+
+def test_the_exact_action_keeps_the_outputs():
+    W, X = [random(4, 3), random(5, 4, seed=1), random(2, 5, seed=2)], random(3, 2, seed=3)
+    moved = t.act_on_mlp(W, X, 1, torch.eye(5).double() + random(5, 5, seed=4), leaky, unleaky)
+    outputs = [V[2] @ leaky(V[1] @ leaky(V[0] @ X)) for V in (W, moved)]
+    assert relative(outputs[1], outputs[0]) < 1e-12
+    assert relative(moved[1], W[1]) > 0.1
+
+
+REFUSED = {
+    "a batch larger than the width": (0, random(3, 5), leaky, unleaky, "larger than the width 3"),
+    "samples that depend on each other": (
+        0,
+        random(3, 2) @ torch.tensor([[1, 0, 1], [0, 1, 1]]).double(),
+        leaky,
+        unleaky,
+        "off by",
+    ),
+    "no bijection": (0, random(3, 2), torch.relu, torch.relu, "off by"),
+    "values that the activation has not": (0, 30 * random(3, 2), torch.tanh, torch.atanh, "off by"),
+    "the last layer": (1, random(3, 2), leaky, unleaky, "the last has no next one"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_mlp_whose_outputs_would_change_is_refused(name):
+    layer, X, activation, inverse, words = REFUSED[name]
+    W = [random(4, 3, seed=5), random(2, 4, seed=6)]
+    g = torch.eye(len(W[layer])).double() + random(len(W[layer]), len(W[layer]), seed=7)
+    with pytest.raises(ValueError, match=words):
+        t.act_on_mlp(W, X, layer, g, activation, inverse)
