@@ -169,7 +169,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
-    """Return the optimizer, its table printed.  Raises: ValueError for an unknown algorithm, and for AGD in shards."""
+    """Return the optimizer, its table printed.  Raises: ValueError for an unknown algorithm, and what AGD cannot do."""
     if config.algorithm == "symlm":
         kernels = config.options.get("kernels", "auto")
         told = {"kernels": kernels, "lr": config.lr, "overrides": config.overrides}
@@ -177,6 +177,11 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, accelerator
         return symlm.SymOptimizer(model, config.lr, config.preset, config.overrides, **config.options)
     if config.algorithm != "agd":
         raise ValueError(f"unknown optimizer.algorithm {config.algorithm!r}; choose 'symlm' or 'agd'")
+    plain = OptimizerConfig()
+    if (config.lr, config.preset, config.overrides) != (plain.lr, plain.preset, plain.overrides):
+        raise ValueError(
+            "AGD finds its rate by itself, one for all layers: leave out optimizer.lr, preset and overrides"
+        )
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
         raise ValueError("AGD's rate needs every layer's whole gradient: use one process or DDP")
     for p in model.parameters():
@@ -225,7 +230,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
             raise ValueError(f"train.{name} looks at one process's batch and weights: use one process, or leave it out")
     if train.teleport_every and accelerator.mixed_precision != "no":
         raise ValueError("train.teleport_every compares losses that rounding would change: set mixed_precision to no")
-    control = StepControl(model, optimizer, r_target=train.r_target) if train.r_target else None
+    control = StepControl(model, optimizer, r_target=train.r_target, over=train.r_over) if train.r_target else None
     teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
     if teleporter:
         accelerator.register_for_checkpointing(teleporter)

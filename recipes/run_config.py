@@ -55,7 +55,9 @@ class TrainConfig:
     """schedule: "linear" (warm-up, constant, then linear to zero over `decay` of the steps) or "cosine".
 
     r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
+    r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
     teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
+    mixed_precision: "no", "bf16" or "fp16"; none is what the launcher was told.
     load_loss, z_loss: coefficients of the routers' auxiliary losses; the loss that is written is without them.
     """
 
@@ -67,10 +69,11 @@ class TrainConfig:
     decay: float = 0.4
     clip: float | None = None
     r_target: float | None = None
+    r_over: float | str = "max"
     teleport_every: int | None = None
     load_loss: float = 0.0
     z_loss: float = 0.0
-    mixed_precision: str = "no"
+    mixed_precision: str | None = None
     seed: int = 42
     validate_every: int = 50
     log_every: int = 10

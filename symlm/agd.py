@@ -13,12 +13,13 @@ class AGD(torch.optim.Optimizer):
 
     s_k = √(outputs/inputs), for a convolution over the root of its kernel's positions; L = layers;
     `G = (1/L) Σ s_k |g_k|_F`, `η = log((1 + √(1 + 4G))/2)`, the minimum of `−ηG + (e^η − 1)²/2`.
-    model: its layers in order of use; every trainable parameter has two axes or more. Call `initialize_(model)` first.
+    model: its layers in order of use, linear, convolutions or embeddings. Call `initialize_(model)` first.
     momentum β: the mean `m <- βm + (1−β)g` in g's place. layerwise: layer k's step is divided by k, the input's is 1.
     weight_decay λ: g_k includes λW_k, and η solves `e^η(e^η − 1) + λd̃/L·η = G`, d̃ the mean of outputs/inputs.
 
     The last three are reconstructed from descriptions, no published formula.
-    Raises: ValueError for biases and gains, which the bound does not cover, and for values out of range.
+    Raises: ValueError for biases, gains and other layers, which the bound does not cover, for values out of range, and
+    for a second parameter group.
     Source: Bernstein et al., arXiv 2304.05187, algorithm 1.
     """
 
@@ -32,11 +33,14 @@ class AGD(torch.optim.Optimizer):
     ) -> None:
         if gain <= 0 or not 0 <= momentum < 1 or weight_decay < 0:
             raise ValueError("gain is positive, 0 <= momentum < 1, weight_decay is not negative")
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if vectors := [name for name, p in named if p.ndim < 2]:
-            raise ValueError(f"AGD has no rate for {vectors}: build the model without biases and norm gains")
         defaults = {"lr": gain, "momentum": momentum, "layerwise": layerwise, "weight_decay": weight_decay}
-        super().__init__([p for _, p in named], defaults)
+        super().__init__(_layers(model), defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the model's layers.  Raises: ValueError for more."""
+        if self.param_groups:
+            raise ValueError("AGD has one rate for all layers of a model, so one group: give it the model that has all")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -100,12 +104,29 @@ def layer_scale(W: Tensor) -> float:
 @torch.no_grad()
 def initialize_(model: nn.Module) -> None:
     """Make every layer semi-orthogonal times its scale, each position of a kernel on its own.  Source: algorithm 1."""
-    for p in model.parameters():
-        if p.ndim < 2:
-            continue
+    for p in _layers(model):
         for position in p.flatten(2).unbind(2) if p.ndim > 2 else [p]:
             position.copy_(nn.init.orthogonal_(torch.empty_like(position)))
         p.mul_(layer_scale(p))
+
+
+def _layers(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable weights, in order.  Raises: ValueError for those whose outputs and inputs are not known."""
+    found: dict[nn.Parameter, None] = {}  # a tied weight is one layer
+    for path, module in model.named_modules():
+        known = isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
+        for leaf, p in module.named_parameters(path, recurse=False):
+            if p.requires_grad and (p.ndim < 2 or not known):
+                raise ValueError(
+                    f"AGD has no rate for {leaf} of {type(module).__name__}: build the model of nn.Linear, "
+                    "nn.Embedding and convolutions, without biases and norm gains (or freeze them)"
+                )
+            if p.requires_grad:
+                found[p] = None
+    return list(found)
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _fans(W: Tensor) -> tuple[int, int]:

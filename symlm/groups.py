@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "shared": True,
     "rotation": "own",
 }
-LOOSE = ("params", "param_names", "lr", "initial_lr", "skipped", "step")  # what is no part of the ranks' common plan
+LOOSE = ("params", "param_names", "skipped", "step")  # what is no part of the ranks' common plan
 ROUTED = ("role", "view", "rule", "scale", "outputs", "lr")
 
 

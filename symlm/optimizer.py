@@ -182,8 +182,9 @@ class SymOptimizer(torch.optim.Optimizer):
         if not groups:
             return False
         lines = [
-            f"{name} {shape} {missing} " + " ".join(f"{key}={group[key]}" for key in sorted(group) if key not in LOOSE)
+            f"{name} {shape} {missing} {settings}"
             for group in groups
+            for settings in [" ".join(f"{key}={_told(group[key])}" for key in sorted(group) if key not in LOOSE)]
             for name, shape, missing in self._shapes(group)
         ]
         check_agreement("\n".join(lines), local(groups[0]["params"][0]).device)
@@ -238,7 +239,7 @@ class SymOptimizer(torch.optim.Optimizer):
         finite = everywhere(torch.stack(extremes).isfinite().all() if extremes else torch.tensor(True, device=device))
         if self.defaults["nonfinite"] == "raise" and not finite:
             bad = [name for name, gradient in named if not local(gradient).isfinite().all()]
-            raise FloatingPointError(f"non-finite gradients in {bad}; nothing was updated")
+            raise FloatingPointError(f"non-finite gradients in {bad or 'other ranks'}; nothing was updated")
         skipped = torch.as_tensor(self.param_groups[0].get("skipped", 0), dtype=torch.int64, device=device)
         self.param_groups[0]["skipped"] = skipped.add_(~finite)  # in place: a captured step counts on in a replay
         return None if device.type == "cpu" and not finite else finite
@@ -273,6 +274,10 @@ class SymOptimizer(torch.optim.Optimizer):
                     self.state[p][key] = value.to(device=p.device, copy=True)
         for group in self.param_groups:
             check_group(group)
+
+
+def _told(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value  # whose text would name the rank's device
 
 
 def _extremes(tensors: list[Tensor]) -> list[Tensor]:

@@ -276,7 +276,7 @@ def store(group: dict[str, Any], member: Member, finite: Tensor) -> None:
         rounded = master.to(p.dtype)
         local(member.state["compensation"]).copy_(master - rounded.float())
     else:
-        rounded = stochastic_round(master, crc32(f"{group['step']} {member.name}".encode()))
+        rounded = stochastic_round(master, crc32(f"{group['step']} {member.name} {member.layout.interval[0]}".encode()))
     p.copy_(rounded if p.device.type == "cpu" else torch.where(finite, rounded, p))
 
 

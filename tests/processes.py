@@ -312,15 +312,20 @@ def run(world, names, limit=LIMIT):
 
 
 def disagreement(rank, world):
-    """Ranks with different tables must all raise, not hang."""
-    model = model_of("ddp")
-    optimizer = symlm.SymOptimizer(model, preset="default" if rank == 0 else "muon")
-    loss_of(model, batch(0)).backward()
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+    """Ranks with different tables, rates or models must all raise, not hang and not drift apart."""
+    messages = []
+    for key in ("preset", "lr", "overrides", "model"):
+        model = tiny(vocab_size=61 + rank) if key == "model" else model_of("ddp")
+        own = {"preset": ("default", "muon"), "lr": (0.02, 0.01), "overrides": ({}, {"lm_head": {"lr": 0.5}})}
+        options = {key: own[key][min(rank, 1)]} if key in own else {}
+        optimizer = symlm.SymOptimizer(model, **options)
+        loss_of(model, batch(0)).backward()
+        try:
+            optimizer.step()
+            messages.append(f"{key}: no error")
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
 
 
 def missing_peer(rank, world):

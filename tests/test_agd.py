@@ -4,6 +4,7 @@ from math import log, sqrt
 
 import pytest
 import torch
+from models import tiny
 from numerics import EXACT, relative
 from torch import nn
 
@@ -16,6 +17,16 @@ def network(seed=0):
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     return model
+
+
+def frozen_gains(model):
+    for p in model.parameters():
+        p.requires_grad_(p.ndim > 1)
+    return model
+
+
+def test_a_tied_weight_is_one_layer():
+    assert len(AGD(frozen_gains(tiny("qwen3", tie_word_embeddings=True))).param_groups[0]["params"]) == 1 + 2 * 7
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.03, 0.5])
@@ -82,6 +93,10 @@ def test_initialization_is_semi_orthogonal_times_the_scale():
 def test_what_the_bound_does_not_cover_is_refused():
     with pytest.raises(ValueError, match=r"no rate for .*bias"):
         AGD(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"no rate for .* of Olmoe"):
+        AGD(frozen_gains(tiny("olmoe")))
+    with pytest.raises(ValueError, match="one group"):
+        AGD(network()).add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
     with pytest.raises(ValueError, match="gain is positive"):
         AGD(network(), gain=0)
     model = network()

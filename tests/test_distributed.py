@@ -62,9 +62,9 @@ def test_settings_of_deepspeed_that_would_not_run_symlm_are_refused_at_construct
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_that_disagree_all_raise_with_the_digests(found, world):
-    messages = result(found, "disagreement", world)
-    assert all("the ranks disagree" in message for message in messages)
-    assert len({message.split("all have")[1] for message in messages}) == 1
+    for messages in zip(*result(found, "disagreement", world), strict=True):
+        assert all("the ranks disagree" in message for message in messages)
+        assert len({message.split("all have")[1] for message in messages}) == 1
 
 
 @pytest.mark.parametrize("world", [2, 4])

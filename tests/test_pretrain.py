@@ -6,10 +6,12 @@ import signal
 import subprocess
 import time
 
+import pretrain
 import pytest
 import run_config
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from architectures import MODELS, build_model
 from recipe import CONFIGS, command, write_text
 from safetensors.torch import load_file
@@ -83,6 +85,21 @@ def test_bad_input_is_named(text, tmp_path, argument, message):
     assert message in done.stderr
 
 
+def test_agd_takes_no_rate():
+    with pytest.raises(ValueError, match=r"AGD finds its rate by itself"):
+        pretrain.build_optimizer(None, run_config.OptimizerConfig(algorithm="agd", lr=0.1), None)
+
+
+@pytest.mark.parametrize(("told", "used"), [([], "bf16"), (["--train.mixed_precision=no"], "no")])
+def test_precision_is_the_launchers_unless_told(monkeypatch, told, used):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        config = run_config.read(["--train.tracker=none", *told])
+        assert pretrain.build_accelerator(config).mixed_precision == used
+    finally:
+        AcceleratorState._reset_state(True)
+
+
 def test_resuming_another_configuration_is_refused(text, whole):
     done = run(text, whole[0].parent, "--resume=true", "--train.clip=1.0")
     assert "was run with another configuration (['train'])" in done.stderr
@@ -134,8 +151,12 @@ SYSTEMS = {
     "auon": ["--optimizer.preset=auon"],
     "polargrad": ["--optimizer.preset=polargrad"],
     "agd": ["--optimizer.algorithm=agd"],
+    "aro, one rotation a layer": ["--optimizer.preset=aro", '--optimizer.options={"rotation": "layer"}'],
+    "hybrid auon": ['--optimizer.overrides={"mlp_in": {"rule": "hybrid_auon"}}'],
+    "polar first": ["--optimizer.preset=polargrad", '--optimizer.options={"momentum_of": "directions"}'],
     "teleport": ["--train.teleport_every=2"],
     "softmax radius": ["--train.r_target=0.5"],
+    "softmax radius, a quantile": ["--train.r_target=0.5", "--train.r_over=0.95"],
 }
 
 
@@ -146,5 +167,5 @@ def test_each_system_is_switched_on_by_configuration(text, tmp_path, system):
     row = json.loads((tmp_path / "default" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["train/loss"] < 7
     assert system != "teleport" or row["teleport/gradient_ratio"] > 1
-    assert system != "softmax radius" or row["radius/taken"] <= 0.5 + 1e-6
+    assert "softmax radius" not in system or row["radius/taken"] <= 0.5 + 1e-6
     assert ("update_rms/mlp_in" in row) == (system != "agd")

@@ -1,5 +1,6 @@
 #!/bin/bash
 # One launcher a node, FSDP2 over all of them:  sbatch --nodes 4 recipes/accelerate/slurm.sh --config recipes/configs/qwen3-0.6b.yaml
+# The folder of the run (--out) must be one that all nodes share.
 #SBATCH --job-name=symlm
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -7,8 +8,7 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 export MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export RECIPE_ARGUMENTS="$*"
 srun bash -c 'accelerate launch --config_file recipes/accelerate/nodes.yaml \
-  --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * 8)) \
+  --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * SLURM_GPUS_ON_NODE)) \
   --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN" --main_process_port 29500 \
-  recipes/pretrain.py $RECIPE_ARGUMENTS'
+  recipes/pretrain.py "$@"' launch "$@"

@@ -44,10 +44,11 @@ def auon_unnormalized(M: Tensor) -> Tensor:
 def hybrid_auon(M: Tensor) -> Tensor:
     """Return `Y/√(mean cosh²Y)`, Y one Newton–Schulz step of `M/|M|_F`.  Source: arXiv 2509.24320, the hybrid."""
     a, b, c = get_schedule("muon").steps(1)[0]
-    X = unit_matrix(M)
+    tall = M.shape[-2] > M.shape[-1]
+    X = unit_matrix(M.mT if tall else M)
     A = X @ X.mT
     Y = a * X + (b * A + c * A @ A) @ X
-    return Y / brake(Y)
+    return (Y.mT if tall else Y) / brake(Y)
 
 
 @rule(ELEMENTS, elementwise=True)
