@@ -227,7 +227,7 @@ class Exchange:
 
     def send(self, parts: Sequence[Tensor]) -> None:
         """Start to send this rank's part of every matrix to its owner.  parts: flat, one a matrix."""
-        self.parts = parts
+        self.parts, self.size, self.like = parts, parts[0].numel(), parts[0].new_empty(0)
         if self.layout.whole:
             return
         copy, _ = self.layout.rank
@@ -249,55 +249,55 @@ class Exchange:
             rows = torch.cat([x.view(len(mine), n) for x, n in zip(blocks, lengths, strict=True)], dim=1)
             wholes = [row.view(self.layout.shape) for row in rows]
         found = [U.reshape(-1) for U in directions(wholes)] if wholes else []
+        self.parts, self.arrived = [], self.like  # these would stay until the directions are received
         if self.layout.whole:
-            self.returned = found
+            self._spread(found)
             return
-        out = _joined([U[a:b] for a, b in self.layout.intervals for U in found], self.arrived)
+        out = _joined([U[a:b] for a, b in self.layout.intervals for U in found], self.like)
         copy, _ = self.layout.rank
         self.queues = [self._owned(copy, shard) for shard in range(self.layout.size[1])]
-        size = self.parts[0].numel()
-        self.back = out.new_empty(sum(len(queue) for queue in self.queues) * size)
-        counts = [len(queue) * size for queue in self.queues]
+        self.back = out.new_empty(sum(len(queue) for queue in self.queues) * self.size)
+        counts = [len(queue) * self.size for queue in self.queues]
         self.work = self._all_to_all(self.back, out, counts, [len(mine) * length for length in lengths])
 
     def receive(self) -> list[Tensor]:
         """Return this rank's flat part of every matrix's direction."""
-        if self.layout.whole:
-            order, parts = self.mine, self.returned
-        else:
+        if not self.layout.whole:
             self.work.wait()
             order = [k for queue in self.queues for k in queue]
-            size = self.parts[0].numel()
-            parts = list(self.back.view(len(order), size)) if order and size else [self.back[:0]] * len(order)
-        if self.layout.copies is None:
-            return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
-        return self._all_gather(parts)
+            empty = not (order and self.size)
+            parts = [self.like] * len(order) if empty else list(self.back.view(len(order), self.size))
+            if self.layout.copies is None:
+                return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
+            self._spread(parts)
+        for work in self.spreading:
+            work.wait()
+        order = [k for queue in self._by_copy() for k in queue]
+        return [row for _, row in sorted(zip(order, self.spread, strict=True), key=lambda pair: pair[0])]
+
+    def _by_copy(self) -> list[list[int]]:
+        copies, shards = self.layout.size
+        return [[k for shard in range(shards) for k in self._owned(copy, shard)] for copy in range(copies)]
 
     def _all_to_all(self, into: Tensor, out: Tensor, arriving: list[int], leaving: list[int]) -> Any:
         own = self.layout.rank[1]
         self.moved += (sum(arriving) - arriving[own]) * out.element_size()
         return dist.all_to_all_single(into, out, arriving, leaving, group=self.layout.shards, async_op=True)
 
-    def _all_gather(self, parts: list[Tensor]) -> list[Tensor]:
-        """Spread what each copy has over all copies: one all-gather of equal shares, else a broadcast of each share."""
-        copies, shards = self.layout.size
-        by_copy = [[k for shard in range(shards) for k in self._owned(copy, shard)] for copy in range(copies)]
-        size, group = self.parts[0].numel(), self.layout.copies
-        found = self.parts[0].new_empty(len(self.owners), size)
-        shares = list(found.split([len(queue) for queue in by_copy]))
-        own = _joined(parts, found)
-        self.moved += (found.numel() - own.numel()) * own.element_size()
+    def _spread(self, parts: list[Tensor]) -> None:
+        """Start to spread what each copy has: one all-gather of equal shares, else a broadcast of each share."""
+        by_copy, group = self._by_copy(), self.layout.copies
+        self.spread = self.like.new_empty(len(self.owners), self.size)
+        shares = list(self.spread.split([len(queue) for queue in by_copy]))
+        own = _joined(parts, self.like)
+        self.moved += (self.spread.numel() - own.numel()) * own.element_size()
         if len({len(queue) for queue in by_copy}) == 1:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
-            gather(found.view(-1), own, group=group)
+            self.spreading = [gather(self.spread.view(-1), own, group=group, async_op=True)]
         else:
-            shares[self.layout.rank[0]].copy_(own.view(-1, size))
+            shares[self.layout.rank[0]].copy_(own.view(-1, self.size))
             sent = [(copy, share) for copy, share in enumerate(shares) if share.numel()]
-            works = [dist.broadcast(share, group=group, group_src=copy, async_op=True) for copy, share in sent]
-            for work in works:
-                work.wait()
-        order = [k for queue in by_copy for k in queue]
-        return [row for _, row in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+            self.spreading = [dist.broadcast(share, group=group, group_src=copy, async_op=True) for copy, share in sent]
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:

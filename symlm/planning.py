@@ -23,7 +23,7 @@ class Plan:
 
     received: what the rank that gets most gets from others, sums by rings; gradients: the same of reducing the
     gradients, a yardstick;
-    temporary: the most that a rank borrows for the two buckets in flight, the polar iteration included;
+    temporary: the most that a rank borrows for the buckets in flight, the polar iteration included;
     imbalance: the operations of the busiest rank over an equal share: 1 is perfect, the number of ranks no sharing;
     what a rule with a state by matrices repeats on every rank is counted as a polar factor each, and what a whitened
     head's copies repeat is counted.
@@ -46,7 +46,8 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
         raise ValueError(f"there is at least one shard and one copy, got {shards} and {copies}")
     optimizer = SymOptimizer(model, **options)
     loads: dict[Any, list[float]] = {}
-    received, temporary, repeated, by_rows = [0] * (shards * copies), [0], 0.0, 0
+    received, temporary, returning = [0] * (shards * copies), [0], [0]
+    repeated, where_it_lies = 0.0, 0.0
     for group in optimizer.param_groups:
         if get_rule(group["rule"]).elementwise:
             continue
@@ -59,24 +60,30 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
                 received = [told + times * (size - size // shards) for told in received]
                 temporary.append(2 * size)
             if bucket.by_rows:
-                by_rows += operations_of(get_rule(group["rule"]), bucket.layout.shape) * len(batch)
+                where_it_lies += operations_of(get_rule(group["rule"]), bucket.layout.shape) * len(batch)
             if bucket.by_rows and shards > 1:
                 size = MASTER * entries_to_sum(get_rule(group["rule"]), bucket.layout) * len(batch)
                 received = [told + 2 * size * (shards - 1) // shards for told in received]
             if get_rule(group["rule"]).state and not bucket.by_rows:
                 repeated += cost_of(group, bucket.layout) * len(batch)
+            part = MASTER * len(batch) * max(stop - start for start, stop in bucket.layout.intervals)
+            if not (bucket.exchange or bucket.by_rows or bucket.everywhere):  # experts, heads, or all of one rank's
+                spectral = get_rule(group["rule"]).spectral
+                where_it_lies += cost_of(group, bucket.layout) * len(batch) * spectral
+                temporary.append(7 * part)
             if not bucket.exchange:
                 continue
+            returning.append(part)
             for rank in range(shards * copies):
                 received[rank] += bucket.exchange.bytes_to_receive(MASTER, divmod(rank, shards))
             temporary.append(_temporary(bucket))
     numel, ranks = sum(p.numel() for p in model.parameters()), shards * copies
     owned = max(loads.values(), key=sum, default=[0.0] * ranks)
-    busiest, once = max(owned) + repeated + by_rows / shards, sum(owned) + repeated + by_rows
+    busiest, once = max(owned) + repeated + where_it_lies / shards, sum(owned) + repeated + where_it_lies
     return Plan(
         max(received),
         2 * MASTER * numel * (ranks - 1) // ranks,
-        sum(sorted(temporary)[-2:]),
+        sum(sorted(temporary)[-2:]) + max(returning),
         busiest * ranks / once if once else 1.0,
     )
 
@@ -90,7 +97,7 @@ def _temporary(bucket: Bucket) -> int:
     """Bound what the busiest rank borrows for a bucket, by tensors alive at once.
 
     Its parts: the look-ahead, what is sent, what comes back. Its owned matrices: what arrived, the same in rows, and of
-    the polar iteration X, X' and two Gram matrices, none of which is larger than X.
+    the polar iteration X, X' and two Gram matrices, none of which is larger than X; seven where nothing travels.
     """
     exchange, layout = bucket.exchange, bucket.layout
     assert exchange is not None

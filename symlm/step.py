@@ -136,6 +136,7 @@ class Bucket:
         """Compute what this rank owns, and start to move it back."""
         if self.exchange:
             self.exchange.compute(lambda wholes: whole_directions(self.group, wholes)[0])
+            self.shape, self.momenta = self.momenta[0].shape, []
 
     def release(self) -> None:
         """Let go of what travelled and of the look-aheads: together they would be as large as the model."""
@@ -144,8 +145,7 @@ class Bucket:
     def updates(self, finite: Tensor) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
         """Yield members, a block of theirs, and its `s·U`; what the rule keeps is kept. A fused step yields none."""
         if self.exchange:
-            parts = zip(self.exchange.receive(), self.momenta, strict=True)
-            yield self.batch, ALL, [part.view(M.shape) for part, M in parts]
+            yield self.batch, ALL, [part.view(self.shape) for part in self.exchange.receive()]
         elif self.fused:
             for member in self.batch:
                 _fused_step(self.group, member, finite)
@@ -165,13 +165,19 @@ class Bucket:
 
 
 def overlapped(buckets: list[Bucket], finite: Tensor) -> Iterator[Bucket]:
-    """Yield buckets whose directions are computed; the next one's matrices travel meanwhile."""
+    """Yield buckets whose directions are here; while one is computed, another's return and a third one leaves."""
+    returning: list[Bucket] = []
     for bucket in buckets[:1]:
         bucket.start(finite)
     for k, bucket in enumerate(buckets):
         for following in buckets[k + 1 : k + 2]:
             following.start(finite)
         bucket.compute()
+        returning.append(bucket)
+        while len(returning) > 1 or (returning and not bucket.exchange):
+            yield returning[0]
+            returning.pop(0).release()
+    for bucket in returning:
         yield bucket
         bucket.release()
 

@@ -392,7 +392,7 @@ def traffic(rank, world):
 
     def counting(self):
         found = original(self)
-        sent.append((self.moved, self.bytes_to_receive(self.parts[0].element_size())))
+        sent.append((self.moved, self.bytes_to_receive(self.like.element_size())))
         return found
 
     def counting_sums(x, layout):
@@ -423,11 +423,13 @@ def borrowed(rank, world):
     from symlm.planning import plan
 
     found = {}
-    for case, copies in (("ddp", world), ("fsdp2", 1)):
+    for case, copies in (("ddp", world), ("fsdp2", 1), ("fsdp2 experts", 1)):
+        kind = "qwen3_moe" if "experts" in case else "qwen3"
         sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-        model = tiny("qwen3", **sizes, num_hidden_layers=4, vocab_size=61)
+        sizes |= {"moe_intermediate_size": 512, "num_experts": 8} if "experts" in case else {}
+        model = tiny(kind, **sizes, num_hidden_layers=4, vocab_size=61)
         told = plan(model, shards=world // copies, copies=copies).temporary
-        if case == "fsdp2":
+        if copies == 1:
             shard(model, init_device_mesh("cpu", (world,)))
         optimizer = symlm.SymOptimizer(model)
         train(model, optimizer, 1)

@@ -45,6 +45,17 @@ def test_rotations_are_shared_by_nobody():
     assert plan(tiny(), preset="aro").imbalance == 1
 
 
+def test_experts_that_are_computed_where_they_lie_are_counted():
+    """On one rank the look-ahead alone of the largest stack, and four ranks share the work of their experts."""
+    options = {"num_experts": 16, "moe_intermediate_size": 64}
+    model = tiny("qwen3_moe", **options)
+    largest = max(p.numel() for p in model.parameters())
+    assert plan(model).temporary > 4 * 2 * largest
+    assert plan(model, shards=4).temporary > 4 * 2 * largest // 4
+    few = {"expert_in": {"rule": "row_norm"}, "expert_out": {"rule": "row_norm"}}
+    assert plan(model, shards=4).imbalance < plan(model, shards=4, overrides=few).imbalance
+
+
 def test_a_plan_of_nobody_is_refused():
     with pytest.raises(ValueError, match="at least one shard"):
         plan(tiny(), shards=0)
