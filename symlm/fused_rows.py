@@ -26,7 +26,7 @@ def serves(group: dict[str, Any], layout: Layout, W: Tensor) -> bool:
         return False
     if W.dtype != torch.float32 or W.stride(-1) != 1 or layout.shape[-1] > LARGEST_ROW:
         return False
-    return choose(W.device.type, W.dtype, layout.shape[-1], group["kernels"]) == "triton"
+    return choose(W.device.type, W.dtype, layout.shape[-1], group["kernels"], "rows") == "triton"
 
 
 def step(

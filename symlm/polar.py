@@ -5,7 +5,7 @@ from math import sqrt
 from types import ModuleType
 
 import torch
-from symlm_kernels.selection import select_products
+from symlm_kernels.selection import choose, select_products
 from torch import Tensor
 
 from symlm.coefficients import Triple, get_schedule
@@ -52,66 +52,73 @@ def polar(
         return torch.zeros_like(M)
     m, n = M.shape[-2:]
     stack = M.reshape(-1, m, n)
-    exact = method in ("svd", "qdwh")
-    X = stack.to(resolve_dtype(M, "float32" if exact else compute_dtype))
-    if method == "svd":
-        return _svd(X).to(M.dtype).reshape(M.shape)
     flipped = side == "right" or (side is None and m > n)
-    if flipped:
-        X = X.mT
-    if method == "qdwh":
-        X = _normalize(X, 1.0)
+    X = stack.mT if flipped else stack
+    if method == "svd":
+        U = _svd(_normalize(X, 1.0, resolve_dtype(M, "float32")))
+    elif method == "qdwh":
+        X = _normalize(X, 1.0, resolve_dtype(M, "float32"))
         U = _qdwh(X.mT).mT if X.shape[-2] <= X.shape[-1] else _qdwh(X)
     else:
         table = get_schedule(schedule)
-        triples = table.steps(steps)
         use_gram = method == "gram_newton_schulz" or (
-            method == "auto" and _gram_is_cheaper(X.shape[-2], X.shape[-1], steps)
+            method == "auto" and _gram_is_cheaper(X, resolve_dtype(M, compute_dtype), steps, kernels)
         )
+        X = _normalize(X, table.bound, resolve_dtype(M, compute_dtype, use_gram))
         iterate = _gram_newton_schulz if use_gram else _newton_schulz
-        U = iterate(_normalize(X, table.bound), triples, select_products(X, kernels))
+        U = iterate(X, table.steps(steps), select_products(X, kernels))
     return (U.mT if flipped else U).to(M.dtype).reshape(M.shape)
 
 
 METHODS = ("svd", "qdwh", "newton_schulz", "gram_newton_schulz", "auto")
 
 
-def operations(m: int, n: int, steps: int, method: str) -> int:
+def operations(m: int, n: int, steps: int, method: str, halves: bool = False) -> int:
     """Count the floating-point operations of one (m, n) polar factor; `auto` takes the smaller count.
 
     With m <= n: Newton–Schulz `steps·(4m²n + 2m³)`; Gram Newton–Schulz 2m²n to form, restart (two) and apply,
-    and at most four m × m products a step.
+    and at most four m × m products a step. halves: only one triangle of a symmetric result is computed, as Triton's
+    products do: `steps·(3m²n + m³)`, and 6m²n with m³ a product.
     """
     m, n = min(m, n), max(m, n)
-    standard = steps * (4 * m * m * n + 2 * m**3)
+    triangle = 1 if halves else 2
+    standard = steps * ((triangle + 2) * m * m * n + triangle * m**3)
     if method == "newton_schulz":
         return standard
     products = 0
     for k in range(steps):
         first, last = k in (0, RESTART), k in (RESTART - 1, steps - 1)
         products += 1 + (not first) + 2 * (not last)
-    rectangular = 2 + 2 * (steps > RESTART)
-    gram_form = rectangular * 2 * m * m * n + products * 2 * m**3
+    times = 1 + (steps > RESTART)
+    gram_form = times * (triangle + 2) * m * m * n + products * triangle * m**3
     return gram_form if method == "gram_newton_schulz" else min(standard, gram_form)
 
 
-def _gram_is_cheaper(m: int, n: int, steps: int) -> bool:
-    return m <= n and operations(m, n, steps, "gram_newton_schulz") < operations(m, n, steps, "newton_schulz")
+def _gram_is_cheaper(X: Tensor, dtype: torch.dtype, steps: int, kernels: str) -> bool:
+    """Tell whether the Gram iteration on X takes fewer operations than the other one, in a dtype as narrow as its."""
+    m, n = X.shape[-2:]
+    device = X.device.type
+    if m > n or (dtype == torch.bfloat16 and fastest_dtype(device, gram=True).itemsize > dtype.itemsize):
+        return False
+    halves = choose(device, dtype, m, kernels) == "triton"
+    return operations(m, n, steps, "gram_newton_schulz", halves) < operations(m, n, steps, "newton_schulz", halves)
 
 
 @cache
-def fastest_dtype(device_type: str) -> torch.dtype:
+def fastest_dtype(device_type: str, gram: bool = False) -> torch.dtype:
     """Return the dtype in which this device multiplies fastest within the error bound of the iteration.
 
     bf16 on a GPU and on a CPU that multiplies it in hardware, else fp32: emulated bf16 is a hundred times slower.
+    gram: of the Gram iteration, which squares the condition, so that bf16's eight bits are too few: fp16 on a GPU.
     """
     if device_type != "cpu":
-        return torch.bfloat16
+        return torch.float16 if gram else torch.bfloat16
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
+    hardware = flags.get("avx512_bf16") or flags.get("amx_bf16")
+    return torch.bfloat16 if hardware and not gram else torch.float32
 
 
-def resolve_dtype(M: Tensor, asked: str | torch.dtype) -> torch.dtype:
+def resolve_dtype(M: Tensor, asked: str | torch.dtype, gram: bool = False) -> torch.dtype:
     """Return the dtype in which M is multiplied.  asked: "auto" (`fastest_dtype`), a name or a `torch.dtype`.
 
     float64 stays what it is unless a `torch.dtype` is given. Raises: ValueError for a name that is no floating dtype.
@@ -121,21 +128,21 @@ def resolve_dtype(M: Tensor, asked: str | torch.dtype) -> torch.dtype:
     if M.dtype == torch.float64:
         return torch.float64
     if asked == "auto":
-        return fastest_dtype(M.device.type)
+        return fastest_dtype(M.device.type, gram)
     dtype = getattr(torch, asked, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"compute_dtype is 'auto' or a floating-point dtype of torch, got {asked!r}")
     return dtype
 
 
-def _normalize(X: Tensor, bound: float) -> Tensor:
-    """Return X / (bound·‖X‖_F) for each matrix; through the largest entry, so that no square overflows."""
-    wide = X if X.dtype in (torch.float32, torch.float64) else X.float()
+def _normalize(X: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
+    """Return X / (bound·‖X‖_F) for each matrix; through the largest entry, so that nothing leaves a dtype's range."""
+    wide = X.to(torch.promote_types(torch.promote_types(X.dtype, dtype), torch.float32))
     axes = (-2, -1)
     largest = torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True))
     Y = wide / torch.where(largest > 0, largest, 1.0)
     norm = torch.linalg.vector_norm(Y, dim=axes, keepdim=True)
-    return Y.div_(torch.where(norm > 0, norm, 1.0) * bound).to(X.dtype)
+    return Y.div_(torch.where(norm > 0, norm, 1.0) * bound).to(dtype)
 
 
 def _newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:
@@ -194,8 +201,7 @@ def inverse_root(K: Tensor) -> Tensor:
 
 
 def _svd(X: Tensor) -> Tensor:
-    """Return `U_r V_rᵀ`, dropping singular values at rounding level.  Shapes: (b, m, n) -> same."""
-    X = _normalize(X, 1.0)
+    """Return `U_r V_rᵀ` of normalized X, dropping singular values at rounding level.  Shapes: (b, m, n) -> same."""
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
     cutoff = max(X.shape[-2:]) * torch.finfo(X.dtype).eps * S[..., :1]
     return (U * (cutoff < S).to(X.dtype).unsqueeze(-2)) @ Vh

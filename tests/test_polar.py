@@ -103,7 +103,34 @@ def test_bad_arguments_name_themselves():
         polar(M.to(torch.complex64))
 
 
+def halves_out_of_range(dtype, monkeypatch=None, restart=2):
+    """Return how far singular values of a Gram iteration in this dtype are from [0.859, 1.141], condition 1e3."""
+    if monkeypatch:
+        monkeypatch.setattr("symlm.polar.RESTART", restart)
+    M, _ = spectrum(64, 128, 1e-3)
+    S = torch.linalg.svdvals(polar(M.float(), "gram_newton_schulz", compute_dtype=dtype).double())
+    return max(S.max().item() - 1.141, 0.859 - S.min().item())
+
+
+def test_the_gram_iteration_is_for_fp16_and_not_for_bf16(monkeypatch):
+    assert halves_out_of_range(torch.float16) < 0.05
+    assert halves_out_of_range(torch.bfloat16) > 0.1
+    assert halves_out_of_range(torch.float16, monkeypatch, restart=5) > 0.1
+    assert fastest_dtype("cuda", gram=True) == torch.float16
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "gram_newton_schulz"])
+@pytest.mark.parametrize("factor", [1e-20, 1e20])
+def test_fp16_has_room_for_any_scale(method, factor):
+    M = spectrum(6, 9, 1e-1)[0].float()
+    found = [polar(x, method, compute_dtype=torch.float16) for x in (M * factor, M)]
+    assert relative(*found) < 1e-3
+
+
 def test_auto_takes_the_cheaper_iteration():
+    counts = [operations(64, 72, 5, method, halves=True) for method in ("gram_newton_schulz", "newton_schulz")]
+    assert counts[0] < counts[1]  # of half products already where whole ones cost more
+    assert operations(64, 72, 5, "auto") == operations(64, 72, 5, "newton_schulz")
     assert operations(1024, 3072, 5, "auto") == operations(3072, 1024, 5, "gram_newton_schulz")
     assert operations(64, 64, 5, "auto") == operations(64, 64, 5, "newton_schulz")
 

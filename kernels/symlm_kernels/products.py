@@ -29,7 +29,7 @@ def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -
     batch, m, n = X.shape
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     tile = tile or choose_tile(m, n, X.element_size())
-    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), batch)
+    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * batch,)  # other axes end at 65,535
     _apply_kernel[grid](
         B,
         X,
@@ -56,7 +56,7 @@ def _symmetric(X: Tensor, Y: Tensor, C: Tensor | None, alpha: float, beta: float
     tile = tile or choose_tile(m, m, X.element_size())
     tiles = triton.cdiv(m, tile.m)
     added = X if C is None else C
-    _symmetric_kernel[(tiles * (tiles + 1) // 2, batch)](
+    _symmetric_kernel[(tiles * (tiles + 1) // 2 * batch,)](
         X,
         Y,
         added,
@@ -111,8 +111,9 @@ def _symmetric_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Write one tile (row, column), column <= row, of `α X Yᵀ + β C`, and its mirror image."""
-    pid = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(m, BLOCK) * (tl.cdiv(m, BLOCK) + 1) // 2
+    pid = tl.program_id(0) % tiles
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
     row = ((tl.sqrt(8.0 * pid.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
     row = tl.where(row * (row + 1) // 2 > pid, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= pid, row + 1, row)
@@ -120,6 +121,7 @@ def _symmetric_kernel(
     i = (row * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     j = (column * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    further = tl.full((), BLOCK_K, tl.int64)  # a stride may be an int32, and what it is multiplied to may not
     x_tile = x_ptr + batch * x_b + i[:, None] * x_m + inner[None, :] * x_k
     y_tile = y_ptr + batch * y_b + j[None, :] * y_m + inner[:, None] * y_k
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
@@ -128,8 +130,8 @@ def _symmetric_kernel(
         x = tl.load(x_tile, mask=(i[:, None] < m) & left[None, :], other=0.0)
         y = tl.load(y_tile, mask=left[:, None] & (j[None, :] < m), other=0.0)
         total = tl.dot(x, y, total, input_precision=PRECISION)
-        x_tile += BLOCK_K * x_k
-        y_tile += BLOCK_K * y_k
+        x_tile += further * x_k
+        y_tile += further * y_k
     total = alpha * total
     inside = (i[:, None] < m) & (j[None, :] < m)
     if HAS_C:
@@ -164,12 +166,14 @@ def _apply_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Write one tile of `a X + B X`; neighbouring programs share a column of X."""
-    pid = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
     rows = tl.cdiv(m, BLOCK_M)
+    tiles = rows * tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0) % tiles
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
     i = ((pid % rows) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     j = ((pid // rows) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    further = tl.full((), BLOCK_K, tl.int64)  # a stride may be an int32, and what it is multiplied to may not
     b_tile = b_ptr + batch * b_b + i[:, None] * b_m + inner[None, :] * b_k
     x_tile = x_ptr + batch * x_b + inner[:, None] * x_m + j[None, :] * x_n
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -178,8 +182,8 @@ def _apply_kernel(
         b = tl.load(b_tile, mask=(i[:, None] < m) & left[None, :], other=0.0)
         x = tl.load(x_tile, mask=left[:, None] & (j[None, :] < n), other=0.0)
         total = tl.dot(b, x, total, input_precision=PRECISION)
-        b_tile += BLOCK_K * b_k
-        x_tile += BLOCK_K * x_m
+        b_tile += further * b_k
+        x_tile += further * x_m
     inside = (i[:, None] < m) & (j[None, :] < n)
     own = tl.load(x_ptr + batch * x_b + i[:, None] * x_m + j[None, :] * x_n, mask=inside, other=0.0)
     total += a * own.to(tl.float32)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from symlm_kernels.reference import MeanNorms
 from symlm_kernels.selection import LARGEST_ROW
+from symlm_kernels.tiles import row_warps
 
 
 def row_norm_step(
@@ -53,8 +54,8 @@ def centered_row_norm_step(
     rows = max(1, triton.cdiv(m, PARTS))
     parts = triton.cdiv(m, rows)
     sums = torch.empty(parts, n, dtype=torch.float32, device=M.device)
-    strides, block = (G.stride(0), M.stride(0)), constants["BLOCK"]
-    _momentum_kernel[(parts,)](G, M, sums, finite, m, n, rows, beta, *strides, BLOCK=block, NESTEROV=nesterov)
+    strides, plain = (G.stride(0), M.stride(0)), {key: value for key, value in constants.items() if key != "MEAN"}
+    _momentum_kernel[(parts,)](G, M, sums, finite, m, n, rows, beta, *strides, **plain)
     shift = sums.sum(0) / m
     _direction_sum_kernel[(parts,)](G, M, r, bias, shift, sums, m, n, rows, beta, beta2, *strides, **constants)
     row = sums.sum(0) / m
@@ -74,7 +75,8 @@ def _told(
         raise ValueError(f"rows of {n} are longer than the {LARGEST_ROW} that a program holds")
     if any(T.shape != M.shape or T.stride(1) != 1 for T in (G, M, W)):
         raise ValueError("G, M and W have one shape, and contiguous rows")
-    constants = {"BLOCK": triton.next_power_of_2(n), "MEAN": mean is not None, "NESTEROV": nesterov}
+    block = triton.next_power_of_2(n)
+    constants = {"BLOCK": block, "MEAN": mean is not None, "NESTEROV": nesterov, "num_warps": row_warps(block)}
     return m, n, *(mean or MeanNorms(M, M, 0.0)), constants
 
 
@@ -130,7 +132,8 @@ def _row_kernel(
     g = tl.load(g_ptr + row * g_row + columns, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + row * m_row + columns, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + row * w_row + columns, mask=inside, other=0.0).to(tl.float32)
-    m = m + (1 - beta) * (g - m)
+    new = (m + (1 - beta) * (g - m)).to(m_ptr.dtype.element_ty)
+    m = new.to(tl.float32)  # the direction is of what is kept
     x = m
     if NESTEROV:
         x = m + (1 - beta) * (g - m)
@@ -138,7 +141,7 @@ def _row_kernel(
     w = tl.load(keep_ptr) * w - tl.load(size_ptr) * (x / divisor)
     finite = tl.load(finite_ptr) > 0
     written = columns < tl.where(finite, n, 0)
-    tl.store(m_ptr + row * m_row + columns, m.to(m_ptr.dtype.element_ty), mask=written)
+    tl.store(m_ptr + row * m_row + columns, new, mask=written)
     tl.store(w_ptr + row * w_row + columns, w.to(w_ptr.dtype.element_ty), mask=written)
     if MEAN:
         tl.store(r_ptr + row, kept, mask=finite)

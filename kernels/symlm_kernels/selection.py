@@ -9,10 +9,10 @@ from torch import Tensor
 from symlm_kernels import reference
 
 CHOICES = ("auto", "torch", "triton")
-LARGEST_ROW = 32_768  # a fused row step holds a row in registers
-# The smallest side from which Triton's products were measured to be faster; none until a GPU's record says so
-# (kernels/README.md), so "auto" is torch's everywhere.
-FASTER_FROM: int | None = None
+LARGEST_ROW = 8_192  # a fused row step holds a row in registers, and from twice this on they spill
+# From which shorter side products, and from which length of a row fused row steps, were measured to be faster; none
+# until a GPU's record says so (kernels/README.md), so "auto" is torch's everywhere.
+FASTER_FROM: dict[str, int | None] = {"products": None, "rows": None}
 
 
 def select_products(X: Tensor, kernels: str = "auto") -> ModuleType:
@@ -27,8 +27,8 @@ def select_products(X: Tensor, kernels: str = "auto") -> ModuleType:
     return products
 
 
-def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto") -> str:
-    """Return whose products serve matrices of this shorter side, "torch" or "triton".
+def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto", what: str = "products") -> str:
+    """Return whose `what` serve, "torch" or "triton": products of matrices of this shorter side, or rows this long.
 
     Raises: ValueError for an unknown choice; RuntimeError, with the reason, where "triton" is asked for in vain.
     """
@@ -36,8 +36,9 @@ def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto") ->
         raise ValueError(f"unknown kernels {kernels!r}; choose one of {CHOICES}")
     reason = why_not_triton(device, dtype)
     if kernels == "triton" and reason:
-        raise RuntimeError(f"Triton's products were asked for, but {reason}; use kernels='auto' or 'torch'")
-    faster = FASTER_FROM is not None and side >= FASTER_FROM
+        raise RuntimeError(f"Triton's {what} were asked for, but {reason}; use kernels='auto' or 'torch'")
+    least = FASTER_FROM[what]
+    faster = least is not None and side >= least
     return "torch" if reason or kernels == "torch" or (kernels == "auto" and not faster) else "triton"
 
 

@@ -26,3 +26,8 @@ def choose_tile(m: int, n: int, element_size: int) -> Tile:
     if element_size > 2:
         return FP32
     return SMALL if min(m, n) <= SMALL_SIDE else LARGE
+
+
+def row_warps(block: int) -> int:
+    """Return the warps of a program that holds a row of this many elements: at most 16 a thread, or registers spill."""
+    return max(4, min(32, block // 512))
