@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from symlm_kernels.selection import choose
+import torch
+from symlm_kernels.selection import LARGEST_ROW, choose
 from torch import Tensor, nn
 
+from symlm import fused_rows
 from symlm.polar import fastest_dtype
 from symlm.roles import Role, Site, place
 from symlm.rules import get_rule
@@ -361,7 +363,7 @@ def describe_routing(
     """Return which update each parameter gets, and why; print it for the table.
 
     preset, roles, lr, overrides: as `param_groups`, so that what is told is what is done; kernels: as
-    `symlm.polar.polar`; `products` tells whose matrix products that means on the model's device.
+    `symlm.polar.polar`; `products` tells whose matrix products or fused rows that means on the model's device.
     Raises: as `param_groups`, and RuntimeError where Triton's are asked for in vain.
     """
     settings = _check_overrides(overrides or {})
@@ -375,17 +377,21 @@ def describe_routing(
             table[role].rule,
             table[role].scale,
             settings.get(role, {}).get("lr", lr * table[role].lr) / lr,
-            _products(site, role, table[role], kernels),
+            _products(site, role, table[role], {"kernels": kernels, **settings.get(role, {})}),
             "set by overrides" if set(settings.get(role, ())) & {"rule", "view"} else table[role].why,
         )
         for site, role in place(model, roles)
     )
 
 
-def _products(site: Site, role: Role, route: Route, kernels: str) -> str:
-    """Name whose products a spectral rule's polar factor is multiplied with; nothing for the other rules."""
+def _products(site: Site, role: Role, route: Route, settings: Mapping[str, Any]) -> str:
+    """Name whose products a rule's polar factor is multiplied with, or whose fused step a row rule takes, if any."""
+    _, m, n = view_of(site, role, route.view).shape(site.shape)
+    device, kernels = site.parameter.device.type, settings["kernels"]
+    if route.rule in fused_rows.RULES and n <= LARGEST_ROW:
+        return "triton, fused" if choose(device, torch.float32, n, kernels, "rows") == "triton" else ""
     if not get_rule(route.rule).spectral:
         return ""
-    _, m, n = view_of(site, role, route.view).shape(site.shape)
-    device = site.parameter.device.type
+    if settings.get("polar_method") in ("svd", "qdwh"):
+        return "torch"
     return choose(device, fastest_dtype(device), min(m, n), kernels)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from models import loss_of, tiny, tokens
-from numerics import BF16_POLAR, FP32, relative
+from numerics import BF16_POLAR, FP32, KERNEL, relative
 
 import symlm
+from symlm.polar import polar
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -16,11 +17,15 @@ def with_gradients(seed):
     return model
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("preset", ["default", "muon"])
-def test_a_step_is_captured_in_a_cuda_graph_and_replayed(preset):
+def test_a_step_is_captured_in_a_cuda_graph_and_replayed(preset, kernels):
     """Nothing in a step reads the device: three replays are three more steps, the count of skipped ones included."""
     eager, captured = with_gradients(0), with_gradients(0)
-    optimizers = [symlm.SymOptimizer(m, lr=torch.tensor(0.02, device="cuda"), preset=preset) for m in (eager, captured)]
+    optimizers = [
+        symlm.SymOptimizer(m, lr=torch.tensor(0.02, device="cuda"), preset=preset, kernels=kernels)
+        for m in (eager, captured)
+    ]
     for _ in range(6):
         optimizers[0].step()
     stream = torch.cuda.Stream()
@@ -59,3 +64,32 @@ def test_tritons_products_give_torchs_step():
         symlm.SymOptimizer(model, kernels=kernels, compute_dtype="float32").step()
     for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
         assert relative(q, p) < 1e-3, name
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 520), (1, 1024, 1024), (70_000, 16, 24)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_tritons_products_are_their_twins_in_every_dtype(dtype, shape):
+    """Also of more matrices than a second axis of a grid would hold."""
+    from symlm_kernels import products, reference
+
+    X = (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).to(dtype)
+    A = reference.gram(X)
+    for ours, twin, told in (
+        (products.gram, reference.gram, (X,)),
+        (products.symmetric_product, reference.symmetric_product, (A, A, A, 0.5, 2.0)),
+        (products.apply_polynomial, reference.apply_polynomial, (A, X, 3.0)),
+    ):
+        exact = twin(*(x.double() if isinstance(x, torch.Tensor) else x for x in told))
+        error = relative(twin(*told).double(), exact)
+        assert relative(ours(*told).double(), exact) <= max(KERNEL * error, 1e-6)
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "gram_newton_schulz"])
+def test_the_fastest_dtype_is_within_the_iterations_bound(method):
+    U, _ = torch.linalg.qr(torch.randn(256, 256, dtype=torch.float64, device="cuda"))
+    V, _ = torch.linalg.qr(torch.randn(512, 256, dtype=torch.float64, device="cuda"))
+    M = (U * torch.logspace(0, -2, 256, dtype=torch.float64, device="cuda")) @ V.mT
+    for kernels in ("torch", "triton"):
+        S = torch.linalg.svdvals(polar(M.float(), method, compute_dtype="auto", kernels=kernels).double())
+        assert S.min() > 0.6
+        assert S.max() < 1.2

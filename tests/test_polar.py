@@ -104,18 +104,18 @@ def test_bad_arguments_name_themselves():
 
 
 def halves_out_of_range(dtype, monkeypatch=None, restart=2):
-    """Return how far singular values of a Gram iteration in this dtype are from [0.859, 1.141], condition 1e3."""
+    """Return how far singular values of a Gram iteration in this dtype are from [0.859, 1.141], condition 1e2."""
     if monkeypatch:
         monkeypatch.setattr("symlm.polar.RESTART", restart)
-    M, _ = spectrum(64, 128, 1e-3)
+    M, _ = spectrum(64, 128, 1e-2)
     S = torch.linalg.svdvals(polar(M.float(), "gram_newton_schulz", compute_dtype=dtype).double())
     return max(S.max().item() - 1.141, 0.859 - S.min().item())
 
 
 def test_the_gram_iteration_is_for_fp16_and_not_for_bf16(monkeypatch):
-    assert halves_out_of_range(torch.float16) < 0.05
-    assert halves_out_of_range(torch.bfloat16) > 0.1
-    assert halves_out_of_range(torch.float16, monkeypatch, restart=5) > 0.1
+    assert halves_out_of_range(torch.float16) < 0.02
+    assert halves_out_of_range(torch.bfloat16) > 0.05
+    assert halves_out_of_range(torch.float16, monkeypatch, restart=5) > 0.05
     assert fastest_dtype("cuda", gram=True) == torch.float16
 
 

@@ -2,14 +2,14 @@
 
     python kernels/benchmarks/bench_polar.py            # every shape; on a CPU add --quick
 
-A row's floor is the counted operations of the cheaper iteration over the measured rate of a large product.
+A row's floor is the counted operations of the cheaper iteration, of a symmetric result one triangle, over the measured
+rate of a large product. Eager calls are also captured in a CUDA graph, which leaves out what Python spends on launches.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Callable
 
 import torch
-from measuring import DEVICE, ceilings, rotating, seconds, write
+from measuring import DEVICE, arguments, attempted, ceilings, replayed, rotating, seconds, write
 from symlm_kernels.selection import why_not_triton
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
@@ -18,21 +18,27 @@ from symlm.polar import fastest_dtype, operations, polar
 
 MUON = (3.4445, -4.7750, 2.0315)
 SHAPES = {
-    "Qwen3-0.6B mlp": (2, 3072, 1024),
+    "Qwen3-0.6B gate, up": (2, 3072, 1024),
+    "Qwen3-0.6B v": (1, 1024, 1024),
+    "Qwen3-0.6B o": (1, 1024, 2048),
     "Qwen3-0.6B q, a head": (16, 128, 1024),
-    "Gemma3-1B mlp": (2, 6912, 1152),
-    "OLMoE experts": (32, 1024, 2048),
+    "Gemma3-1B gate, up": (2, 6912, 1152),
+    "Gemma3-1B o": (1, 1152, 1024),
+    "OLMoE experts": (32, 2048, 1024),
     **{f"square {side}": (1, side, side) for side in (512, 1024, 2048, 4096, 8192)},
 }
 
 
-def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+def contenders() -> dict[str, Callable[[Tensor], Tensor]]:
     def eager(M: Tensor) -> Tensor:
-        return polar(M, "auto", compute_dtype=dtype, kernels="torch")
+        return polar(M, "auto", compute_dtype="auto", kernels="torch")
 
-    found: dict[str, Callable[[Tensor], Tensor]] = {"torch": eager, "torch.compile": torch.compile(eager)}
-    if why_not_triton(DEVICE, dtype) is None:
-        found["triton"] = lambda M: polar(M, "auto", compute_dtype=dtype, kernels="triton")
+    found: dict[str, Callable[[Tensor], Tensor]] = {"torch": eager}
+    if DEVICE == "cuda":
+        torch._dynamo.reset()  # or the code of an earlier shape serves, made for any
+        found["torch.compile"] = torch.compile(eager, dynamic=False)
+    if why_not_triton(DEVICE, fastest_dtype(DEVICE)) is None:
+        found["triton"] = lambda M: polar(M, "auto", compute_dtype="auto", kernels="triton")
     found["torch.optim.Muon"] = lambda M: torch.stack([_zeropower_via_newtonschulz(m, MUON, 5, 1e-7) for m in M])
     try:
         from gram_newton_schulz import GramNewtonSchulz
@@ -44,23 +50,29 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small shapes, few runs, no compiler")
-    quick = parser.parse_args().quick
-    dtype = fastest_dtype(DEVICE)
-    rate, _ = ceilings(dtype)
-    rows = []
-    for name, (b, m, n) in {"small": (2, 96, 128)}.items() if quick else SHAPES.items():
+    told = arguments(__doc__, quick={"action": "store_true", "help": "a small shape, few runs, no compiler"})
+    measured = ceilings(fastest_dtype(DEVICE))
+    rows: list[dict[str, object]] = []
+    for name, (b, m, n) in {"small": (2, 96, 128)}.items() if told.quick else SHAPES.items():
         inputs = rotating(lambda shape=(b, m, n): torch.randn(shape, device=DEVICE))
-        floor = b * operations(m, n, 5, "auto") / rate
+        floor = b * operations(m, n, 5, "auto", halves=True) / measured["product FLOP/s"]
         row: dict[str, object] = {"shape": f"{name} {b}×{m}×{n}", "floor ms": 1e3 * floor}
-        for contender, work in contenders(dtype).items():
-            if quick and contender == "torch.compile":
-                continue
-            spent = seconds(lambda work=work, inputs=inputs: work(next(inputs)), 3 if quick else 20)
-            row |= {f"{contender} ms": 1e3 * spent, f"{contender} floor share": floor / spent}
         rows.append(row)
-    print(write("polar", rows))
+        for contender, work in contenders().items():
+            still = next(inputs)  # a graph reads one place
+            ways = {contender: lambda work=work, inputs=inputs: work(next(inputs))}
+            if DEVICE == "cuda" and contender in ("torch", "triton"):
+                ways[f"{contender}, graph"] = lambda work=work, still=still: work(still)
+            for way, call in ways.items():
+                spent = attempted(lambda way=way, call=call: _seconds(way, call, told.quick))
+                share = floor / spent if isinstance(spent, float) else ""
+                row |= {f"{way} ms": 1e3 * spent if isinstance(spent, float) else spent, f"{way} floor share": share}
+        path = write("polar", rows, measured, told)
+    print(path)
+
+
+def _seconds(way: str, call: Callable[[], Tensor], quick: bool) -> float:
+    return seconds(replayed(call) if "graph" in way else call, 3 if quick else 20, calls=10)
 
 
 if __name__ == "__main__":

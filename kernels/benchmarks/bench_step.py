@@ -3,16 +3,16 @@
     python kernels/benchmarks/bench_step.py             # Qwen3-0.6B with 28 layers, and a 12-layer OLMoE
 
 On a CPU recipes/benchmark_step.py does the same with its floor; here `--layers` makes it small enough to run at all.
+torch.optim.Muon takes no stack of experts, so each expert is given to it as a parameter of its own.
 """
 
-from argparse import ArgumentParser
-
 import torch
-from measuring import DEVICE, seconds, write
+from measuring import DEVICE, arguments, attempted, ceilings, seconds, write
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import symlm
+from symlm.polar import fastest_dtype
 
 MODELS = {
     "qwen3-0.6b": {
@@ -41,41 +41,53 @@ MODELS = {
 
 
 def contenders(model: nn.Module) -> dict[str, list[torch.optim.Optimizer]]:
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    matrices = [
+        p for name, p in model.named_parameters() if p.ndim > 1 and "layers" in name and "gate.weight" not in name
+    ]
     taken = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]  # torch.optim.Muon takes no 3-D experts
+    rest = [p for p in model.parameters() if id(p) not in taken]
     found: dict[str, list[torch.optim.Optimizer]] = {"symlm": [symlm.SymOptimizer(model)]}
     if DEVICE == "cuda":
         found["symlm, triton"] = [symlm.SymOptimizer(model, kernels="triton")]
-    found["torch.optim.Muon + AdamW"] = [torch.optim.Muon(matrices), torch.optim.AdamW(rest, fused=True)]
+    apart = [part for p in matrices for part in slices(p)]
+    found["torch.optim.Muon + AdamW"] = [torch.optim.Muon(apart), torch.optim.AdamW(rest, fused=True)]
     found["AdamW"] = [torch.optim.AdamW(model.parameters(), fused=True)]
     return found
 
 
+def slices(p: nn.Parameter) -> list[nn.Parameter]:
+    """Return a stack's matrices as parameters of their own, on the same memory."""
+    if p.ndim == 2:
+        return [p]
+    assert p.grad is not None
+    found = [nn.Parameter(part) for part in p.detach().unbind()]
+    for part, gradient in zip(found, p.grad.unbind(), strict=True):
+        part.grad = gradient
+    return found
+
+
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--width", type=int)
-    arguments = parser.parse_args()
-    rows = []
+    told = arguments(__doc__, layers={"type": int}, width={"type": int})
+    measured, rows = ceilings(fastest_dtype(DEVICE)), []
     for name, fields in MODELS.items():
-        changes = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
-        if arguments.width:
-            changes |= {"hidden_size": arguments.width, "intermediate_size": arguments.width, "vocab_size": 1000}
+        changes = {"num_hidden_layers": told.layers} if told.layers else {}
+        if told.width:
+            changes |= {"hidden_size": told.width, "intermediate_size": told.width, "vocab_size": 1000}
         with torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields | changes))
         for p in model.parameters():
             p.grad = torch.randn_like(p) * 1e-3
-        spent = {}
+        spent: dict[str, float | str] = {}
         for contender, optimizers in contenders(model).items():
-            spent[contender] = seconds(lambda optimizers=optimizers: [o.step() for o in optimizers], 3)
+            spent[contender] = attempted(lambda own=optimizers: seconds(lambda: [o.step() for o in own], 3))
             for optimizer in optimizers:
                 optimizer.state.clear()
-        rows += [
-            {"model": name, "step": contender, "ms": 1e3 * value, "of AdamW": value / spent["AdamW"]}
-            for contender, value in spent.items()
-        ]
-    print(write("step", rows))
+        for contender, value in spent.items():
+            row = {"model": name, "step": contender, "ms": 1e3 * value if isinstance(value, float) else value}
+            timed = isinstance(value, float) and isinstance(spent["AdamW"], float)
+            rows.append({**row, "of AdamW": value / spent["AdamW"] if timed else ""})
+        path = write("step", rows, measured, told)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import statistics
 import subprocess
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
 from datetime import date
 from itertools import cycle
@@ -25,8 +26,8 @@ def rotating(make: Callable[[], Tensor]) -> Iterable[Tensor]:
     return cycle([first, *(make() for _ in range(count - 1))])
 
 
-def seconds(work: Callable[[], Any], runs: int = 20) -> float:
-    """Return the median time of one call, on a GPU between two events."""
+def seconds(work: Callable[[], Any], runs: int = 20, calls: int = 1) -> float:
+    """Return the median time of one call, on a GPU of `calls` between two events: the first hides no launch."""
     for _ in range(3):
         work()
     times = []
@@ -34,10 +35,11 @@ def seconds(work: Callable[[], Any], runs: int = 20) -> float:
         if DEVICE == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            work()
+            for _ in range(calls):
+                work()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
+            times.append(start.elapsed_time(end) / 1e3 / calls)
         else:
             begin = time.perf_counter()
             work()
@@ -45,32 +47,74 @@ def seconds(work: Callable[[], Any], runs: int = 20) -> float:
     return statistics.median(times)
 
 
-def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+def replayed(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the call captured in a CUDA graph, whose replay spends no time on launches; the call itself on a CPU."""
+    if DEVICE == "cpu":
+        return work
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def attempted(measure: Callable[[], float]) -> float | str:
+    """Return what a measurement gives, or the error's name: one contender's failure must not lose the others."""
+    try:
+        return measure()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        return type(error).__name__
+
+
+def ceilings(dtype: torch.dtype) -> dict[str, float]:
     """Return the operations a second of a large product in this dtype, and the bytes a second of a large copy."""
     side, length = (8192, 2**28) if DEVICE == "cuda" else (2048, 2**25)
     A = torch.randn(side, side, device=DEVICE).to(dtype)
     x = torch.empty(length, device=DEVICE)
     y = torch.empty_like(x)
-    return 2 * side**3 / seconds(lambda: A @ A, 10), 2 * x.nbytes / seconds(lambda: y.copy_(x), 10)
+    return {
+        "product FLOP/s": 2 * side**3 / seconds(lambda: A @ A, 10),
+        "copy B/s": 2 * x.nbytes / seconds(lambda: y.copy_(x), 10),
+    }
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write a dated record with GPU, driver, versions and commit, and print it as a table."""
+def arguments(description: str | None, **flags: dict[str, Any]) -> Namespace:
+    """Read a benchmark's command line, with where to write the record and, away from git, which commit it is of."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--commit", help="of the measured tree, where git cannot tell")
+    for flag, told in flags.items():
+        parser.add_argument(f"--{flag}", **told)
+    return parser.parse_args()
+
+
+def write(name: str, rows: list[dict[str, Any]], measured: dict[str, float], told: Namespace) -> Path:
+    """Write a dated record with GPU, driver, versions, commit and ceilings, and print it as a table.
+
+    Called again after each row, it writes over its own: a run that is cut short leaves what it has.
+    """
     head = {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"),
+        "commit": told.commit or _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"),
+        **measured,
     }
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    print("  ".join(f"{key}: {value}" for key, value in head.items()))
+    print("  ".join(f"{key}: {_cell(value)}" for key, value in head.items()))
     print("| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
     for row in rows:
         print("| " + " | ".join(_cell(row.get(key, "")) for key in keys) + " |")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{head['device'].replace(' ', '-').lower()}-{head['date']}.json"
+    told.out.mkdir(parents=True, exist_ok=True)
+    path = told.out / f"{name}-{head['device'].replace(' ', '-').lower()}-{head['date']}.json"
     path.write_text(json.dumps({**head, "rows": rows}, indent=1))
     return path
 
