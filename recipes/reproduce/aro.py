@@ -2,7 +2,7 @@
 
 Source: arXiv 2602.09006 and 2509.24320. Base rules, orientation and constants of ARO are told alike by several second
 hands [RECONSTRUCTED]; no loss table was found. The language model is of bytes, with every arm's inner updates at RMS
-0.2·lr and AdamW at both ends.
+0.2·lr and AdamW at both ends; Hybrid-AuON's, whose one Newton–Schulz step ends at no known size, by a factor measured here.
 """
 
 from itertools import pairwise
