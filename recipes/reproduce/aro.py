@@ -2,9 +2,10 @@
 
 Source: arXiv 2602.09006 and 2509.24320. Base rules, orientation and constants of ARO are told alike by several second
 hands [RECONSTRUCTED]; no loss table was found. The language model is of bytes, with every arm's inner updates at RMS
-0.2·lr and AdamW at both ends; Hybrid-AuON's, whose one Newton–Schulz step ends at no known size, by a factor measured here.
+0.2·lr and AdamW at both ends; Hybrid-AuON's, whose Newton–Schulz step ends at no known size, within a factor of two.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -34,6 +35,7 @@ ARMS = {
     "AuON": {role: {"rule": "auon", "scale": "match_adamw_rms_of_matrix"} for role in INNER},
     "Hybrid-AuON": {role: {"rule": "hybrid_auon", "scale": "match_adamw_rms"} for role in INNER},
 }
+FACTORS = {"Hybrid-AuON": 2.5}  # of its rates, so that its updates' RMS is near the others'
 RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 STEPS, SEEDS = 80, (0, 1, 2)
 
@@ -99,29 +101,38 @@ def arms(axes) -> list[Check]:
         for name, routes in ARMS.items():
             found = {}
             for rate in RATES:
-                found[rate] = _loss(routes, rate, SEEDS[0])
+                found[rate], _ = _trained(name, routes, rate, SEEDS[0])
                 bar.update()
             best = min(found, key=found.__getitem__)
-            told = []
+            told, sizes = [], []
             for seed in SEEDS[1:]:
-                told.append(_loss(routes, best, seed))
+                loss, size = _trained(name, routes, best, seed)
+                told.append(loss)
+                sizes.append(size)
                 bar.update()
             axes.plot(found.keys(), found.values(), marker="o", label=name)
             checks.append(Check(f"bytes, {name}, lr {best:g}: held-out loss", "none published", sum(told) / len(told)))
+            size, near = sum(sizes) / len(sizes), 2.0 if name in FACTORS else 1.1
+            checks.append(Check("  its updates' RMS / 0.2·lr", 1.0, size, 1 / near < size < near))
     axes.set(xscale="log", xlabel="lr; updates have RMS 0.2·lr", ylabel="held-out loss (nats a byte)")
     axes.set(title=f"tiny Qwen3, {STEPS} steps, seed 0")
     axes.set_xticks(RATES, labels=[f"{rate:g}" for rate in RATES])
     axes.minorticks_off()
     axes.legend()
-    by_arm = {check.what.split(", lr")[0].removeprefix("bytes, "): float(check.found) for check in checks}
+    losses = [check for check in checks if "held-out" in check.what]
+    by_arm = {check.what.split(", lr")[0].removeprefix("bytes, "): float(check.found) for check in losses}
     worst = max(by_arm, key=by_arm.__getitem__)
     return [*checks, Check("the worst arm (the paper's LM: AuON)", "AuON", worst, None)]
 
 
-def _loss(routes: dict[str, dict[str, str]], rate: float, seed: int) -> float:
-    overrides = {role: {"lr": rate, **route} for role, route in routes.items()}
+def _trained(name: str, routes: dict[str, dict[str, str]], rate: float, seed: int) -> tuple[float, float]:
+    """Return the held-out loss, and the mean RMS of the inner roles' last updates over 0.2·lr."""
+    overrides = {role: {"lr": FACTORS.get(name, 1.0) * rate, **route} for role, route in routes.items()}
     overrides |= {role: {"lr": 5e-3} for role in ("embedding", "lm_head", "vector")}
-    return train(lambda model: symlm.SymOptimizer(model, preset="muon", overrides=overrides), STEPS, seed)[1]
+    build = partial(symlm.SymOptimizer, preset="muon", overrides=overrides)
+    _, loss, optimizer = train(build, STEPS, seed)
+    sizes = [rms for role, rms in symlm.diagnostics.update_rms(optimizer).items() if role in INNER]
+    return loss, sum(sizes) / len(sizes) / (0.2 * rate)
 
 
 def main() -> None:

@@ -81,7 +81,9 @@ def two_numbers(panels) -> list[Check]:
         checks.append(Check(f"{name}, gradient descent: last loss", targets[name][0], plain[-1]))
         checks.append(Check(f"{name}, teleports: last loss, median of 10", targets[name][1], found, passed))
         axes.plot(plain, label="gradient descent")
-        checks.append(Check(f"{name}: change of the loss in a teleport, the largest", "< 1e-10", change, change < 1e-10))
+        checks.append(
+            Check(f"{name}: change of the loss in a teleport, the largest", "< 1e-10", change, change < 1e-10)
+        )
         checks.append(Check(f"{name}: |∇L| there / here, the smallest", "> 1", grown, grown > 1))
         axes.plot(runs[0][0], label="with teleports")
         axes.set(title=name, yscale="log", xlabel="step")
@@ -228,7 +230,9 @@ def transformer(axes) -> list[Check]:
     axes.legend(fontsize=8)
     return [
         *checks,
-        Check("tiny Qwen3, loss at step 20, teleported / plain", "[RECONSTRUCTED]", found["teleported"] / found["plain"]),
+        Check(
+            "tiny Qwen3, loss at step 20, teleported / plain", "[RECONSTRUCTED]", found["teleported"] / found["plain"]
+        ),
     ]
 
 
