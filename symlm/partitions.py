@@ -37,6 +37,9 @@ def refuse_settings() -> None:
             f"DeepSpeed's configuration offloads the optimizer to {device!r}, where its own Adam takes symlm's place: "
             'remove "offload_optimizer" (offload_optimizer_device: none in accelerate\'s yaml); ZeRO cuts the state'
         )
+    device = (zero.get("offload_param") or {}).get("device", "none")
+    if device not in ("none", None):
+        raise ValueError(f'symlm was never run with parameters offloaded to {device!r}: remove "offload_param"')
     quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key) is True]
     if quantized:
         raise ValueError(f"symlm was never run with DeepSpeed's {quantized}, which need a GPU: leave them out")

@@ -445,28 +445,35 @@ def borrowed(rank, world):
     return found
 
 
-def checkpoint_folder():
-    return os.environ["SYMLM_TEST_CHECKPOINT"]
+def checkpoint_folder(name):
+    return str(Path(os.environ["SYMLM_TEST_CHECKPOINT"], name))
 
 
 def save(rank, world):
-    """Train five steps on shards and save them with torch's distributed checkpoint."""
-    model = model_of("fsdp2")
-    shard(model, init_device_mesh("cpu", (world,)))
-    optimizer = optimizer_of("fsdp2", model)
-    train(model, optimizer, 5, rank, world)
-    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.save(parts, checkpoint_id=checkpoint_folder())
-    train(model, optimizer, 5, rank, world, first=5)
+    """Train five steps on shards, and the same repeated, and save both with torch's distributed checkpoint."""
+    for name in ("copies", "shards"):
+        model = model_of("fsdp2")
+        if name == "shards":
+            shard(model, init_device_mesh("cpu", (world,)))
+        optimizer = optimizer_of("fsdp2", model)
+        wrapped = model if name == "shards" else DistributedDataParallel(model)
+        train(wrapped, optimizer, 5, rank, world)
+        parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.save(parts, checkpoint_id=checkpoint_folder(name))
+        train(wrapped, optimizer, 5, rank, world, first=5)
     return whole(model)
 
 
 def load(rank, world):
-    """Load that checkpoint on this many ranks, as shards or repeated, and train on."""
-    return load_and_train(rank, world, sharded=True), load_and_train(rank, world, sharded=False)
+    """Load these checkpoints on this many ranks, either one as shards and repeated, and train on."""
+    return {
+        f"{saved} as {'shards' if sharded else 'copies'}": load_and_train(rank, world, saved, sharded)
+        for saved in ("shards", "copies")
+        for sharded in (True, False)
+    }
 
 
-def load_and_train(rank, world, sharded):
+def load_and_train(rank, world, saved, sharded):
     model = model_of("fsdp2")
     for p in model.parameters():
         nn.init.zeros_(p)
@@ -474,7 +481,7 @@ def load_and_train(rank, world, sharded):
         shard(model, init_device_mesh("cpu", (world,)))
     optimizer = optimizer_of("fsdp2", model)
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(parts, checkpoint_id=checkpoint_folder())
+    dcp.load(parts, checkpoint_id=checkpoint_folder(saved))
     set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
     wrapped = model if sharded or world == 1 else DistributedDataParallel(model)
     train(wrapped, optimizer, 5, rank, world, first=5)
@@ -511,7 +518,8 @@ def matrices_under_zero(rank, world):
 def refused_settings(rank, world):
     """Settings under which accelerate or DeepSpeed would not run symlm are refused before anything is wrapped."""
     messages = []
-    for zero in ({"offload_optimizer": {"device": "cpu"}}, {"zero_quantized_weights": True}):
+    refused = ({"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}})
+    for zero in (*refused, {"zero_quantized_weights": True}):
         try:
             prepared_by_deepspeed("zero3", model_of("zero3"), zero=zero)
         except ValueError as error:

@@ -55,8 +55,9 @@ def test_a_rule_that_keeps_matrices_is_refused_under_zero(found):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_settings_of_deepspeed_that_would_not_run_symlm_are_refused_at_construction(found, world):
-    for offloaded, quantized in result(found, "refused settings", world):
+    for offloaded, parameters, quantized in result(found, "refused settings", world):
         assert "its own Adam takes symlm's place" in offloaded
+        assert 'remove "offload_param"' in parameters
         assert "zero_quantized_weights" in quantized
 
 
@@ -126,7 +127,7 @@ def test_metrics_are_of_all_tokens(found, world):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint of four shards after five steps, and what the same run had after ten."""
+    """Checkpoints of four shards and of four copies after five steps, and what the run in shards had after ten."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYMLM_TEST_CHECKPOINT", str(tmp_path_factory.mktemp("checkpoint")))
         yield result({("save", 4): run(4, ["save"])["save"]}, "save", 4)[0]
@@ -134,8 +135,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_checkpoint_moves_to_another_number_of_ranks_and_another_wrapper(saved, world):
-    for shards, copies in result({("load", world): run(world, ["load"])["load"]}, "load", world):
+    for rank in result({("load", world): run(world, ["load"])["load"]}, "load", world):
         for name, W in saved.items():
-            assert relative(shards[name], W) < RUN, name
-            assert relative(copies[name], W) < RUN, name
-            assert world != 4 or torch.equal(shards[name], W), name
+            assert all(relative(weights[name], W) < RUN for weights in rank.values()), name
+            assert world != 4 or torch.equal(rank["shards as shards"][name], W), name

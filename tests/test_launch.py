@@ -140,6 +140,8 @@ def test_the_trainer_trains_and_resumes_under_launchers(whole, text, tmp_path, k
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={get_free_port()}"]
     told = run(*start, *script, "--use_cpu", DS_ACCELERATOR="cpu")
     assert "after" in told
-    assert (tmp_path / "checkpoint-4").exists()
+    saved = tmp_path / "checkpoint-4" / "trainer_state.json"
+    before = saved.stat().st_mtime_ns
     run(*start, *script, "--use_cpu", "--resume", "--max_steps=6", DS_ACCELERATOR="cpu")
     assert (tmp_path / "checkpoint-6").exists()
+    assert saved.stat().st_mtime_ns == before  # a fresh start would have come by here again

@@ -1,8 +1,8 @@
 """AGD on the digits, depth 4 and 16, where Adam at its usual rate fails:  python recipes/reproduce/agd.py
 
 Source: arXiv 2304.05187. The variants (momentum, layer-wise, L2) and the scaling of the digits are [RECONSTRUCTED]; so
-their targets, measured once on this set-up. AGD's rate stays constant, and its test accuracy swings by 0.05 from an
-epoch to the next at depth 16: what is told of every arm is its best of the last five epochs.
+are their targets, measured once on this set-up. AGD's rate stays constant, and its test accuracy swings by 0.05 from
+one epoch to the next at depth 16: what is told of every arm is its best of the last five epochs.
 """
 
 from collections.abc import Callable
