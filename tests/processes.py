@@ -93,6 +93,14 @@ CASES = {
     "fsdp2 tied": {"kind": "qwen3", "tie_word_embeddings": True, **ODD},
     "fsdp2 experts": {"kind": "qwen3_moe", "vocab_size": 61, "num_experts": 5},
     "fsdp2 fused": {"kind": "phi3", "vocab_size": 61},
+    "fsdp2 narrow": {  # fewer rows than ranks, and matrices of one row and of one column
+        "kind": "qwen3",
+        "vocab_size": 61,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+        "intermediate_size": 1,
+    },
     "fsdp2 muon": {"kind": "qwen3", **ODD},
     "fsdp2 accelerate": {"kind": "qwen3", **ODD},
     "fsdp2 clipped": {"kind": "qwen3", **ODD},
@@ -117,6 +125,7 @@ CASES |= {
 }
 CASES |= {f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")}
 WORLDS = {"hsdp": (4,), "hsdp fp32": (4,), "tp fsdp2": (4,), "ddp": (2, 4), "fsdp2": (2, 4), "zero3 secondary": (4,)}
+WORLDS["fsdp2 narrow"] = (2, 4)
 
 
 def model_of(case):
