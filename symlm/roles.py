@@ -101,20 +101,20 @@ EXPERTS = {
 HEADS = ("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier")
 
 
-def assign_roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[str, Role]:
+def assign_roles(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, Role]:
     """Return `{parameter name: Role}` for every trainable parameter, tied ones once, under their first name.
 
-    overrides: ordered `{pattern: role}`; a pattern is a shell glob over full names, the first match wins.
+    roles: ordered `{pattern: role}`; a pattern is a shell glob over full names, the first match wins.
 
     Raises: UnplacedParameters, naming each parameter without a role; ValueError for an unknown role or a pattern
     that matches nothing.
     """
-    return {site.name: role for site, role in place(model, overrides)}
+    return {site.name: role for site, role in place(model, roles)}
 
 
-def place(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[tuple[Site, Role]]:
+def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tuple[Site, Role]]:
     """Return each trainable parameter's site with its role; `assign_roles` for those who need the site too."""
-    patterns = {pattern: _parse_role(role) for pattern, role in (overrides or {}).items()}
+    patterns = {pattern: _parse_role(role) for pattern, role in (roles or {}).items()}
     sites = list(_sites(model))
     ends = _EndMatrices(model)
     placed: dict[int, tuple[Site, Role]] = {}
@@ -129,17 +129,17 @@ def place(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[
         first, before = placed.setdefault(id(site.parameter), (site, role))
         if before is not role:
             raise ValueError(
-                f"one tensor has two roles: {first} is {before}, {site} is {role}; untie it, or say with overrides "
+                f"one tensor has two roles: {first} is {before}, {site} is {role}; untie it, or say with roles= "
                 f"what it is, e.g. {{{first.name!r}: 'matrix', {site.name!r}: 'matrix'}}"
             )
     dead = [pattern for pattern in patterns if pattern not in used]
     if dead:
-        raise ValueError(f"overrides {dead} place no parameter; the names are like {sites[0].name!r}")
+        raise ValueError(f"roles {dead} place no parameter; the names are like {sites[0].name!r}")
     if unplaced:
         lines = "\n".join(f"  {site}" for site in unplaced)
         raise UnplacedParameters(
             f"{len(unplaced)} parameters fit no role:\n{lines}\nPlace them by name, e.g. "
-            f"overrides={{{unplaced[0].name!r}: 'matrix'}}; roles are {[str(role) for role in Role]}"
+            f"roles={{{unplaced[0].name!r}: 'matrix'}}; roles are {[str(role) for role in Role]}"
         )
     return list(placed.values())
 

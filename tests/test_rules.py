@@ -3,9 +3,11 @@
 import pytest
 import torch
 from numerics import BRAKE, EXACT, MUST_FAIL, ROTATED, relative
+from torch import nn
 
+import symlm
 from symlm.coefficients import get_schedule
-from symlm.polar import CUTOFF, polar
+from symlm.polar import CUTOFF, METHODS, polar
 from symlm.rules import RULES
 from symlm.symmetry import Symmetry, act
 
@@ -93,9 +95,11 @@ def F(M):
     return M / M.norm()
 
 
-def Y(M):
+def Y(M, steps=1):
     U, S, Vh = torch.linalg.svd(F(M), full_matrices=False)
-    return U @ torch.diag(3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5) @ Vh
+    for _ in range(steps):
+        S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+    return U @ torch.diag(S) @ Vh
 
 
 def C(M):
@@ -153,6 +157,7 @@ FORMULAS = {
     "auon": lambda M: F(M) / torch.cosh(F(M)).pow(2).mean() ** 0.5,
     "auon_unnormalized": lambda M: M / torch.cosh(1.5 * F(M)).pow(2).mean() ** 0.5,
     "hybrid_auon": lambda M: Y(M) / torch.cosh(Y(M)).pow(2).mean() ** 0.5,
+    "hybrid_auon_five": lambda M: Y(M, 5) / torch.cosh(Y(M, 5)).pow(2).mean() ** 0.5,
     "adamw": torch.sign,
 }
 
@@ -165,6 +170,20 @@ def test_every_rule_has_a_formula_here():
 def test_rule_is_its_formula(name):
     M = matrix((12, 7), seed=3)
     assert relative(RULES[name](M, polar=lambda X: polar(X, "svd")), FORMULAS[name](M)) < rounding(RULES[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("first", ["gradients", "directions"])
+def test_polargrad_takes_every_polar_method_on_any_matrix(method, first):
+    """A first step from zero momentum without look-ahead: of a mean (1 − β)G, or a mean (1 − β) of the direction."""
+    problem = nn.Module()
+    problem.W = nn.Parameter(matrix((12, 7)))
+    problem.W.grad = matrix((12, 7), seed=3)
+    before, G = problem.W.detach().clone(), problem.W.grad
+    options = {"polar_method": method, "momentum_of": first, "nesterov": False, "momentum": 0.9}
+    symlm.SymOptimizer(problem, lr=0.1, preset="polargrad", roles={"W": "matrix"}, **options).step()
+    step = 0.1 * 0.1 * torch.linalg.svdvals(G).sum() * exact(G)
+    assert relative(before - problem.W.detach(), step) < (0.2 if "newton" in method or method == "auto" else EXACT)
 
 
 def test_a_whitened_matrix_of_few_rows_has_rows_of_unit_length_in_the_mean():

@@ -43,11 +43,21 @@ def auon_unnormalized(M: Tensor) -> Tensor:
 @rule(ELEMENTS)
 def hybrid_auon(M: Tensor) -> Tensor:
     """Return `Y/√(mean cosh²Y)`, Y one Newton–Schulz step of `M/|M|_F`.  Source: arXiv 2509.24320, the hybrid."""
-    a, b, c = get_schedule("muon").steps(1)[0]
+    return _hybrid(M, steps=1)
+
+
+@rule(ELEMENTS)
+def hybrid_auon_five(M: Tensor) -> Tensor:
+    """Return the same of five steps, nearly the polar factor, as the code does.  Source: arXiv 2509.24320, the code."""
+    return _hybrid(M, steps=5)
+
+
+def _hybrid(M: Tensor, steps: int) -> Tensor:
     tall = M.shape[-2] > M.shape[-1]
-    X = unit_matrix(M.mT if tall else M)
-    A = X @ X.mT
-    Y = a * X + (b * A + c * A @ A) @ X
+    Y = unit_matrix(M.mT if tall else M)
+    for a, b, c in get_schedule("muon").steps(steps):
+        A = Y @ Y.mT
+        Y = a * Y + (b * A + c * A @ A) @ Y
     return (Y.mT if tall else Y) / brake(Y)
 
 
