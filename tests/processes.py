@@ -390,6 +390,36 @@ def work(rank, world):
     return {"matrices": sum(counted)}
 
 
+def overlap(rank, world):
+    """Return what exchanges did in a step, in order, each with its number."""
+    from symlm.collectives import Exchange
+
+    found = {}
+    kept = {name: getattr(Exchange, name) for name in ("send", "compute", "receive")}
+    for case in ("ddp", "fsdp2"):
+        told, numbers = [], {}
+
+        def noting(name, told=told, numbers=numbers):
+            def call(exchange, *arguments):
+                told.append((name, numbers.setdefault(id(exchange), len(numbers))))
+                return kept[name](exchange, *arguments)
+
+            return call
+
+        model = model_of("fsdp2")
+        if case == "fsdp2":
+            shard(model, init_device_mesh("cpu", (world,)))
+        optimizer = optimizer_of("fsdp2", model)
+        loss_of(model, batch(0)).backward()
+        for name in kept:
+            setattr(Exchange, name, noting(name))
+        optimizer.step()
+        for name, own in kept.items():
+            setattr(Exchange, name, own)
+        found[case] = told
+    return found
+
+
 def traffic(rank, world):
     """Count what exchanges sent and what row rules summed, and what the counting functions say."""
     from symlm import by_rows
@@ -548,6 +578,7 @@ EXTRA_CASES = {
     "disagreement": disagreement,
     "nonfinite": nonfinite,
     "work": work,
+    "overlap": overlap,
     "traffic": traffic,
     "borrowed": borrowed,
 }

@@ -93,6 +93,17 @@ def test_polar_work_is_shared(found, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_matrices_travel_both_ways_while_others_are_computed(found, world):
+    for rank in result(found, "overlap", world):
+        for case, told in rank.items():
+            count = 1 + max(number for _, number in told)
+            assert count > 2, case
+            for k in range(count - 1):
+                assert told.index(("send", k + 1)) < told.index(("compute", k)), case
+                assert told.index(("compute", k + 1)) < told.index(("receive", k)), case
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_bytes_are_what_the_counting_function_says(found, world):
     sent = [pair for rank in result(found, "traffic", world) for pair in rank]
     assert sent
