@@ -5,6 +5,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def bpe_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerF
         tokenizer = ByteLevelBPETokenizer()
         tokenizer.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=[END], show_progress=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary = path.with_suffix(f".{uuid4().hex}")
         tokenizer.save(str(temporary))
         temporary.replace(path)
     return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, bos_token=END, pad_token=END)
@@ -67,7 +68,7 @@ def packed_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> n
     path = CACHE / f"tokens-{digest}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.npy")
+        temporary = path.with_suffix(f".{uuid4().hex}.npy")
         np.save(temporary, np.concatenate(tokenize(documents, tokenizer)))
         temporary.replace(path)
     return np.load(path, mmap_mode="r", allow_pickle=False)

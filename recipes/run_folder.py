@@ -45,6 +45,7 @@ def open_folder(config: RunConfig, accelerator: Accelerator) -> Path:
     """Make the run's folder, or check that the one to resume holds this very configuration."""
     folder = Path(config.out) / config.name
     resolved = {key: value for key, value in asdict(config).items() if key != "resume"}
+    resolved["train"]["mixed_precision"] = accelerator.mixed_precision  # which the launcher may have told
     path = folder / "config.json"
     if config.resume and not path.exists():
         raise ValueError(f"{folder} holds no run to resume")
