@@ -290,6 +290,7 @@ def finish(
         if tokenizer:
             tokenizer.save_pretrained(folder / "model")
             print("sample:\n" + sample(folder / "model", tokenizer, accelerator.device))
+    accelerator.wait_for_everyone()  # no process takes the group away while another still works
     accelerator.end_training()
 
 
