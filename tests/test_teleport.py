@@ -68,6 +68,20 @@ def test_a_rotation_cannot_make_it_larger():
         assert move.covector(G).norm().item() == pytest.approx(G.norm().item())
 
 
+def apart_after_a_teleport(one, two, optimizers, action, tolerance=None):
+    """Train both, the second one teleported after a step; return how far it is from the first one, moved at the end."""
+    for step in range(3):
+        for model, optimizer in zip((one, two), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, tokens(step)).backward()
+            optimizer.step()
+        if step == 0:
+            turn = ACTIONS[action](two)
+            t.teleport(two, turn, lambda: loss_of(two, tokens(0)), optimizers[1], tolerance)
+    ends = ((two.get_parameter(key), move.weight(one.get_parameter(key).detach())) for key, move in turn.items())
+    return max(relative(W, expected) for W, expected in ends)
+
+
 ARO = {
     role: {"rule": "aro_rows", "view": "whole" if role in ("attention_o", "mlp_out") else "transposed"}
     for role in ("attention_q", "attention_k", "attention_v", "attention_o", "mlp_in", "mlp_out")
@@ -82,16 +96,7 @@ def test_state_is_transported(rules, rotation):
     one, two = model_of(), model_of()
     overrides = {**rules, "vector": {"lr": 1e-12}}
     optimizers = [symlm.SymOptimizer(m, lr=0.002, overrides=overrides, rotation=rotation) for m in (one, two)]
-    for step in range(3):
-        for model, optimizer in zip((one, two), optimizers, strict=True):
-            optimizer.zero_grad()
-            loss_of(model, tokens(step)).backward()
-            optimizer.step()
-        if step == 0:
-            turn = t.residual_rotation(two, orthogonal(32))
-            t.teleport(two, turn, lambda: loss_of(two, tokens(0)), optimizers[1], tolerance=1e-6)
-    for key, move in turn.items():
-        assert relative(two.get_parameter(key), move.weight(one.get_parameter(key).detach())) < 1e-6, key
+    assert apart_after_a_teleport(one, two, optimizers, "residual rotation", tolerance=1e-6) < 1e-6
 
 
 def test_what_is_no_symmetry_is_refused_and_undone():
@@ -122,16 +127,7 @@ def test_but_with_permutations():
     """Adam commutes with a permutation of neurons, if its two moments move along."""
     one, two = model_of(), model_of()
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3) for m in (one, two)]
-    for step in range(3):
-        for model, optimizer in zip((one, two), optimizers, strict=True):
-            optimizer.zero_grad()
-            loss_of(model, tokens(step)).backward()
-            optimizer.step()
-        if step == 0:
-            turn = ACTIONS["neuron permutations"](two)
-            t.teleport(two, turn, lambda: loss_of(two, tokens(0)), optimizers[1])
-    for key, move in turn.items():
-        assert relative(two.get_parameter(key), move.weight(one.get_parameter(key).detach())) < 1e-9, key
+    assert apart_after_a_teleport(one, two, optimizers, "neuron permutations") < 1e-9
 
 
 @pytest.mark.parametrize("name", ["neuron scales", "value and output"])
