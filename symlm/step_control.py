@@ -68,19 +68,23 @@ class StepControl:
         not finite, the step stays as it is, with one warning.
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        before = [p.detach().clone() for p in parameters]
-        rests = {p: rest.clone() for p in parameters if (rest := self._rest(p)) is not None}
+        before = [self._exact(p) for p in parameters]
         result = self.optimizer.step()
-        step = [p - old for p, old in zip(parameters, before, strict=True)]
+        step = [self._exact(p).sub_(old) for p, old in zip(parameters, before, strict=True)]
         r = self._measured(before, step, inputs, named)
         factor = 1.0 if r is None or r <= self.r_target else self.r_target / r
         for p, old, change in zip(parameters, before, step, strict=True) if factor < 1 else ():
-            short = wide(old) + factor * wide(change)  # an interpolation would lose a small factor to rounding
+            short = old + factor * change  # an interpolation from the other end would lose a small factor to rounding
             p.copy_(short)
             if (rest := self._rest(p)) is not None:
-                rest.copy_(short - p + rests.get(p, 0.0))
+                rest.copy_(short - p)
         self.last = None if r is None else Told(r, factor)
         return result
+
+    def _exact(self, p: Tensor) -> Tensor:
+        """Return a copy of a weight, in fp32 or wider, with what rounding kept of it."""
+        rest = self._rest(p)
+        return wide(p.detach()).clone() if rest is None else wide(p) + rest
 
     def _rest(self, p: Tensor) -> Tensor | None:
         """Return what compensated rounding keeps of a bf16 weight below its last digit, if anything."""
@@ -104,8 +108,11 @@ class StepControl:
         return self._ratio(now, list(step), inputs, named)
 
     def _ratio(self, start: list[Tensor], step: list[Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> float:
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        values, tangents = (dict(zip(names, tensors, strict=True)) for tensors in (start, step))
+        trained = [(name, p.dtype) for name, p in self.model.named_parameters() if p.requires_grad]
+        values, tangents = (
+            {name: told.to(dtype) for (name, dtype), told in zip(trained, tensors, strict=True)}
+            for tensors in (start, step)
+        )
         with evaluating(self.model):
             change = self._change(values, tangents, inputs, named)
         if change.ndim < 1 or change.shape[-1] < 2:

@@ -1,6 +1,7 @@
 """The softmax radius: its formula, what it is invariant to, and that a clipped step is the step times a factor."""
 
 import cmath
+import copy
 import warnings
 from math import pi
 
@@ -83,6 +84,23 @@ def test_what_compensated_rounding_keeps_is_clipped_too():
         model.weight.grad = torch.randn_like(model.weight)
         control.step(X)
     assert (model.weight - before).abs().max() < 2**-8 * before.abs().max()
+
+
+def test_clipped_steps_below_the_last_digit_of_a_compensated_weight_add_up():
+    torch.manual_seed(0)
+    exact = nn.Linear(6, 4, bias=False).bfloat16().float()
+    rounded, X, moved = copy.deepcopy(exact).bfloat16(), torch.randn(9, 6).bfloat16(), []
+    gradient = torch.randn(4, 6)
+    for model, told in ((exact, {}), (rounded, {"rounding": "compensated"})):
+        optimizer = symlm.SymOptimizer(model, weight_decay=0.0, **told)
+        control, before = StepControl(model, optimizer, r_target=1e-4), model.weight.detach().float().clone()
+        for _ in range(40):
+            model.weight.grad = gradient.to(model.weight.dtype)
+            control.step(X.to(model.weight.dtype))
+            assert control.last.factor < 1
+        rest = optimizer.state[model.weight].get("compensation", 0.0)
+        moved.append(model.weight.detach().float() + rest - before)
+    assert (moved[1] - moved[0]).norm() < 0.1 * moved[0].norm()
 
 
 def test_modules_that_were_in_evaluation_mode_stay_so():
