@@ -1,6 +1,6 @@
 """What a parameter group holds: options with their defaults, what is asked of them, and names."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -9,7 +9,7 @@ from symlm_kernels.selection import CHOICES
 from torch import nn
 
 from symlm.coefficients import get_schedule
-from symlm.polar import METHODS
+from symlm.polar import METHODS, resolve_dtype
 from symlm.rules import get_rule
 from symlm.scaling import SCALES
 from symlm.views import WHOLE, MatrixView
@@ -37,7 +37,7 @@ LOOSE = ("params", "param_names", "skipped", "step")  # what is no part of the r
 ROUTED = ("role", "view", "rule", "scale", "outputs", "lr")
 
 
-def refuse_unknown(what: str, key: str, known: dict[str, Any]) -> None:
+def refuse_unknown(what: str, key: str, known: Collection[str]) -> None:
     """Raises: ValueError for a key that is not known, with the one that was meant."""
     if key not in known:
         near = get_close_matches(key, known, n=1)
@@ -71,6 +71,9 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
     if group["lr"] < 0 or not 0 <= group["momentum"] < 1 or group["weight_decay"] < 0:
         raise ValueError(f"group {role}: lr and weight_decay are not negative, 0 <= momentum < 1")
+    if not all(0 <= beta < 1 for beta in group["betas"]) or group["eps"] < 0:
+        raise ValueError(f"group {role}: 0 <= beta < 1 and eps is not negative, got {group['betas']}, {group['eps']}")
+    resolve_dtype(torch.empty(0), group["compute_dtype"])
     for name, p in named_parameters(group):
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)")

@@ -69,9 +69,6 @@ class SymOptimizer(torch.optim.Optimizer):
         refuse_settings()
         for key in options:
             refuse_unknown("option", key, DEFAULTS)
-        for role, values in (overrides or {}).items():
-            for key in values:
-                refuse_unknown(f"overrides[{role!r}] key", key, {**DEFAULTS, **dict.fromkeys(ROUTED)})
         if isinstance(params, nn.Module):
             params = param_groups(params, lr, preset, overrides, roles)
             for group in params:
@@ -109,6 +106,7 @@ class SymOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._originals = {name: weak for name, weak in self._originals.items() if weak() is not None}
         is_first = self._check_agreement()
         self._create_state()
         finite = self._finite()
@@ -263,17 +261,43 @@ class SymOptimizer(torch.optim.Optimizer):
                 yield member_of(fragment.name, fragment.of(p.detach()), fragment.of(p.grad), state, fragment.layout)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does, but keep each state's own dtype: a bf16 parameter's fp32 momentum stays fp32."""
-        super().load_state_dict(state_dict)
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        ours = (p for group in self.param_groups for p in group["params"])
-        for index, p in zip(saved, ours, strict=True):
+        """Load as torch does, but keep each state's own dtype: a bf16 parameter's fp32 momentum stays fp32.
+
+        Raises: ValueError, before anything changed, for what is no state of a SymOptimizer's, for parameters in another
+        order and for other shapes.
+        """
+        saved = {index: p for index, _, p in self._matched(state_dict["param_groups"])}
+        for index, p in saved.items():
+            for key in ("momentum", "exp_avg"):
+                value = state_dict["state"].get(index, {}).get(key)
+                if value is not None and value.shape != p.shape:
+                    raise ValueError(f"parameter {index}: its {key} is {list(value.shape)}, it is {list(p.shape)}")
+        groups = [{**DEFAULTS, **group} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        self.update_size = None  # which would hold the states before
+        for index, p in saved.items():
             for key, value in state_dict["state"].get(index, {}).items():
                 own = self.state[p][key]  # torch leaves a count of steps where the file was read to
                 if isinstance(value, Tensor) and (value.dtype != own.dtype or own.device != p.device):
                     self.state[p][key] = value.to(device=p.device, copy=True)
         for group in self.param_groups:
             check_group(group)
+
+    def _matched(self, saved: list[dict[str, Any]]) -> Iterator[tuple[int, str, nn.Parameter]]:
+        """Yield each saved index with our parameter.  Raises: ValueError where the groups are not ours."""
+        for group in saved:
+            if missing := [key for key in ROUTED if key not in group]:
+                raise ValueError(f"this is no state of a SymOptimizer: a group of it has no {missing[0]!r}")
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError("the state has other groups than this optimizer: load it with the model that it is of")
+        for theirs, ours in zip(saved, self.param_groups, strict=True):
+            names = theirs.get("param_names", []), ours.get("param_names", [])
+            if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+                raise ValueError(f"the state has its parameters in another order: {names[0]}, here {names[1]}")
+            if (route := [theirs[key] for key in ("rule", "view")]) != [ours["rule"], ours["view"]]:
+                log.warning("group %s goes on with the rule and view of its state, %s", ours["role"], route)
+            for index, (name, p) in zip(theirs["params"], named_parameters(ours), strict=True):
+                yield index, name, p
 
 
 def _told(value: Any) -> Any:

@@ -5,6 +5,7 @@ from math import sqrt
 from types import ModuleType
 
 import torch
+from symlm_kernels.reference import normal
 from symlm_kernels.selection import choose, select_products
 from torch import Tensor
 
@@ -140,9 +141,9 @@ def _normalize(X: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
     wide = X.to(torch.promote_types(torch.promote_types(X.dtype, dtype), torch.float32))
     axes = (-2, -1)
     largest = torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True))
-    Y = wide / torch.where(largest > 0, largest, 1.0)
+    Y = wide / normal(largest)
     norm = torch.linalg.vector_norm(Y, dim=axes, keepdim=True)
-    return Y.div_(torch.where(norm > 0, norm, 1.0) * bound).to(dtype)
+    return Y.div_(normal(norm) * bound).to(dtype)
 
 
 def _newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:

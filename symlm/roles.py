@@ -63,13 +63,20 @@ class Site:
 
     @property
     def transposed(self) -> bool:
-        """Tell whether the module stores [..., inputs, outputs], as Conv1D and some experts do."""
+        """Tell whether the module stores [..., inputs, outputs], as Conv1D and some experts do.
+
+        Experts tell by their shapes: gate and up's last axis is down's middle one, the width, unless they are.
+        """
+        into, out = (getattr(self.module, leaf, None) for leaf in ("gate_up_proj", "down_proj"))
+        if isinstance(into, Tensor) and isinstance(out, Tensor) and len(whole_shape(into)) == 3:
+            return whole_shape(into)[-1] != whole_shape(out)[-2]
         return type(self.module).__name__ == "Conv1D" or bool(getattr(self.module, "is_transposed", False))
 
     @property
     def fused(self) -> str | None:
         """The order in which the parent's own code lays q, k and v in this projection, if it is a known one."""
-        return FUSED_ATTENTION.get((type(self.parent).__name__, self.leaf))
+        order = FUSED_ATTENTION.get((type(self.parent).__name__, self.leaf))
+        return "k v" if order == "q k v" and getattr(self.parent, "is_cross_attention", False) else order
 
 
 class UnplacedParameters(ValueError):
@@ -79,6 +86,7 @@ class UnplacedParameters(ValueError):
 ATTENTION = {
     "q_proj": Role.ATTENTION_Q,
     "q_b_proj": Role.ATTENTION_Q,
+    "q_attn": Role.ATTENTION_Q,
     "k_proj": Role.ATTENTION_K,
     "v_proj": Role.ATTENTION_V,
     **dict.fromkeys(("o_proj", "out_proj", "c_proj", "dense"), Role.ATTENTION_O),
@@ -98,6 +106,7 @@ EXPERTS = {
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj"), Role.EXPERT_IN),
     "down_proj": Role.EXPERT_OUT,
 }
+ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 HEADS = ("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier")
 
 
@@ -134,12 +143,14 @@ def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tupl
             )
     dead = [pattern for pattern in patterns if pattern not in used]
     if dead:
-        raise ValueError(f"roles {dead} place no parameter; the names are like {sites[0].name!r}")
+        like = f"; the names are like {sites[0].name!r}" if sites else ", and the model has no trainable one"
+        raise ValueError(f"roles {dead} place no parameter{like}")
     if unplaced:
         lines = "\n".join(f"  {site}" for site in unplaced)
+        remedy = {site.name: "matrix" if len(site.shape) == 2 else "vector" for site in unplaced[:2]}
         raise UnplacedParameters(
-            f"{len(unplaced)} parameters fit no role:\n{lines}\nPlace them by name, e.g. "
-            f"roles={{{unplaced[0].name!r}: 'matrix'}}; roles are {[str(role) for role in Role]}"
+            f"{len(unplaced)} parameters fit no role:\n{lines}\nPlace them by name or pattern, e.g. roles={remedy}, "
+            f"'vector' for what is no matrix (elementwise AdamW); roles are {[str(role) for role in Role]}"
         )
     return list(placed.values())
 
@@ -165,28 +176,44 @@ class _EndMatrices:
     """The token matrices at a model's two ends, as the model itself names them or as shapes tell."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.root = model = _unwrapped(model)
         self.input = _weight(model, "get_input_embeddings")
         self.output: Tensor | None = _weight(model, "get_output_embeddings")
-        tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        if self.output is None and tables:
-            shape = max((whole_shape(table.weight) for table in tables), key=lambda shape: shape[0])
-            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-            fitting = [linear.weight for linear in linears if whole_shape(linear.weight) == shape]
-            self.output = fitting[-1] if fitting else None
-        sparse = [path for path, module in model.named_modules() if getattr(module, "sparse", None) is True]
-        if sparse:
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        named = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+        if sparse := [path for path, table in named.items() if table.sparse and table.weight.requires_grad]:
             raise ValueError(f"{sparse} give sparse gradients, which no rule takes: build them with sparse=False")
+        tables = list(named.values())
         self.tables = {id(table.weight) for table in tables}
-        self.root = model
+        linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        if self.output is None and linears:
+            shapes = {whole_shape(table.weight) for table in tables}
+            self.output = linears[-1] if whole_shape(linears[-1]) in shapes else None
+        task = getattr(getattr(model, "config", None), "problem_type", None)
+        self.has_softmax = bool(tables) and task not in ("regression", "multi_label_classification")
 
     def role(self, site: Site) -> Role | None:
-        """Return the role of a token matrix; a linear layer at the root that is called a head is one too."""
+        """Return the role of a token matrix; a linear layer at the root that is called a head is one too.
+
+        Unless the model has no tokens, or its loss is told to be no softmax: only that ignores a shared shift.
+        """
         parameter = site.parameter
         is_input = parameter is self.input or id(parameter) in self.tables
         named = site.parent is self.root and site.leaf in HEADS and isinstance(site.module, nn.Linear)
-        if parameter is self.output or (named and len(site.shape) == 2 and site.shape[0] > 1):
+        is_head = named and self.has_softmax and len(site.shape) == 2 and site.shape[0] > 1
+        if parameter is self.output or is_head:
             return Role.TIED_EMBEDDING if is_input else Role.LM_HEAD
         return Role.EMBEDDING if is_input else None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of torch.compile's, DataParallel's and DDP's wrappers."""
+    while True:
+        wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _weight(model: nn.Module, getter: str) -> nn.Parameter | None:
@@ -205,7 +232,7 @@ def _classify(site: Site, ends: _EndMatrices) -> Role | None:
         return EXPERTS.get(site.leaf)
     if len(shape) <= 1 or site.name.endswith("bias") or (len(shape) == 2 and 1 in shape):
         return Role.VECTOR
-    if ".lora_A." in site.name or ".lora_B." in site.name:
+    if any(name in site.name for name in ADAPTERS):
         return Role.LORA
     if len(shape) == 2 and _is_router(site, owner):
         return Role.ROUTER
@@ -229,6 +256,6 @@ def _classify_linear(site: Site) -> Role | None:
 
 
 def _is_router(site: Site, owner: str) -> bool:
-    if owner.lower().endswith("router"):
+    if owner.lower().endswith("router") or type(site.parent).__name__.lower().endswith("router"):
         return True
     return isinstance(site.module, nn.Linear) and hasattr(site.parent, "experts") and site.leaf in ("gate", "router")

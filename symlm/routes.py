@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from symlm.groups import DEFAULTS, ROUTED, refuse_unknown
 from symlm.roles import Role, place
 from symlm.rules import get_rule
 from symlm.scaling import SCALES
@@ -269,14 +270,17 @@ def param_groups(
 
 
 ROUTE_KEYS = ("rule", "view", "scale")
+OVERRIDABLE = {*DEFAULTS, *ROUTED} - {"nonfinite"}  # what a bad gradient does is the optimizer's to say
 
 
 def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, dict[str, Any]]:
-    """Return overrides by role.  Raises: ValueError for a role, rule, scale, view or rate that is none."""
+    """Return overrides by role.  Raises: ValueError for a role, key, rule, scale, view or rate that is none."""
     names = [str(role) for role in Role]
     for role, values in overrides.items():
         if role not in names:
             raise ValueError(f"overrides name an unknown role {role!r}; choose one of {names}")
+        for key in values:
+            refuse_unknown(f"overrides[{role!r}] key", key, OVERRIDABLE)
         if "rule" in values:
             get_rule(values["rule"])
         for key, allowed in (("scale", list(SCALES)), ("view", list(GRANULARITIES))):
@@ -290,7 +294,13 @@ def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, di
 def overridden(table: Table, settings: Mapping[Role, Mapping[str, Any]]) -> dict[Role, Route]:
     """Return the table with the rules, views and scales that a user set."""
     own = {role: {k: v for k, v in values.items() if k in ROUTE_KEYS} for role, values in settings.items()}
-    return {role: replace(route, **own.get(role, {})) for role, route in table.items()}
+    return {role: _changed_route(route, own.get(role, {})) for role, route in table.items()}
+
+
+def _changed_route(route: Route, changes: Mapping[str, Any]) -> Route:
+    """Change a route; what becomes elementwise leaves the rates behind that its scale gave a meaning."""
+    becomes = get_rule(changes.get("rule", route.rule)).elementwise and not get_rule(route.rule).elementwise
+    return replace(replace(_ADAMW, view=route.view) if becomes else route, **changes)
 
 
 def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +313,7 @@ def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: di
         "outputs": "columns" if route.view == "transposed" else "rows",
         "rule": route.rule,
         "scale": route.scale,
-        "weight_decay_multiplier": route.weight_decay,
+        "weight_decay_multiplier": 1.0 if "weight_decay" in free else route.weight_decay,
         **route.options,
         **free,
     }

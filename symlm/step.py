@@ -239,13 +239,29 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
 
 def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
     """Run torch's own fused AdamW on the group; `found_inf` masks the step on a device."""
-    members = [member for member in members if member.parameter.numel()]
-    if not members:
-        return
+    wide = [member for member in members if member.parameter.numel() and member.parameter.dtype == member.dtype]
+    narrow = [member for member in members if member.parameter.numel() and member.parameter.dtype != member.dtype]
+    for some in ([wide] if wide else []) + list(_chunks(narrow)):
+        _adamw_together(group, some, finite)
+
+
+def _chunks(members: list[Member]) -> Iterator[list[Member]]:
+    """Yield members, each time within BATCH_ELEMENTS or one alone: their wide copies are alive at once."""
+    chunk: list[Member] = []
+    for member in members:
+        if chunk and sum(each.parameter.numel() for each in (*chunk, member)) > BATCH_ELEMENTS:
+            yield chunk
+            chunk = []
+        chunk.append(member)
+    if chunk:
+        yield chunk
+
+
+def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
     on_cpu = members[0].master.device.type == "cpu"
     adamw(
         [member.master for member in members],
-        [member.gradient.to(member.master.dtype) for member in members],
+        [_laid_as(member.gradient, member.master) for member in members],
         [local(member.state["exp_avg"]) for member in members],
         [local(member.state["exp_avg_sq"]) for member in members],
         [],
@@ -262,6 +278,13 @@ def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> 
     )
     for member in members:
         store(group, member, finite)
+
+
+def _laid_as(gradient: Tensor, master: Tensor) -> Tensor:
+    """Return a gradient in the dtype and strides of its weight: torch's fused step reads both along memory."""
+    if gradient.stride() == master.stride():
+        return gradient.to(master.dtype)
+    return torch.empty_like(master).copy_(gradient)
 
 
 def adamw_update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:

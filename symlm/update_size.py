@@ -30,6 +30,8 @@ class UpdateSize:
     def of_adamw(self, group: dict[str, Any], stepped: list[tuple[dict[str, Any], int]]) -> None:
         """Take note of the states and sizes that AdamW stepped; its update is read from them when asked for."""
         told = {key: group[key] for key in ("lr", "betas", "eps")}
+        if isinstance(told["lr"], Tensor):
+            told["lr"] = told["lr"].clone()  # which a schedule writes to
         self._adamw[_key(group)] = [(told, state, count) for state, count in stepped]
 
     def by_role(self) -> dict[str, tuple[Tensor, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.collectives import gathered
+from symlm.collectives import gathered, local
 from symlm.directions import rule_state, whole_directions
 from symlm.groups import named_parameters
 from symlm.rules import Rule, get_rule
@@ -25,6 +25,7 @@ PROMISES = {  # the departure that rounding, or five Newton–Schulz steps, may 
     "spectral norm": 0.35,
     "signs": 1e-3,
 }
+MEANS = {"momentum", "exp_avg"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def verified(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any
             state = states.get(p, {})
             if not state or group.get("step", 0) < 1:
                 failures.append(f"{name} ({group['role']}): no step has reached it")
+            elif p.grad is None and p.numel() and not any(local(state[key]).any() for key in MEANS & state.keys()):
+                failures.append(f"{name} ({group['role']}): no gradient has reached it, or zeros alone")
             elif p.numel() and not rule.elementwise:
                 for promise, departure in departures(group, state, matrices).items():
                     checks.append(Check(name, group["role"], rule.name, promise, departure))

@@ -208,15 +208,26 @@ HEAD_DIMS = {
     Role.ATTENTION_Q: ("qk_head_dim", "head_dim", "head_size"),
     Role.ATTENTION_O: ("v_head_dim", "head_dim", "head_size"),
 }
+HEAD_COUNTS = ("num_heads", "n_head", "n_heads", "num_attention_heads")
 
 
 def head_dim(site: Site, role: Role) -> int:
-    """Return the width of a head as its attention module tells it.  Raises: ValueError when it does not."""
-    for name in HEAD_DIMS.get(role, ("head_dim", "head_size")):
-        value = getattr(site.parent, name, None)
+    """Return the width of a head as its attention module tells it, or as its number of heads cuts the stream.
+
+    Raises: ValueError when it tells neither.
+    """
+    owners = (site.parent, site.module)
+    told = [getattr(owner, name, None) for owner in owners for name in HEAD_DIMS.get(role, ("head_dim", "head_size"))]
+    stream = site.shape[int((role is not Role.ATTENTION_O) != site.transposed)]
+    counts = [getattr(owner, name, None) for owner in owners for name in HEAD_COUNTS]
+    told += [stream // count for count in counts if isinstance(count, int) and count > 0 and stream % count == 0]
+    for value in told:
         if isinstance(value, int):
             return value
-    raise ValueError(f"{site}: {type(site.parent).__name__} has no head_dim; route {role} with view 'whole'")
+    raise ValueError(
+        f"{site}: {type(site.parent).__name__} tells no head_dim and no num_heads; set one of them on the module, or "
+        f"give this parameter the role 'matrix', which is one matrix: roles={{{site.name!r}: 'matrix'}}"
+    )
 
 
 def _head_view(site: Site, role: Role) -> MatrixView:
@@ -243,14 +254,15 @@ def _fused_view(site: Site, granularity: str) -> MatrixView:
     heads = channels // width
     if granularity == "heads":
         return row_heads(heads, site.transposed)
-    groups = getattr(site.parent, "num_key_value_groups", 1)  # query heads for each head of k and v
+    # Query heads for each head of k and v; a cross-attention has its queries apart.
+    groups = 0 if site.fused == "k v" else getattr(site.parent, "num_key_value_groups", 1)
     kv_heads = heads // (groups + 2)
     if kv_heads * (groups + 2) != heads:
         raise ValueError(f"{site}: {channels} channels are no q, k, v with {groups} query heads for one of k and v")
     if granularity == "qk_heads":
         stacks, sizes = "h m n | 1 (h m) n", {"h": (heads - kv_heads, kv_heads)}
         return MatrixView(f"{_stored('(h m)', 'n', site.transposed)} -> {stacks}", sizes)
-    blocks = (groups * kv_heads * width, kv_heads * width, kv_heads * width)
+    blocks = (groups * kv_heads * width,) * (groups > 0) + (kv_heads * width,) * 2
     return MatrixView(f"{_stored('m', 'n', site.transposed)} -> 1 m n", {"m": blocks})
 
 

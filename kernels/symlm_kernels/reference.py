@@ -75,23 +75,29 @@ def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
 
 def over_rms(X: Tensor, row_rms: Tensor, bias: Tensor | float) -> Tensor:
     """Return `X_i·√bias/r_i`, zero rows staying zero.  Shapes: X (..., m, n), row_rms (..., m, 1)."""
-    unbiased = row_rms / bias**0.5
-    return X / torch.where(unbiased > 0, unbiased, 1.0)
+    return X / normal(row_rms / bias**0.5)
+
+
+def normal(size: Tensor) -> Tensor:
+    """Return a size to divide by: infinity where it is below its dtype's normal numbers, which are counted as zero.
+
+    There a mean that only decays gets stuck, and what is divided by it would grow again.
+    """
+    return torch.where(size < torch.finfo(size.dtype).tiny, torch.inf, size)
 
 
 def row_norms(M: Tensor) -> Tensor:
     """Return `|M_i|`, through each row's largest entry: no square overflows.  Shapes: (..., m, n) -> (..., m, 1)."""
     largest = M.abs().amax(dim=-1, keepdim=True)
-    scaled = M / torch.where(largest > 0, largest, 1.0)
+    scaled = M / normal(largest)
     return largest * torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
 
 
 def unit_rows(M: Tensor) -> Tensor:
     """Return `M_i / |M_i|`, zero rows staying zero; through each row's largest entry, so that no square overflows."""
     largest = M.abs().amax(dim=-1, keepdim=True)
-    U = M / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.vector_norm(U, dim=-1, keepdim=True)
-    return U.div_(torch.where(norm > 0, norm, 1.0))
+    U = M / normal(largest)
+    return U.div_(normal(torch.linalg.vector_norm(U, dim=-1, keepdim=True)))
 
 
 def center(M: Tensor) -> Tensor:

@@ -80,11 +80,14 @@ def _told(
     return m, n, *(mean or MeanNorms(M, M, 0.0)), constants
 
 
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # what is below counts as zero, as in `reference.normal`
+
+
 @triton.jit
 def _divisor(row, r_ptr, place, bias_ptr, beta2, MEAN: tl.constexpr):
     """Return what the row is divided by, and its mean norm to be kept; sizes go first, so that no square overflows."""
     largest = tl.max(tl.abs(row), axis=0)
-    scaled = row / tl.where(largest > 0, largest, 1.0)
+    scaled = row / tl.where(largest < TINY, float("inf"), largest)
     norm = largest * tl.sqrt(tl.sum(scaled * scaled, axis=0))
     kept = norm
     divisor = norm
@@ -94,7 +97,7 @@ def _divisor(row, r_ptr, place, bias_ptr, beta2, MEAN: tl.constexpr):
         by = tl.where(size > 0, size, 1.0)
         kept = size * tl.sqrt(beta2 * (old / by) * (old / by) + (1 - beta2) * (norm / by) * (norm / by))
         divisor = kept / tl.sqrt(tl.load(bias_ptr))
-    return tl.where(divisor > 0, divisor, 1.0), kept
+    return tl.where(divisor < TINY, float("inf"), divisor), kept
 
 
 @triton.jit

@@ -2,8 +2,7 @@
 
 from math import sqrt
 
-import torch
-from symlm_kernels.reference import center, mean_norms, over_rms, row_norms, unit_rows
+from symlm_kernels.reference import center, mean_norms, normal, over_rms, row_norms, unit_rows
 from torch import Tensor
 
 from symlm.polar import inverse_root
@@ -14,7 +13,7 @@ Rows = tuple[Tensor, dict[str, Tensor]]
 
 def over_norm(X: Tensor, norm: Tensor) -> Rows:
     """Return `X_i/|X_i|`, zero rows staying zero.  Shapes: X (..., m, n), norm (..., m, 1)."""
-    return X / torch.where(norm > 0, norm, 1.0), {}
+    return X / normal(norm), {}
 
 
 def over_mean(X: Tensor, norm: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Rows:
