@@ -24,7 +24,9 @@ class Block:
     flat: slice | None = None  # where a part that is cut inside of rows has them
 
     def of(self, part: Tensor) -> Tensor:
-        """Return the block of a part: of whole rows by its rows, of a flat one by its place."""
+        """Return the block of a part: of whole rows by its rows, of a flat one by its place; all of any shape."""
+        if self is ALL:
+            return part
         return (
             part[self.rows] if self.flat is None else part[self.flat].view(-1, self.columns.stop - self.columns.start)
         )

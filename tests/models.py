@@ -47,6 +47,7 @@ EXTRA = {
     "gpt_neox": {},
     "granitemoe": LOCAL,
     "glm4_moe": {"head_dim": 8, **ROUTED},
+    "llama4_text": {"head_dim": 8, **LOCAL, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
 }
 
 

@@ -41,6 +41,10 @@ EXPECTED = {  # the roles of the last layer's matrices
     | EXPERTS
     | SHARED,
     "glm4_moe": ATTENTION | EXPERTS | SHARED,
+    "llama4_text": ATTENTION
+    | {"feed_forward.router": "router", "feed_forward.experts.gate_up_proj": "expert_in"}
+    | {"feed_forward.experts.down_proj": "expert_out"}
+    | {f"feed_forward.shared_expert.{leaf.split('.')[1]}": role for leaf, role in DENSE.items()},
     "granitemoe": ATTENTION | {f"block_sparse_moe.{k.split('.', 1)[1]}": role for k, role in EXPERTS.items()},
     "phi3": {
         "self_attn.qkv_proj": "attention_qkv",
@@ -107,6 +111,23 @@ def test_orientation_agrees_with_the_models_own_tensor_parallel_plan(kind):
     assert checked or kind in ("gpt_oss", "granitemoe")  # without a plan for these projections
 
 
+EXPERT_KINDS = [kind for kind, roles in EXPECTED.items() if "expert_in" in roles.values()]
+
+
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+def test_rows_of_an_experts_matrices_are_its_neurons(kind):
+    """Permuting the neurons of gate, up and down leaves the loss alone; of down alone it does not."""
+    model = tiny(kind, initializer_range=0.2).eval()  # in fp32: the grouped products of experts have no float64
+    loss = loss_of(model, tokens()).item()
+    for role, granularity, same in (("expert_out", "transposed", False), ("expert_in", "whole", True)):
+        for site, found in place(model):
+            if found == role:
+                view, W = view_of(site, found, granularity), site.parameter.detach()
+                W.copy_(view.from_matrices(view.to_matrices(W).flip(1), tuple(W.shape)))
+        change = abs(loss_of(model, tokens()).item() - loss)
+        assert change < 1e-5 if same else change > 1e-3
+
+
 def sections(model, leaf, granularity="heads"):
     """Return the head matrices of layer 0's projection, views of its storage: [(heads, rows, columns), ...]."""
     site, role = next((s, r) for s, r in place(model) if s.leaf == leaf and ".0." in s.name)
@@ -137,6 +158,25 @@ def test_fused_blocks_are_where_the_models_own_code_has_them(kind, fused, out):
     assert abs(loss_of(model, tokens()).item() - loss) < 1e-6  # transformers' softmax is fp32
     q *= 1.5
     assert abs(loss_of(model, tokens()).item() - loss) > 1e-4
+
+
+def test_a_cross_attention_keeps_its_queries_apart():
+    model = tiny("gpt2", torch.float64, add_cross_attention=True)
+    roles = symlm.assign_roles(model)
+    assert roles["transformer.h.0.crossattention.q_attn.weight"] == "attention_q"
+    (site,) = (s for s, _ in place(model) if s.name == "transformer.h.0.crossattention.c_attn.weight")
+    view = view_of(site, roles[site.name], "qk_heads")
+    (k, K), (v, V) = view.sections(site.parameter.detach())
+    keys, values = site.parameter.detach().mT.chunk(2)
+    assert torch.equal(k.to_matrices(K).reshape(32, 32), keys)
+    assert torch.equal(v.to_matrices(V)[0], values)
+    assert view_of(site, roles[site.name], "whole").sections(site.parameter)[0][1].numel() == keys.numel()
+
+
+def test_torchs_own_attention_is_split_once_it_is_named():
+    layer = nn.TransformerEncoderLayer(16, 2)
+    groups = symlm.param_groups(layer, roles={"*in_proj_weight": "attention_qkv"})
+    assert [g["view"] for g in groups if g["role"] == "attention_qkv"] == ["(h m) n -> h m n | 1 (h m) n, h=4+2"]
 
 
 def test_low_rank_attention_is_split_between_keys_and_values():
@@ -211,6 +251,39 @@ class Peers(nn.Module):
         setattr(self, head, nn.Linear(8, 50 if head != "score" else 3, bias=False))
 
 
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 4, bias=False)
+
+
+def test_a_linear_inside_a_router_is_the_router():
+    assert symlm.assign_roles(nn.ModuleDict({"mlp": Router()})) == {"mlp.gate.weight": "router"}
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrapped_models_have_the_roles_of_the_model(wrap):
+    assert list(symlm.assign_roles(wrap(Peers("score"))).values()) == list(symlm.assign_roles(Peers("score")).values())
+
+
+def test_only_a_head_whose_loss_may_be_a_softmax_is_centered():
+    config = tiny("llama").config
+    config.num_labels = 3
+    for task, role in (("single_label_classification", "lm_head"), ("multi_label_classification", "matrix")):
+        config.problem_type = task
+        model = AutoModelForSequenceClassification.from_config(config)
+        assert symlm.assign_roles(model)["score.weight"] == role
+    regression = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 3)})
+    assert symlm.assign_roles(regression)["head.weight"] == "matrix"
+
+
+def test_a_head_without_a_name_is_the_last_layer_of_a_tables_shape():
+    small = nn.ModuleDict({"wpe": nn.Embedding(256, 8), "wte": nn.Embedding(65, 8), "to_logits": nn.Linear(8, 65)})
+    assert symlm.assign_roles(small)["to_logits.weight"] == "lm_head"
+    inner = nn.Sequential(nn.Embedding(16, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    assert symlm.assign_roles(inner)["1.weight"] == "matrix"
+
+
 @pytest.mark.parametrize("head", ["output", "embed_out", "score"])
 def test_names_that_peers_misroute(head):
     roles = symlm.assign_roles(Peers(head))
@@ -229,7 +302,7 @@ def test_a_classifier_of_transformers_has_a_head():
 class CausalSelfAttention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.head_dim = 4
+        self.n_head, self.n_embd = 2, 8
         self.c_attn = nn.Linear(8, 24, bias=False)
         self.c_proj = nn.Linear(8, 8, bias=False)
 

@@ -70,6 +70,17 @@ def test_bad_overrides_are_refused():
         symlm.assign_roles(Odd(), {"mxi": "matrix", "mix": "matrix"})
 
 
+def test_the_remedy_fits_what_it_is_for():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    with pytest.raises(UnplacedParameters, match=r"roles=\{'0.weight': 'vector'\}"):
+        symlm.SymOptimizer(model)
+    assert symlm.SymOptimizer(model, roles={"0.weight": "vector"})
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="the model has no trainable one"):
+        symlm.SymOptimizer(model, roles={"0.weight": "vector"})
+
+
 def test_heads_that_do_not_divide_are_named():
     model = tiny()
     model.model.layers[1].self_attn.head_dim = 7
@@ -115,10 +126,10 @@ def test_quantized_parameters_are_left_out_or_refused():
 def test_adapters_have_a_role_of_their_own():
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"]))
     roles = symlm.assign_roles(model)
     assert set(map(str, roles.values())) == {"lora"}
-    assert len(roles) == 8
+    assert len(roles) == 10
     opt = symlm.SymOptimizer(model)
     train(model, opt, 2)
     assert opt.verify()

@@ -16,10 +16,15 @@ def over_norm(X: Tensor, norm: Tensor) -> Rows:
     return X / normal(norm), {}
 
 
+def _bias(beta2: float, step: Tensor | int, X: Tensor) -> Tensor | float:
+    """Return `1 − β₂^t`, what a mean that began at zero has seen of t steps, in the dtype of X."""
+    return 1 - beta2 ** (step.to(X.dtype) if isinstance(step, Tensor) else step)
+
+
 def over_mean(X: Tensor, norm: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Rows:
     """Return rows over their mean norms, and these, refreshed."""
     refreshed = mean_norms(norm, row_rms, beta2)
-    return over_rms(X, refreshed, 1 - beta2**step), {"row_rms": refreshed}
+    return over_rms(X, refreshed, _bias(beta2, step, X)), {"row_rms": refreshed}
 
 
 @rule(ROWS, row_map=over_norm)
@@ -49,7 +54,7 @@ def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Te
     Adam's second moment, one number a row, which rotations of the columns leave alone: a token that was not seen lately
     makes a short step. Source: rows as blocks of one second moment, Adam-mini, Zhang et al., arXiv 2406.16793.
     """
-    return over_rms(M, row_rms, 1 - beta2**step)
+    return over_rms(M, row_rms, _bias(beta2, step, M))
 
 
 @rule(
@@ -60,7 +65,7 @@ def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Te
 )
 def centered_row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
     """Do the same on the centered M, and center again: a shared shift of all rows is invisible to a softmax."""
-    return center(over_rms(center(M), row_rms, 1 - beta2**step))
+    return center(over_rms(center(M), row_rms, _bias(beta2, step, M)))
 
 
 def whitener(gram: Tensor, rows: int) -> Tensor:
@@ -75,7 +80,7 @@ def _spread(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2:
 
 
 def _whitened(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
-    return over_rms(X, row_rms, 1 - beta2**step) @ whitener(gram, X.shape[-2])
+    return over_rms(X, row_rms, _bias(beta2, step, X)) @ whitener(gram, X.shape[-2])
 
 
 @rule(
