@@ -237,6 +237,143 @@ def test_bad_input_is_named():
         opt.step()
 
 
+class Ends(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.emb, self.mix = nn.Embedding(20, 8), nn.Linear(8, 8, bias=False)
+        self.lm_head = nn.Linear(8, 30, bias=False)
+        self.to(dtype)
+
+
+def quiet(model):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return model
+
+
+def test_a_roles_own_decay_is_absolute():
+    model = quiet(Ends())
+    before = weights(model)
+    symlm.SymOptimizer(model, overrides={"lm_head": {"weight_decay": 0.5, "lr": 0.1}}).step()
+    assert relative(model.lm_head.weight, 0.95 * before["lm_head.weight"]) < FP32
+    assert torch.equal(model.emb.weight, before["emb.weight"])
+
+
+def test_a_role_that_becomes_adamws_takes_its_rate():
+    (head,) = (
+        group
+        for group in symlm.param_groups(Ends(), overrides={"lm_head": {"rule": "adamw"}})
+        if group["role"] == "lm_head"
+    )
+    assert head["lr"] == pytest.approx(0.01)
+
+
+def test_overrides_are_checked_wherever_they_are_given():
+    for build in (symlm.param_groups, symlm.SymOptimizer, symlm.describe_routing):
+        with pytest.raises(ValueError, match="did you mean 'momentum'"):
+            build(Ends(), overrides={"lm_head": {"momentun": 0.5}})
+        with pytest.raises(ValueError, match="key 'nonfinite'"):
+            build(Ends(), overrides={"lm_head": {"nonfinite": "raise"}})
+    for bad in ({"betas": (0.9, 1.0)}, {"eps": -1.0}, {"compute_dtype": "flaot32"}):
+        with pytest.raises(ValueError, match=r"beta|floating-point"):
+            symlm.SymOptimizer(Ends(), **bad)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper-row", "adamw-compatible"])
+def test_a_token_that_is_never_seen_again_comes_to_rest(preset):
+    model = Ends()
+    opt = symlm.SymOptimizer(model, preset=preset)
+    for k in range(4500):
+        model.emb.weight.grad = torch.zeros(20, 8)
+        if k < 5:
+            model.emb.weight.grad[3] = torch.randn(8)
+        if k == 4480:
+            before = model.emb.weight.detach().clone()
+        opt.step()
+    assert torch.equal(model.emb.weight, before)
+
+
+def test_verify_names_what_no_gradient_has_reached():
+    model = Ends()
+    opt = symlm.SymOptimizer(model)
+    model.mix.weight.grad = torch.randn(8, 8)
+    opt.step()
+    with pytest.raises(RuntimeError, match=r"emb.weight \(embedding\): no gradient.*\n.*lm_head.weight"):
+        opt.verify()
+
+
+def stepped(model, **options):
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    opt = symlm.SymOptimizer(model, **options)
+    opt.step()
+    return opt
+
+
+def test_a_state_that_is_not_ours_is_refused_and_nothing_is_lost():
+    model = Ends()
+    opt = stepped(model)
+    groups = [{"params": group["params"]} for group in opt.param_groups]
+    foreign = torch.optim.AdamW(groups)
+    foreign.step()
+    other = Ends()
+    other.emb = nn.Embedding(21, 8)
+    fewer = nn.ModuleDict({"emb": nn.Embedding(20, 8)})
+    for state, message in (
+        (foreign.state_dict(), "no state of a SymOptimizer: a group of it has no 'role'"),
+        (stepped(other).state_dict(), r"its momentum is \[21, 8\], it is \[20, 8\]"),
+        (stepped(fewer).state_dict(), "other groups"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(state)
+    opt.step()
+
+
+def test_a_state_in_another_order_is_refused():
+    a, b = (nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in names}) for names in ("ab", "ba"))
+    with pytest.raises(ValueError, match="another order"):
+        stepped(b).load_state_dict(stepped(a).state_dict())
+
+
+def test_a_state_of_fewer_options_is_completed_and_another_preset_is_told(caplog):
+    state, model = stepped(Ends()).state_dict(), Ends()
+    for group in state["param_groups"]:
+        del group["rotation"]
+    opt = stepped(model, preset="paper-row")
+    opt.load_state_dict(state)
+    assert "lm_head goes on with the rule" in caplog.text
+    opt.step()
+
+
+def test_vectors_of_any_strides_are_torchs_adamws():
+    ours, theirs = (nn.Parameter(torch.ones(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)) for _ in "ab")
+    module = nn.Module()
+    module.w = ours
+    pair = (
+        (ours, symlm.SymOptimizer(module, preset="adamw", lr=0.01, roles={"w": "vector"})),
+        (theirs, torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)),
+    )
+    for _ in range(3):
+        gradient = torch.randn(4, 3, 5, 5)
+        for p, opt in pair:
+            p.grad = gradient.clone()
+            opt.step()
+    assert relative(ours, theirs) < FP32
+
+
+def test_many_narrow_vectors_are_stepped_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    model = Ends(torch.bfloat16)
+    twin = copy.deepcopy(model)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    symlm.SymOptimizer(model, preset="adamw").step()
+    monkeypatch.setattr("symlm.step.BATCH_ELEMENTS", 100)
+    symlm.SymOptimizer(twin, preset="adamw").step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def test_parameters_that_a_wrapper_cut_flat_are_refused_before_any_update():
     model = tiny()
     opt = symlm.SymOptimizer(model)
