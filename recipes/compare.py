@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import CLI
 from report import read_metrics
 from run_config import read
+from run_folder import is_finished, origin
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -56,10 +57,6 @@ class Run:
         short = "" if self.share == 1 else f"-of{self.share:g}"
         return self.out / self.model / f"{self.arm.stem}-x{self.factor:g}-seed{self.seed}{short}"
 
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "summary.json").exists()
-
     def command(self, more: tuple[str, ...]) -> list[str]:
         told = scaled(yaml.safe_load(self.arm.read_text())["optimizer"], self.factor)
         fields = {f"optimizer.{key}": value for key, value in told.items()}
@@ -74,7 +71,9 @@ class Run:
         """Run, or resume, and keep the numbers alone.  Raises: RuntimeError with the end of the run's errors."""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(self.command(more), capture_output=True, text=True, env=environment)
-        if done.returncode:
+        if (
+            done.returncode and not (self.folder / "summary.json").exists()
+        ):  # what blew up has one, and losses that say so
             raise RuntimeError(f"{self.folder} failed:\n{done.stderr[-2000:]}")
         for heavy in ("checkpoints", "model"):
             shutil.rmtree(self.folder / heavy, ignore_errors=True)
@@ -107,7 +106,7 @@ def scaled(optimizer: dict[str, Any], factor: float) -> dict[str, Any]:
 
 def execute(runs: list[Run], jobs: int, more: tuple[str, ...], what: str) -> None:
     """Run what is not finished, `jobs` side by side; one failure is told after the others have ended."""
-    left = [run for run in runs if not run.finished]
+    left = [run for run in runs if not is_finished(run.folder, run.command(more)[2:])]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with tqdm(total=len(left), unit="run", desc=what) as bar, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run.execute, more, threads) for run in left]
@@ -148,6 +147,10 @@ def main(
     """
     if bad := [share for share in shares if not 0 < share < 1]:
         raise SystemExit(f"shares lie between 0 and 1, which every arm runs anyway; got {bad}")
+    if jobs < 1 or seeds < 1 or not factors or not arms or not models:
+        raise SystemExit("there is at least one job, seed, factor, arm and model")
+    if missing := [arm for arm in arms if not Path(arm).exists()]:
+        raise SystemExit(f"no arm {missing[0]}; an arm is a run's configuration, as {ARMS[0]}")
     results: list[dict[str, Any]] = []
     for model in models:
         path, folder = HERE / "configs" / "bench" / f"{bench}-{model}.yaml", Path(out)
@@ -164,7 +167,7 @@ def main(
         execute(reported, jobs, more, f"{model}: seeds")
         results += [trial | {"trial": True} for each in found.values() for trial in each]
         results += [run.result() | {"trial": False} for run in reported]
-        (folder / "results.json").write_text(json.dumps({"bench": bench, **evidence.origin(), "runs": results}))
+        (folder / "results.json").write_text(json.dumps({"bench": bench, **origin(), "runs": results}))
     print("\n".join(map(str, evidence.draw(Path(out) / "results.json", Path(out)))))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -138,12 +139,16 @@ class PackedStream(IterableDataset):
     def _blocks(self) -> Iterator[torch.Tensor]:
         rest: list[int] = []
         for row in self.stream:
-            if self.column not in row:
-                raise KeyError(f"the dataset has no column {self.column!r}, but {sorted(row)}")
-            rest += tokenize([row[self.column]], self.tokenizer)[0].tolist()
+            rest += tokenize([_text(row, self.column)], self.tokenizer)[0].tolist()
             while len(rest) >= self.length:
                 yield torch.tensor(rest[: self.length])
                 rest = rest[self.length :]
+
+
+def _text(row: dict, column: str) -> str:
+    if not isinstance(row.get(column), str):
+        raise ValueError(f"a row of the dataset has no text in column {column!r} (data.column), but {sorted(row)}")
+    return row[column]
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -176,12 +181,30 @@ def read_documents(path: str, column: str) -> list[str]:
     for file in files:
         kind = kinds.get(Path(file).suffix)
         if kind == "text":
-            documents.append(Path(file).read_text(encoding="utf-8"))
-        elif kind:
-            documents += load_dataset(kind, data_files=file, split="train")[column]
+            try:
+                documents.append(Path(file).read_text(encoding="utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is no UTF-8 text: {error}") from None
+        elif kind and Path(file).stat().st_size:
+            try:
+                rows = load_dataset(kind, data_files=file, split="train")
+            except Exception as error:  # whatever datasets raises does not name the file
+                raise ValueError(f"{file} cannot be read: {error.__cause__ or error}") from error
+            documents += texts_of(rows, column, file)
+    documents = [document for document in documents if document]
     if not documents:
-        raise ValueError(f"{path}: no .txt, .md, .jsonl, .json or .parquet document there")
+        raise ValueError(f"{path}: no .txt, .md, .jsonl, .json or .parquet document there that has any text")
     return documents
+
+
+def texts_of(rows, column: str, where: str) -> list[str]:
+    """Return a table's texts.  Raises: ValueError, naming the column and those there are, or the row that has none."""
+    if column not in rows.column_names:
+        raise ValueError(f"{where} has no column {column!r} (data.column), but {rows.column_names}")
+    texts = list(rows[column])
+    if bad := [k for k, text in enumerate(texts) if not isinstance(text, str)]:
+        raise ValueError(f"{where}: row {bad[0]} has {texts[bad[0]]!r} in column {column!r}, which is no text")
+    return texts
 
 
 def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None, Dataset, Dataset]:
@@ -215,8 +238,12 @@ def _stream(data, tokenizer: PreTrainedTokenizerBase | None, seed: int):
     if tokenizer is None:
         raise ValueError(f"{data.dataset!r} is no local path; a Hub dataset needs data.tokenizer, a name or a path")
     stream = load_dataset(data.dataset, data.subset, split="train", streaming=True)
-    held = tokenize([row[data.column] for row in stream.take(data.held_out)], tokenizer)
-    shuffled = stream.skip(data.held_out).shuffle(seed=seed, buffer_size=1000)
+    held: list[np.ndarray] = []
+    for row in stream:
+        if sum(map(len, held)) >= data.validation_blocks * data.length:
+            break
+        held += tokenize([_text(row, data.column)], tokenizer)
+    shuffled = stream.skip(len(held)).shuffle(seed=seed, buffer_size=1000)
     train = PackedStream(shuffled, data.column, tokenizer, data.length, seed)
     return tokenizer, train, _validation(held, data)
 
@@ -225,4 +252,6 @@ def _validation(documents: list[np.ndarray], data) -> Dataset:
     """Take blocks evenly over all held-out documents, so that no single long one speaks for the rest."""
     whole = Packed([np.concatenate(documents)], data.length, None, seed=None)
     count = min(whole.blocks, data.validation_blocks)
+    if count < data.validation_blocks:
+        warnings.warn(f"{count} blocks are held out, not {data.validation_blocks}: there is no more text", stacklevel=3)
     return Subset(whole, np.linspace(0, whole.blocks - 1, count, dtype=int).tolist())

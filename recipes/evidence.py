@@ -1,17 +1,13 @@
-"""Draw a comparison from its raw numbers:  python recipes/evidence.py recipes/results/small.json --out runs/small"""
+"""Draw a comparison from its raw numbers:  python recipes/evidence.py recipes/results/small-dense.json"""
 
 import base64
 import json
-import platform
-import subprocess
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from jinja2 import Template
 from jsonargparse import CLI
 from scipy import stats
@@ -30,22 +26,6 @@ img{max-width:100%}</style>
 {% for picture in model.pictures %}<img alt="{{ picture.name }}" src="data:image/png;base64,{{ picture.data }}">
 {% endfor %}{% endfor %}"""
 )
-
-
-def origin() -> dict[str, Any]:
-    """Return where and when a comparison ran."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    return {"date": str(date.today()), "commit": commit or "unknown", "device": device, "torch": torch.__version__}
-
-
-def processor() -> str:
-    """Return the processor's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
 
 def interval(values: list[float]) -> str:
@@ -167,8 +147,11 @@ def draw(results: Path, out: Path) -> list[Path]:
     told = json.loads(results.read_text())
     out.mkdir(parents=True, exist_ok=True)
     title = f"symlm, bench {told['bench']}"
-    note = f"{told['device']}; torch {told['torch']}; {told['date']}; commit {told['commit']}. "
-    note += "Intervals: 95 %, Student's t."
+    # Finished runs are kept, so that a run may be older than the comparison.
+    dates, commits = (
+        ", ".join(sorted({run.get(key, told[key]) for run in told["runs"]})) for key in ("date", "commit")
+    )
+    note = f"{told['device']}; torch {told['torch']}; {dates}; commit {commits}. Intervals: 95 %, Student's t."
     paths, models, text = [], [], f"# {title}\n\n{note}\n"
     for model in dict.fromkeys(run["model"] for run in told["runs"]):
         trials = [run for run in told["runs"] if run["model"] == model and run["trial"]]

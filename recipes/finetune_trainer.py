@@ -2,9 +2,11 @@
 
     python recipes/finetune_trainer.py --model runs/default/model --text README.md --output_dir runs/finetuned
 
-Every field of TrainingArguments is a flag; `--resume` goes on from the last checkpoint in the output folder.
+Every field of TrainingArguments is a flag, but for the rate, which is --lr; `--resume` goes on from the last checkpoint
+in the output folder.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,9 @@ def blocks(path: str, tokenizer, length: int) -> Dataset:
 
 def main() -> None:
     fields, arguments = HfArgumentParser((Fields, TrainingArguments)).parse_args_into_dataclasses()
+    plain = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    if given := [name for name in ("learning_rate", "weight_decay") if getattr(arguments, name) != plain[name]]:
+        raise SystemExit(f"--{given[0]} is the Trainer's own optimizer's, which symlm replaces: use --lr")
     if not Path(fields.model, "config.json").exists():
         raise SystemExit(f"{fields.model} holds no model: run `make pretrain` first, or give --model")
     tokenizer = AutoTokenizer.from_pretrained(fields.model)

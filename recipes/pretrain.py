@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, set_seed
 from architectures import build_model
-from run_config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig, read
-from run_folder import Checkpoints, forget_after, open_folder, write
+from run_config import OptimizerConfig, RunConfig, TrainConfig, read
+from run_folder import Checkpoints, check_folder, forget_after, open_folder, origin, write
 from teleporting import Teleporter
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -82,10 +81,12 @@ class Routers:
         return {**means, "router/load": loads}
 
 
-def prepare_model(config: ModelConfig, tokenizer: Any) -> torch.nn.Module:
-    vocabulary, end = (len(tokenizer), tokenizer.eos_token_id) if tokenizer else (None, None)
-    model = build_model(config.preset, config.config, config.sizes, vocabulary, end)
-    if config.gradient_checkpointing:
+def prepare_model(config: RunConfig, tokenizer: Any) -> torch.nn.Module:
+    """Build the model over the tokenizer's vocabulary; without one over `data.vocab_size`, unless `sizes` say more."""
+    told, own = config.model, config.model.sizes.get("vocab_size", config.data.vocab_size)
+    vocabulary, end = (len(tokenizer), tokenizer.eos_token_id) if tokenizer else (own, None)
+    model = build_model(told.preset, told.config, told.sizes, vocabulary, end)
+    if told.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
@@ -110,9 +111,11 @@ def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any
     logits = output.logits.detach().flatten(0, 1)
     some = logits[torch.linspace(0, len(logits) - 1, min(64, len(logits)), device=logits.device).long()]
     sizes = symlm.diagnostics.logit_metrics(some, accelerator.gather)
-    sizes_by_role = symlm.diagnostics.update_rms(job.plain) if isinstance(job.plain, symlm.SymOptimizer) else {}
+    ours = isinstance(job.plain, symlm.SymOptimizer)
+    sizes_by_role = symlm.diagnostics.update_rms(job.plain) if ours else {}
     told = job.control and job.control.last
     return {
+        **({"skipped_steps": job.plain.skipped_steps} if ours else {}),
         **{f"update_rms/{role}": rms for role, rms in sizes_by_role.items()},
         **{f"logits/{key}": value.item() for key, value in sizes.items()},
         **job.routers.metrics(output, accelerator),
@@ -191,21 +194,15 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, accelerator
     return AGD(model, **config.options)
 
 
-def device_name() -> str:
-    return (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-
-
 def summary(optimizer: torch.optim.Optimizer, seconds: list[float]) -> dict[str, Any]:
-    """Return what a run cost: seconds of a training step (mean, the first left out), bytes of this process's state."""
+    """Return what a run cost: seconds of a training step (mean, the first left out), bytes of this process's state.
+
+    And where, when and of which commit it ran: who reads it later may have another before them.
+    """
     return {
-        "seconds_per_step": statistics.fmean(seconds[1:] or seconds or [math.nan]),
+        "seconds_per_step": statistics.fmean(seconds[1:] or seconds) if seconds else None,
         "optimizer_bytes": symlm.diagnostics.state_bytes(optimizer),
-        "torch": torch.__version__,
-        "device": device_name(),
+        **origin(),
     }
 
 
@@ -214,7 +211,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     train = config.train
     samples = train.steps * train.accumulate * train.batch * accelerator.num_processes
     tokenizer, data, validation = corpus.load(config.data, train.seed, samples)
-    model = prepare_model(config.model, tokenizer)
+    model = prepare_model(config, tokenizer)
     collate = corpus.Collate(model.config.vocab_size)
     routers = Routers(model, train)
     plain = build_optimizer(model, config.optimizer, accelerator)
@@ -237,18 +234,25 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     return Training(model, optimizer, plain, schedule, loader, held, routers, control, teleporter), tokenizer
 
 
-def run(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path) -> list[float]:
-    """Train from the last checkpoint, if one is asked for, to the end; return the seconds of every step."""
+PATIENCE = 3  # rows in a row whose loss is no number, after which a run has nothing left to learn
+
+
+def run(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path) -> tuple[list[float], bool]:
+    """Train from the last checkpoint, if one is asked for, to the end; return every step's seconds, and if it failed.
+
+    A run whose loss stays no number ends there, its last checkpoint from before.
+    """
     train, checkpoints = config.train, Checkpoints(folder / "checkpoints", config.train.keep)
     first = checkpoints.load(accelerator) if config.resume else 0
     if accelerator.is_main_process:
         forget_after(first, folder)
     if accelerator.log_with:
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers("symlm")
     stream = iter(accelerator.skip_first_batches(job.loader, first * train.accumulate) if first else job.loader)
     per_step = train.batch * train.accumulate * config.data.length * accelerator.num_processes
     told = {"unit": "tok", "unit_scale": True, "disable": not accelerator.is_main_process}
-    seconds = []
+    seconds: list[float] = []
+    lost = 0
     with tqdm(total=train.steps * per_step, initial=first * per_step, **told) as bar:
         for step in range(first + 1, train.steps + 1):
             began = time.perf_counter()
@@ -263,35 +267,49 @@ def run(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path
             bar.update(per_step)
             if logged:
                 row |= watch(output, job, accelerator)
-                bar.set_postfix(loss=f"{row['train/loss']:.3f}")
+                lost = 0 if math.isfinite(row["train/loss"]) else lost + 1
+                skipped = {"skipped": row["skipped_steps"]} if row.get("skipped_steps") else {}
+                bar.set_postfix(loss=f"{row['train/loss']:.3f}", **skipped)
             job.schedule.step()
-            if validated:
+            if validated or lost == PATIENCE:
                 row["val/loss"] = evaluate(job.model, job.held, accelerator)
             if logged or validated:
                 write(row, folder, accelerator)
-            if step % train.save_every == 0 or step == train.steps:
+            if lost == PATIENCE:
+                break
+            if not lost and (step % train.save_every == 0 or step == train.steps):
                 checkpoints.save(accelerator, step)
-    return seconds
+    return seconds, lost > 0
 
 
 def finish(
-    accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path, cost: dict[str, Any]
+    accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path, cost: dict[str, Any], failed: bool
 ) -> None:
-    """Save the model in Hugging Face's format, draw the report and print a sample."""
-    weights = accelerator.get_state_dict(model)  # of all processes together: shards are gathered
+    """Save the model in Hugging Face's format, draw the report and print a sample.
+
+    Raises: SystemExit, the report drawn but no model saved, for a run that failed.
+    """
+    weights = None if failed else accelerator.get_state_dict(model)  # of all processes together: shards are gathered
     if accelerator.is_main_process:
-        plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-        plain.save_pretrained(folder / "model", state_dict=weights)
-        (folder / "summary.json").write_text(json.dumps(cost, indent=1))
-        pictures = report.draw([folder], folder)
         final = report.read_metrics(folder)[-1]
+        if not (folder / "summary.json").exists() or cost["seconds_per_step"]:  # a finished run has nothing to add
+            (folder / "summary.json").write_text(json.dumps(cost, indent=1))
+        paths = [folder / "metrics.jsonl", *report.draw([folder], folder)]
         print(f"validation loss {final['val/loss']:.4f} after {final['tokens']:,} tokens")
-        print("\n".join(str(path) for path in (folder / "model", folder / "metrics.jsonl", *pictures)))
-        if tokenizer:
+        if not failed:
+            plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+            plain.save_pretrained(folder / "model", state_dict=weights)
+            paths.insert(0, folder / "model")
+        print("\n".join(map(str, paths)))
+        if tokenizer and not failed:
             tokenizer.save_pretrained(folder / "model")
             print("sample:\n" + sample(folder / "model", tokenizer, accelerator.device))
     accelerator.wait_for_everyone()  # no process takes the group away while another still works
     accelerator.end_training()
+    if failed:
+        raise SystemExit(
+            f"the loss is no number any more: try a smaller optimizer.lr; {folder / 'checkpoints'} has what was before"
+        )
 
 
 def sample(saved: Path, tokenizer: Any, device: torch.device) -> str:
@@ -305,11 +323,12 @@ def sample(saved: Path, tokenizer: Any, device: torch.device) -> str:
 def main() -> None:
     config = read()
     accelerator = build_accelerator(config)
-    folder = open_folder(config, accelerator)
+    folder = check_folder(config, accelerator)
     set_seed(config.train.seed)
     job, tokenizer = prepare(config, accelerator)
-    seconds = run(job, config, accelerator, folder)
-    finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds))
+    open_folder(config, accelerator, folder)
+    seconds, failed = run(job, config, accelerator, folder)
+    finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds), failed)
 
 
 if __name__ == "__main__":

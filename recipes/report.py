@@ -1,7 +1,7 @@
 """Draw `metrics.jsonl` of one run, or of several side by side:  python recipes/report.py runs/a runs/b"""
 
 import json
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import matplotlib
@@ -30,11 +30,13 @@ def series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 def draw(runs: list[Path], out: Path) -> list[Path]:
     """Write loss.png for all runs, and update_rms.png for the first."""
+    unique = len({run.name for run in runs}) == len(runs)
+    names = [run.name if unique else str(run) for run in runs]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for number, run in enumerate(runs):
         rows, color = read_metrics(run), f"C{number}"
         axes.plot(*series(rows, "train/loss"), color=color, alpha=0.3, lw=0.8)
-        axes.plot(*series(rows, "val/loss"), color=color, marker="o", ms=3, label=run.name)
+        axes.plot(*series(rows, "val/loss"), color=color, marker="o", ms=3, label=names[number])
     axes.set(xlabel="tokens", ylabel="loss (nats a token)", title="validation (marked) and training (faint) loss")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -60,6 +62,7 @@ def draw(runs: list[Path], out: Path) -> list[Path]:
 def draw_load(loads: np.ndarray, tokens: list[int], name: str, path: Path) -> None:
     """Draw each layer's expert load over the run, over the uniform share.  Shapes: (points, layers, experts)."""
     layers, experts = loads.shape[1:]
+    half = (tokens[-1] - tokens[0]) / max(1, len(tokens) - 1) / 2 or 0.5  # a column's middle is at its tokens
     size = (7, 1 + 1.2 * layers)
     figure, panels = plt.subplots(layers, 1, figsize=size, sharex=True, layout="constrained", squeeze=False)
     for layer, axes in enumerate(panels[:, 0]):
@@ -69,7 +72,7 @@ def draw_load(loads: np.ndarray, tokens: list[int], name: str, path: Path) -> No
             interpolation="nearest",
             vmin=0,
             vmax=3,
-            extent=(tokens[0], tokens[-1], experts - 0.5, -0.5),
+            extent=(tokens[0] - half, tokens[-1] + half, experts - 0.5, -0.5),
         )
         axes.set(ylabel=f"layer {layer}")
     panels[-1, 0].set(xlabel="tokens")
@@ -78,8 +81,17 @@ def draw_load(loads: np.ndarray, tokens: list[int], name: str, path: Path) -> No
     figure.savefig(path, dpi=130)
 
 
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--out", type=Path, help="where the pictures go: the run's folder, of several runs runs/report")
+    told = parser.parse_args()
+    if missing := [run for run in told.runs if not (run / "metrics.jsonl").exists()]:
+        parser.error(f"{missing[0]} has no metrics.jsonl: is it a run's folder?")
+    out = told.out or (told.runs[0] if len(told.runs) == 1 else Path("runs/report"))
+    out.mkdir(parents=True, exist_ok=True)
+    print("\n".join(str(path) for path in draw(told.runs, out)))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    found = [Path(argument) for argument in sys.argv[1:]]
-    print("\n".join(str(path) for path in draw(found, found[0])))
+    main()

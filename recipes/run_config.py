@@ -2,15 +2,35 @@
 
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 import corpus
 from jsonargparse import ArgumentParser
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "swanlab")  # accelerate's, by their modules
+
+
+def at_least(minimum: float, fields: dict[str, Any]) -> None:
+    """Raises: ValueError, with the field's name, for a value below the minimum."""
+    for name, value in fields.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} is at least {minimum}, got {value}")
+
 
 @dataclass
 class DataConfig:
-    """dataset: "stdlib" (embedded), a local file or folder (text, JSONL, Parquet, .bin shards), or a Hub name."""
+    """The text.
+
+    Args:
+        dataset: "stdlib" (embedded), a local file or folder (text, JSONL, Parquet, .bin shards), or a Hub name.
+        subset: the Hub dataset's configuration.
+        column: where JSONL, Parquet and Hub datasets have their text.
+        tokenizer: a Hub name or a path; none trains a byte-level BPE on the text.
+        vocab_size: of that BPE; of .bin shards without a tokenizer, the model's.
+        length: tokens of a block.
+        validation_blocks: how many blocks are held out; fewer if the text has fewer, which is told.
+    """
 
     dataset: str = corpus.EMBEDDED
     subset: str | None = None
@@ -19,14 +39,22 @@ class DataConfig:
     vocab_size: int = 4096
     length: int = 256
     validation_blocks: int = 128
-    held_out: int = 500
+
+    def __post_init__(self) -> None:
+        at_least(2, {"data.length": self.length})  # the last token of a block has no next one to predict
+        at_least(1, {"data.validation_blocks": self.validation_blocks})
 
 
 @dataclass
 class ModelConfig:
-    """preset: a name in architectures.py; config: a Hugging Face config instead, by name or path.
+    """The network.
 
-    sizes: fields of either to change.
+    Args:
+        preset: a name in architectures.py.
+        config: a Hugging Face config instead, by name or path.
+        sizes: fields of either to change, for example '{"num_hidden_layers": 2}'.
+        compile: compile it with torch.compile.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
     """
 
     preset: str = "qwen3-tiny"
@@ -40,7 +68,12 @@ class ModelConfig:
 class OptimizerConfig:
     """As `symlm.SymOptimizer`: one dial, a table by name, absolute values by role.
 
-    algorithm: "symlm", or "agd", whose options are `symlm.agd.AGD`'s and which starts semi-orthogonal, gains frozen.
+    Args:
+        algorithm: "symlm", or "agd": its options are `symlm.agd.AGD`'s, it starts semi-orthogonal, gains frozen.
+        lr: the one dial; every role's rate is a multiple of it.
+        preset: the table of roles and rules, for example "default" or "muon".
+        overrides: absolute values by role, for example '{"lm_head": {"lr": 5e-3}}'.
+        options: defaults of every role, for example '{"momentum": 0.95}'.
     """
 
     algorithm: str = "symlm"
@@ -52,13 +85,28 @@ class OptimizerConfig:
 
 @dataclass
 class TrainConfig:
-    """schedule: "linear" (warm-up, constant, then linear to zero over `decay` of the steps) or "cosine".
+    """The run.
 
-    r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
-    r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
-    teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
-    mixed_precision: "no", "bf16" or "fp16"; none is what the launcher was told.
-    load_loss, z_loss: coefficients of the routers' auxiliary losses; the loss that is written is without them.
+    Args:
+        steps: how many.
+        batch: blocks of a process's batch.
+        accumulate: batches of a step.
+        schedule: "linear" (warm-up, constant, then linear to zero) or "cosine".
+        warmup: steps over which the rate grows.
+        decay: the part of the run in which a linear schedule falls to zero.
+        clip: the largest norm of the gradients, which scale-free rules do not feel; none is no clipping.
+        r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
+        r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
+        teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
+        load_loss: coefficient of the routers' load loss; the loss that is written is without it.
+        z_loss: coefficient of the routers' z-loss; the loss that is written is without it.
+        mixed_precision: "no", "bf16" or "fp16"; none is what the launcher was told.
+        seed: of the model, the data's order and what is random in the step.
+        validate_every: steps between validations.
+        log_every: steps between rows of metrics.jsonl.
+        save_every: steps between checkpoints.
+        keep: how many checkpoints stay.
+        tracker: where the metrics go besides metrics.jsonl, one of accelerate's trackers, or "none".
     """
 
     steps: int = 400
@@ -81,14 +129,35 @@ class TrainConfig:
     keep: int = 2
     tracker: str = "tensorboard"
 
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch", "accumulate", "validate_every", "log_every", "save_every", "keep", "teleport_every")
+        at_least(1, {f"train.{name}": getattr(self, name) for name in counts})
+        at_least(0, {f"train.{name}": getattr(self, name) for name in ("warmup", "decay", "load_loss", "z_loss")})
+        if self.tracker != "none" and self.tracker in TRACKERS and find_spec(self.tracker) is None:
+            raise ValueError(f"train.tracker {self.tracker!r} is not installed: pip install {self.tracker}, or 'none'")
+        if self.tracker not in (*TRACKERS, "none"):
+            raise ValueError(f"unknown train.tracker {self.tracker!r}; choose one of {(*TRACKERS, 'none')}")
+
 
 @dataclass
 class RunConfig:
-    """One run; its name is its folder under `runs`."""
+    """One run.
+
+    Args:
+        name: its folder under `out`.
+        out: the folder of runs.
+        resume: go on from the last complete checkpoint in the folder.
+        overwrite: begin anew in a folder that holds a run, which is lost.
+        data: the text.
+        model: the network.
+        optimizer: what updates it.
+        train: the run.
+    """
 
     name: str = "default"
     out: str = "runs"
     resume: bool = False
+    overwrite: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -96,13 +165,23 @@ class RunConfig:
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, whose error for an unknown key names the nearest one."""
+    """jsonargparse's parser, whose error for an unknown key names the nearest one, in any of the parts."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         known = [action.dest for action in self._actions]
-        words = [word.strip("'\"`-.,[]").split("=")[0] for word in str(message).split()]
-        near = [match for word in words if word not in known for match in get_close_matches(word, known, 1, 0.75)]
+        words = [word.strip("'\"`-.,:[]").split("=")[0] for word in str(message).split()]
+        unknown = [word for word in words if word.rpartition(".")[2] and word not in known]
+        near = [match for word in unknown for match in _near(word, known)] if not set(words) & set(known) else []
         super().error(f"{message}\nDid you mean {near[0]!r}?" if near else message, ex)
+
+
+def _near(word: str, known: list[str]) -> list[str]:
+    """Return the keys that a word may have meant: of the same last part, else of nearly the same letters."""
+    part, dot, last = word.rpartition(".")
+    alike = [
+        key for key in known if dot and part in ("data", "model", "optimizer", "train") and key.endswith(f".{last}")
+    ]
+    return alike or get_close_matches(word, known, 1, 0.75)
 
 
 def read(arguments: list[str] | None = None) -> RunConfig:
@@ -110,5 +189,9 @@ def read(arguments: list[str] | None = None) -> RunConfig:
     parser = Parser(description="Pretrain a language model from scratch with symlm.")
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RunConfig, None)
-    values = vars(parser.instantiate(parser.parse_args(arguments)))
+    told = parser.parse_args(arguments)
+    try:
+        values = vars(parser.instantiate(told))
+    except ValueError as error:
+        parser.error(str(error))
     return RunConfig(**{key: value for key, value in values.items() if key != "config"})

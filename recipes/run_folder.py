@@ -1,14 +1,26 @@
 """A run's folder: its configuration, its metrics a row at a time, and its checkpoints, of which none is ever half."""
 
+import fcntl
 import json
+import platform
+import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from report import read_metrics
-from run_config import RunConfig
+from run_config import RunConfig, read
+
+LOOSE = {  # what may differ when a run goes on
+    *("name", "out", "resume", "overwrite"),
+    *(f"train.{name}" for name in ("save_every", "log_every", "keep", "tracker")),
+}
 
 
 class Checkpoints:
@@ -18,7 +30,8 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def list(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
     def save(self, accelerator: Accelerator, step: int) -> None:
         temporary = self.folder / "unfinished"
@@ -35,34 +48,114 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def load(self, accelerator: Accelerator) -> int:
+        """Load the newest; return its step, 0 without any.  Raises: RuntimeError that names one which is damaged."""
         if not self.list():
             return 0
-        accelerator.load_state(str(self.list()[-1]))
-        return int(self.list()[-1].name.split("-")[1])
+        newest = self.list()[-1]
+        try:
+            accelerator.load_state(str(newest))
+        except Exception as error:
+            raise RuntimeError(f"{newest} cannot be read ({error}); remove it to go on from the one before") from error
+        return int(newest.name.split("-")[1])
 
 
-def open_folder(config: RunConfig, accelerator: Accelerator) -> Path:
-    """Make the run's folder, or check that the one to resume holds this very configuration."""
+def resolve(config: RunConfig, precision: str | None = None, processes: int = 1) -> dict[str, Any]:
+    """Return what a run is, as it is written to its folder: its fields, and what the launcher decided."""
+    told = asdict(config)
+    told["train"]["mixed_precision"] = precision or config.train.mixed_precision
+    return told | {"samples_a_step": config.train.batch * config.train.accumulate * processes}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield `field: before -> now` of what makes another run of it."""
+    for key in {**before, **now}:
+        name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
+        if name in ("data", "model", "optimizer", "train"):
+            yield from differences(old or {}, new or {}, f"{name}.")
+        elif name not in LOOSE and old != new:
+            yield f"{name}: {old} -> {new}"
+
+
+def is_finished(folder: Path, arguments: list[str]) -> bool:
+    """Tell whether a folder has the finished run of these arguments of pretrain.py.
+
+    Raises: SystemExit where it has a run with other settings, whose numbers would be taken for this one's.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        now = resolve(read(arguments), "no")
+        if changed := list(differences(json.loads(path.read_text()), now)):
+            raise SystemExit(f"{folder} holds another run ({'; '.join(changed)}): remove it, or give another --out")
+    return (folder / "summary.json").exists()
+
+
+def check_folder(config: RunConfig, accelerator: Accelerator) -> Path:
+    """Return the run's folder; nothing is changed in it.
+
+    Raises: ValueError where there is nothing to resume, where that is another run, or where a run would be lost.
+    """
     folder = Path(config.out) / config.name
-    resolved = {key: value for key, value in asdict(config).items() if key != "resume"}
-    resolved["train"]["mixed_precision"] = accelerator.mixed_precision  # which the launcher may have told
     path = folder / "config.json"
     if config.resume and not path.exists():
         raise ValueError(f"{folder} holds no run to resume")
     if config.resume:
-        before = json.loads(path.read_text())
-        changed = [key for key in resolved if before.get(key) != resolved[key]]
-        if changed:
-            raise ValueError(
-                f"{folder} was run with another configuration ({changed}); resume with {path}'s, or rename"
-            )
-    elif accelerator.is_main_process:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(resolved, indent=1))
-    accelerator.wait_for_everyone()
+        now = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
+        if changed := list(differences(json.loads(path.read_text()), now)):
+            raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): resume with its own, or rename")
+    elif Checkpoints(folder / "checkpoints", 1).list() and not config.overwrite:
+        raise ValueError(
+            f"{folder} holds a run: go on with it, --resume=true; take another --name; or lose it, --overwrite=true"
+        )
+    accelerator.wait_for_everyone()  # before any process changes what another has still to look at
     return folder
+
+
+def open_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> None:
+    """Make the folder, and empty it of another run unless this one goes on with it.
+
+    Raises: RuntimeError while another process trains there.
+    """
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+        if not config.resume:
+            for name in ("checkpoints", "model"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "summary.json"):
+                (folder / name).unlink(missing_ok=True)
+        temporary = folder / "config.json.unfinished"
+        told = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
+        temporary.write_text(json.dumps(told, indent=1))
+        temporary.replace(folder / "config.json")
+    accelerator.wait_for_everyone()
+
+
+_locks = []  # held for the life of the process, however that ends
+
+
+def _lock(folder: Path) -> None:
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"another process is training in {folder}: choose another --name, or wait for it") from None
+    _locks.append(file)
+
+
+def origin() -> dict[str, Any]:
+    """Return where, when and of which commit something ran."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {"date": str(date.today()), "commit": commit or "unknown", "device": device, "torch": torch.__version__}
+
+
+def processor() -> str:
+    """Return the processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
 
 def forget_after(step: int, folder: Path) -> None:

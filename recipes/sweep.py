@@ -5,6 +5,7 @@ Each point is a run of pretrain.py in a process of its own; points that are fini
 """
 
 import json
+import math
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -15,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from report import read_metrics
+from run_folder import is_finished
 from tqdm import tqdm
 
 HEAD = 32
@@ -22,24 +24,29 @@ HEAD = 32
 
 def train(out: Path, width: int, depth: int, lr: float, more: list[str]) -> float:
     """Return the final validation loss of one point."""
-    name = f"width{width}-depth{depth}-lr{lr:g}"
+    name, heads = f"width{width}-depth{depth}-lr{lr:g}", width // HEAD
     folder = out / name
-    if not (folder / "model").exists():
-        heads = width // HEAD
-        sizes = {
-            "hidden_size": width,
-            "intermediate_size": 3 * width,
-            "num_hidden_layers": depth,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads // 2,
-            "head_dim": HEAD,
-        }
-        command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), f"--name={name}", f"--out={out}"]
-        command += [f"--model.sizes={json.dumps(sizes)}", f"--optimizer.lr={lr}", "--train.tracker=none"]
-        done = subprocess.run([*command, *more], capture_output=True, text=True)
-        if done.returncode:
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": HEAD,
+    }
+    fields = [f"--name={name}", f"--out={out}", f"--resume={json.dumps((folder / 'config.json').exists())}"]
+    fields += [f"--model.sizes={json.dumps(sizes)}", f"--optimizer.lr={lr}", "--train.tracker=none", *more]
+    if not is_finished(folder, fields):
+        command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), *fields]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and not (folder / "summary.json").exists():  # what blew up has one, and a loss that says so
             raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
     return read_metrics(folder)[-1]["val/loss"]
+
+
+def best_of(points: dict[float, float]) -> float:
+    """Return the rate of the lowest loss; one that blew up has none."""
+    return min(points, key=lambda lr: (math.isnan(points[lr]), points[lr]))
 
 
 def draw(losses: dict[tuple[int, int], dict[float, float]], path: Path) -> None:
@@ -47,7 +54,7 @@ def draw(losses: dict[tuple[int, int], dict[float, float]], path: Path) -> None:
     for number, ((width, depth), points) in enumerate(sorted(losses.items())):
         rates = sorted(points)
         axes.plot(rates, [points[lr] for lr in rates], color=f"C{number}", label=f"width {width}, depth {depth}")
-        best = min(points, key=points.__getitem__)
+        best = best_of(points)
         axes.plot(best, points[best], marker="o", color=f"C{number}")
     axes.set(xscale="log", xlabel="lr", ylabel="validation loss", title="loss against the one dial (best marked)")
     rates = sorted({lr for points in losses.values() for lr in points})
@@ -83,7 +90,7 @@ def main() -> None:
     for width, depth, lr in tqdm(points, unit="run"):
         losses[width, depth][lr] = train(arguments.out, width, depth, lr, more)
     for (width, depth), found in losses.items():
-        best = min(found, key=found.__getitem__)
+        best = best_of(found)
         row = "  ".join(f"{lr:g}: {loss:.3f}" for lr, loss in sorted(found.items()))
         print(f"width {width:4} depth {depth:2}  best lr {best:g}   {row}")
     draw(losses, arguments.out / "sweep.png")

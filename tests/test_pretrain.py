@@ -1,7 +1,10 @@
 """The recipe as a process: it learns, survives SIGKILL bit for bit, and refuses what it cannot do."""
 
+import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -9,6 +12,7 @@ import time
 import pretrain
 import pytest
 import run_config
+import run_folder
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -72,7 +76,6 @@ def test_a_killed_run_resumes_bit_for_bit(text, whole, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--train.stepz=3", "Did you mean 'train.steps'?"),
         ("--optimizer.preset=defualt", "unknown preset 'defualt'"),
         ("--model.preset=qwen", "unknown model preset 'qwen'"),
         ("--resume=true", "holds no run to resume"),
@@ -83,6 +86,23 @@ def test_bad_input_is_named(text, tmp_path, argument, message):
     done = run(text, tmp_path, argument)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--train.stepz=3", "Did you mean 'train.steps'?"),
+        ("--train.lr=3", "Did you mean 'optimizer.lr'?"),
+        ("--train.steps=0", "train.steps is at least 1, got 0"),
+        ("--train.keep=0", "train.keep is at least 1, got 0"),
+        ("--data.length=1", "data.length is at least 2, got 1"),
+        ("--train.tracker=swanlab", "train.tracker 'swanlab' is not installed"),
+    ],
+)
+def test_bad_fields_are_named_before_anything_is_done(capsys, argument, message):
+    with pytest.raises(SystemExit):
+        run_config.read([argument])
+    assert message in capsys.readouterr().err
 
 
 def test_agd_takes_no_rate():
@@ -101,8 +121,76 @@ def test_precision_is_the_launchers_unless_told(monkeypatch, told, used):
 
 
 def test_resuming_another_configuration_is_refused(text, whole):
-    done = run(text, whole[0].parent, "--resume=true", "--train.clip=1.0")
-    assert "was run with another configuration (['train'])" in done.stderr
+    done = run(text, whole[0].parent, "--resume=true", "--train.clip=1.0", "--train.keep=1")
+    assert "holds another run (train.clip: None -> 1.0): resume" in done.stderr
+
+
+def test_a_run_is_not_lost_by_a_forgotten_flag(text, whole):
+    folder = whole[0]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = run(text, folder.parent)
+    assert "holds a run: go on with it, --resume=true" in done.stderr
+    done = run("nothere", folder.parent, "--overwrite=true")
+    assert "'nothere' is no local path" in done.stderr
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_that_is_resumed_keeps_what_it_cost(text, whole):
+    before = (whole[0] / "summary.json").read_text()
+    done = run(text, whole[0].parent, "--resume=true")
+    assert done.returncode == 0, done.stderr
+    assert (whole[0] / "summary.json").read_text() == before
+    assert json.loads(before)["commit"]
+
+
+def test_a_run_on_other_processes_is_another_run(tmp_path):
+    config = run_config.read([f"--out={tmp_path}", "--train.tracker=none"])
+    before, now = (json.loads(json.dumps(run_folder.resolve(config, "no", processes))) for processes in (2, 1))
+    assert list(run_folder.differences(before, now)) == ["samples_a_step: 16 -> 8"]
+    assert not list(run_folder.differences(before, {**before, "name": "moved", "out": "elsewhere"}))
+
+
+def test_a_damaged_checkpoint_is_named(text, whole, tmp_path):
+    copied = shutil.copytree(whole[0], tmp_path / "default")
+    (copied / "checkpoints" / "step-foo").mkdir()
+    file = copied / "checkpoints" / "step-12" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    done = run(text, tmp_path, "--resume=true")
+    assert "step-12 cannot be read" in done.stderr
+    shutil.rmtree(copied / "checkpoints" / "step-12")
+    assert run(text, tmp_path, "--resume=true").returncode == 0
+    assert (copied / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    run_folder._lock(tmp_path)
+    with pytest.raises(RuntimeError, match="another process is training in"):
+        run_folder._lock(tmp_path)
+    run_folder._locks.pop().close()
+    run_folder._lock(tmp_path)
+
+
+def test_a_run_that_blows_up_ends_and_says_so(text, tmp_path):
+    done = run(text, tmp_path, "--optimizer.lr=1e30", "--train.log_every=1", "--train.steps=50")
+    assert done.returncode == 1
+    assert "the loss is no number any more" in done.stderr
+    folder = tmp_path / "default"
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] < 10
+    assert math.isnan(last["val/loss"])
+    assert last["skipped_steps"] > 0
+    assert (folder / "loss.png").exists()
+    assert not (folder / "model").exists()
+
+
+def test_every_field_has_its_help(capsys):
+    with pytest.raises(SystemExit):
+        run_config.read(["--help"])
+    help_text = " ".join(capsys.readouterr().out.split())
+    for part in (run_config.DataConfig, run_config.ModelConfig, run_config.OptimizerConfig, run_config.TrainConfig):
+        for own in dataclasses.fields(part):
+            told = part.__doc__.split(f"        {own.name}: ")[1].split("\n")[0]
+            assert " ".join(told.split()) in help_text, own.name
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*-tiny.yaml")))
