@@ -238,14 +238,20 @@ def _stream(data, tokenizer: PreTrainedTokenizerBase | None, seed: int):
     if tokenizer is None:
         raise ValueError(f"{data.dataset!r} is no local path; a Hub dataset needs data.tokenizer, a name or a path")
     stream = load_dataset(data.dataset, data.subset, split="train", streaming=True)
+    return tokenizer, *split_stream(stream, data, tokenizer, seed)
+
+
+def split_stream(stream, data, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[IterableDataset, Dataset]:
+    """Hold out a stream's first documents, as many as the validation blocks take, and shuffle the rest."""
     held: list[np.ndarray] = []
+    missing = data.validation_blocks * data.length
     for row in stream:
-        if sum(map(len, held)) >= data.validation_blocks * data.length:
+        if missing <= 0:
             break
         held += tokenize([_text(row, data.column)], tokenizer)
+        missing -= len(held[-1])
     shuffled = stream.skip(len(held)).shuffle(seed=seed, buffer_size=1000)
-    train = PackedStream(shuffled, data.column, tokenizer, data.length, seed)
-    return tokenizer, train, _validation(held, data)
+    return PackedStream(shuffled, data.column, tokenizer, data.length, seed), _validation(held, data)
 
 
 def _validation(documents: list[np.ndarray], data) -> Dataset:

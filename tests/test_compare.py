@@ -1,27 +1,30 @@
 """Comparisons: one protocol, finished runs are kept, and the numbers of the table by hand."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
+from compare import best_factor
 from evidence import interval, table, tokens_to, whole_runs_to
 from recipe import CONFIGS, ROOT
+from sweep import best_of
 
 
-def compare(out):
+def run_compare(out, steps=2, code=0):
     arms = json.dumps([str(CONFIGS / f"{name}.yaml") for name in ("adamw", "default")])
-    more = '["--train.steps=2","--train.validate_every=1","--data.validation_blocks=4","--data.length=32"]'
+    more = f'["--train.steps={steps}","--train.validate_every=1","--data.validation_blocks=4","--data.length=32"]'
     fields = [f"--out={out}", f"--arms={arms}", '--models=["moe"]', "--factors=[1.0]", "--seeds=1", f"--more={more}"]
     fields += ["--shares=[0.5]"]
     script = str(ROOT / "recipes" / "compare.py")
     done = subprocess.run([sys.executable, script, "--bench=tiny", *fields], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     return done
 
 
 def test_a_comparison_runs_draws_and_is_not_run_twice(tmp_path):
-    compare(tmp_path)
+    run_compare(tmp_path)
     told = json.loads((tmp_path / "results.json").read_text())
     assert [(run["arm"], run["seed"], run["trial"], len(run["tokens"])) for run in told["runs"]] == [
         ("adamw", 0, True, 2),
@@ -35,9 +38,17 @@ def test_a_comparison_runs_draws_and_is_not_run_twice(tmp_path):
     assert (tmp_path / "report.html").read_text().count("data:image/png") == 2
     assert not list(tmp_path.rglob("*.safetensors"))
     when = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
-    again = compare(tmp_path)
+    again = run_compare(tmp_path)
     assert when == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
     assert "0it" in again.stderr.replace("0run", "0it")
+    other = run_compare(tmp_path, steps=3, code=1)
+    assert "adamw-x1-seed0 holds another run (train.steps: 2 -> 3)" in other.stderr
+
+
+def test_the_best_rate_is_none_that_blew_up():
+    assert best_of({0.1: math.nan, 0.2: 4.0, 0.3: 3.0}) == 0.3
+    trials = [{"factor": 1.0, "loss": [math.nan]}, {"factor": 2.0, "loss": [4.0]}]
+    assert best_factor(trials) == 2.0
 
 
 def test_tokens_to_a_loss_are_read_between_the_points():

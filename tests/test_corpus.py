@@ -5,7 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from corpus import Collate, Packed, PackedStream, is_validation, load, read_shard, split
+from corpus import (
+    Collate,
+    Packed,
+    PackedStream,
+    is_validation,
+    load,
+    read_documents,
+    read_shard,
+    split,
+    split_stream,
+)
 from datasets import Dataset
 
 
@@ -41,18 +51,31 @@ def test_packing_gives_every_block_once_an_epoch_in_another_order():
     assert torch.equal(data[0], Packed(arrays, 20, samples=8, seed=1)[0])
 
 
+class Counter:
+    """A tokenizer of numbers."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+
+def test_of_a_stream_as_many_documents_are_held_out_as_validation_takes():
+    rows = Dataset.from_dict({"text": [" ".join([str(k)] * 19) for k in range(1, 41)]}).to_iterable_dataset()
+    data = SimpleNamespace(column="text", length=20, validation_blocks=8)
+    train, held = split_stream(rows, data, Counter(), seed=0)
+    assert [int(block[0]) for block in held] == list(range(1, 9))
+    assert sorted(int(block[0]) for block in train) == list(range(9, 41))
+    with pytest.warns(UserWarning, match="40 blocks are held out, not 50"):
+        split_stream(rows, SimpleNamespace(column="text", length=20, validation_blocks=50), Counter(), seed=0)
+
+
 def test_a_stream_gives_every_block_once_and_far_from_its_neighbours():
-    class Counter:
-        eos_token_id = 0
-
-        def __call__(self, texts, **_):
-            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
-
     rows = [{"text": " ".join(str(20 * k + j) for j in range(1, 20))} for k in range(3000)]
     blocks = torch.stack(list(PackedStream(rows, "text", Counter(), 20, seed=1)))
     assert sorted(blocks[:, 0].tolist()) == [20 * k + 1 for k in range(3000)]
     assert (blocks[1:, 0] - blocks[:-1, 0]).abs().float().mean() > 20 * 200
-    with pytest.raises(KeyError, match=r"no column 'body', but \['text'\]"):
+    with pytest.raises(ValueError, match=r"no text in column 'body' \(data.column\), but \['text'\]"):
         next(iter(PackedStream(rows, "body", Counter(), 20, seed=1)))
 
 
@@ -83,6 +106,25 @@ def test_local_files_are_read(tmp_path, suffix):
     tokenizer, train, held = load(data, seed=0, samples=4)
     assert "document" in tokenizer.decode(torch.cat([train[k] for k in range(4)]))
     assert len(held) == 2
+
+
+def test_local_files_that_cannot_be_read_are_named(tmp_path):
+    def refused(name, content, message, column="text"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_documents(str(tmp_path / name), column)
+
+    refused("latin.txt", "é".encode("latin-1"), r"latin\.txt is no UTF-8 text")
+    refused("a.jsonl", b'{"text": "a"}\n', r"a\.jsonl has no column 'body' \(data.column\), but \['text'\]", "body")
+    refused("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"null\.jsonl: row 1 has None in column 'text'")
+    refused("cut.jsonl", b'{"text": "a"}\n{"text": "b', r"cut\.jsonl cannot be read")
+    refused("empty.jsonl", b"", "no .txt, .md, .jsonl, .json or .parquet document there that has any text")
+
+
+def test_empty_files_are_no_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_text("text")
+    assert read_documents(str(tmp_path), "text") == ["text"]
 
 
 def test_a_dataset_shorter_than_a_block_is_refused():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import loss_of, tiny, tokens
-from numerics import relative
+from numerics import EXACT, relative
 from teleporting import LARGEST, Teleporter
 
 import symlm
@@ -43,6 +43,8 @@ def test_the_loss_stays_and_the_gradient_moves_as_a_covector(name):
     before = loss_of(model, x).item()
     t.teleport(model, transports, lambda: loss_of(model, x))
     assert abs(loss_of(model, x).item() - before) < 1e-10
+    for key, G in expected.items():
+        assert relative(model.get_parameter(key).grad, G) < EXACT, key  # what a step right after it takes
     for p in model.parameters():
         p.grad = None
     loss_of(model, x).backward()
