@@ -8,6 +8,7 @@ So there is one description of a shard, `Layout`, and one path, `Exchange`. Wher
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -51,6 +52,19 @@ class Layout:
     def whole(self) -> bool:
         """Tell whether every rank holds all of it."""
         return self.size[1] == 1 and not self.gathered
+
+    @property
+    def matrices(self) -> int:
+        """How many lie one behind the other, as experts do; any other parameter is one."""
+        return self.shape[0] if len(self.shape) == 3 and not self.gathered else 1
+
+    @property
+    def pieces(self) -> list[int]:
+        """The lengths into which the borders of its matrices cut this process's own part."""
+        start, stop = self.interval
+        size = prod(self.shape) // max(1, self.matrices)
+        edges = [start, *range(start // size * size + size, stop, size), stop] if stop > start else []
+        return [b - a for a, b in pairwise(edges)]
 
 
 def layout_of(p: Any, shared: bool = True) -> Layout:
@@ -166,18 +180,23 @@ def summed_everywhere(x: Tensor) -> Tensor:
     return x
 
 
-def everywhere(flag: Tensor) -> Tensor:
-    """Return whether a flag holds on all ranks."""
-    if _size(dist.group.WORLD if _initialized() else None) == 1:
-        return flag
-    agreed = flag.to(torch.int32)
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+def world_size() -> int:
+    """Return how many ranks there are, one without a process group."""
+    return dist.get_world_size() if _initialized() else 1
+
+
+def anywhere(flags: Tensor) -> Tensor:
+    """Return which flags any rank has up."""
+    if world_size() == 1:
+        return flags
+    agreed = flags.to(torch.int32)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return agreed.bool()
 
 
 def check_agreement(plan: str, device: torch.device) -> None:
     """Compare a digest of the plan over all ranks.  Raises: RuntimeError on every rank, with the digests."""
-    if not _initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return
     digest = int.from_bytes(hashlib.sha256(plan.encode()).digest()[:7], "big")
     own = torch.tensor([digest], device=device)

@@ -10,8 +10,9 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from symlm.collectives import aligned, check_agreement, everywhere, layout_of, local
+from symlm.collectives import aligned, check_agreement, layout_of, local, world_size
 from symlm.directions import turns_with_its_layer
+from symlm.gradients import examine
 from symlm.groups import DEFAULTS, LOOSE, ROUTED, check_group, key_of, named_parameters, refuse_unknown
 from symlm.layer_rotations import turn_layers
 from symlm.partitions import Fragment, fragments_of, is_partition, refuse_settings
@@ -109,24 +110,24 @@ class SymOptimizer(torch.optim.Optimizer):
         self._originals = {name: weak for name, weak in self._originals.items() if weak() is not None}
         is_first = self._check_agreement()
         self._create_state()
-        finite = self._finite()
+        members = [(group, list(self._members(group))) for group in self.param_groups]
+        finite = self._examine(members)
         if finite is None:
             self.update_size = None
             return loss
         size = self.update_size = self.update_size or UpdateSize()
         buckets: list[Bucket] = []
         loads: dict[Any, list[float]] = {}
-        for group in self.param_groups:
+        for group, own in members:
             group["step"] = group.get("step", 0) + (1 if group["params"] else 0)
             self._count_step(group, finite)
-            members = list(self._members(group))
             if get_rule(group["rule"]).elementwise:
-                adamw_step(group, members, finite)
-                if members:
+                adamw_step(group, own, finite)
+                if own:
                     stepped = [p for p in group["params"] if p.grad is not None]
                     size.of_adamw(group, [(self.state[p], self._held(p)) for p in stepped])
                 continue
-            for batch in batches(members):
+            for batch in batches(own):
                 world = batch[0].layout.size
                 buckets.append(Bucket(group, batch, loads.setdefault(world, [0.0] * prod(world))))
         if is_first and (exchanges := [bucket.exchange for bucket in buckets if bucket.exchange]):
@@ -218,29 +219,23 @@ class SymOptimizer(torch.optim.Optimizer):
         self._fragments = {**self._fragments, p: fragments_of(p, [first, *named])}
         return self._fragments[p]
 
-    def _finite(self) -> Tensor | None:
+    def _examine(self, members: list[tuple[dict[str, Any], list[Member]]]) -> Tensor | None:
         """Return whether all gradients are finite, as a tensor on their device; None if the step ends here.
 
         On a CPU the answer is read, since reading costs nothing there; on a GPU the step goes on and masks itself.
         """
-        named = [
-            (name, p.grad) for group in self.param_groups for name, p in named_parameters(group) if p.grad is not None
-        ]
-        for name, gradient in named:
-            if gradient.is_sparse:
-                raise RuntimeError(f"{name} has a sparse gradient; build its nn.Embedding with sparse=False")
-        if not named:
+        every = [(group, member) for group, own in members for member in own]
+        if not every:
             return None
-        gradients = [part for _, gradient in named if (part := local(gradient)).numel()]
-        device = local(named[0][1]).device
-        extremes = [extreme.to(device) for extreme in _extremes(gradients)] if gradients else []
-        finite = everywhere(torch.stack(extremes).isfinite().all() if extremes else torch.tensor(True, device=device))
+        several = [group for group in self.param_groups if _rests(group)] if world_size() > 1 else []
+        common = {name: shape for group in several for name, shape, _ in self._shapes(group)}
+        finite = examine([member for _, member in every], [_rests(group) for group, _ in every], common)
         if self.defaults["nonfinite"] == "raise" and not finite:
-            bad = [name for name, gradient in named if not local(gradient).isfinite().all()]
+            bad = [member.name for _, member in every if not member.gradient.isfinite().all()]
             raise FloatingPointError(f"non-finite gradients in {bad or 'other ranks'}; nothing was updated")
-        skipped = torch.as_tensor(self.param_groups[0].get("skipped", 0), dtype=torch.int64, device=device)
+        skipped = torch.as_tensor(self.param_groups[0].get("skipped", 0), dtype=torch.int64, device=finite.device)
         self.param_groups[0]["skipped"] = skipped.add_(~finite)  # in place: a captured step counts on in a replay
-        return None if device.type == "cpu" and not finite else finite
+        return None if finite.device.type == "cpu" and not finite else finite
 
     def _count_step(self, group: dict[str, Any], finite: Tensor) -> None:
         """Count the step in the state of rules that have one; torch's AdamW counts its own."""
@@ -252,6 +247,8 @@ class SymOptimizer(torch.optim.Optimizer):
         for name, p in named_parameters(group):
             if p.grad is None:
                 continue
+            if p.grad.is_sparse:
+                raise RuntimeError(f"{name} has a sparse gradient; build its nn.Embedding with sparse=False")
             fragments = self._fragments_of(group, p)
             if not fragments or get_rule(group["rule"]).elementwise:  # a partition is as good as its parts
                 yield member_of(name, p, aligned(p.grad, p), self.state[p], layout_of(p, group["shared"]))
@@ -304,8 +301,7 @@ def _told(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value  # whose text would name the rank's device
 
 
-def _extremes(tensors: list[Tensor]) -> list[Tensor]:
-    """Return scalars that are all finite when every entry is: in one pass over the tensors, and few launches."""
-    if tensors[0].device.type == "cpu":
-        return [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]  # norms are ten times slower
-    return list(torch._foreach_norm(tensors, torch.inf))
+def _rests(group: dict[str, Any]) -> bool:
+    """Tell whether a group's matrices rest without a gradient: where the direction forgets the momentum's size."""
+    rule = get_rule(group["rule"])
+    return rule.row_map is None and not rule.elementwise and group["momentum_of"] == "gradients"

@@ -31,6 +31,7 @@ class Member:
     gradient: Tensor
     state: dict[str, Any]
     layout: Layout
+    fresh: Tensor | None = None  # which of its matrices here, or whether its only one, got a gradient; None for all
 
     @property
     def momentum(self) -> Tensor:
@@ -227,14 +228,35 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
         if group["momentum_of"] == "directions":
             M = block.of(member.momentum)
             U = M.lerp_(_masked(U, M, finite), 1 - group["momentum"])
-        norms.append(torch.linalg.vector_norm(U))
+        fresh = None if member.fresh is None else _spread(member.fresh, member.layout, U)
+        norms.append(_norm(U, fresh))
         if decay:
             W.mul_(1 - lr * decay)
-        if isinstance(lr, Tensor):
-            W.addcmul_(U, lr.to(U.dtype), value=-1)
+        rate = lr if fresh is None else lr * fresh
+        if isinstance(rate, Tensor):
+            W.addcmul_(U, rate.to(U.dtype), value=-1)
         else:
-            W.sub_(U, alpha=lr)
+            W.sub_(U, alpha=rate)
     return (lr * torch.stack(norms)).square().sum()
+
+
+def _spread(fresh: Tensor, layout: Layout, U: Tensor) -> Tensor:
+    """Return a matrix's flag, or a stack's, shaped to multiply this rank's part U of it."""
+    if layout.matrices == 1:
+        return fresh.reshape(-1)[0]
+    if U.ndim == 3:
+        return fresh[:, None, None]
+    return torch.cat([flag.expand(length) for flag, length in zip(fresh, layout.pieces, strict=True)])
+
+
+def _norm(U: Tensor, fresh: Tensor | None) -> Tensor:
+    """Return the norm of what is taken of U, without a copy of it where its parts are whole."""
+    if fresh is None:
+        return torch.linalg.vector_norm(U)
+    if fresh.ndim == 0:
+        return torch.linalg.vector_norm(U) * fresh
+    parts = torch.linalg.vector_norm(U, dim=(1, 2), keepdim=True) if fresh.ndim == 3 else U
+    return torch.linalg.vector_norm(parts * fresh)
 
 
 def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:

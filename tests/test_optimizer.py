@@ -293,6 +293,34 @@ def test_a_token_that_is_never_seen_again_comes_to_rest(preset):
     assert torch.equal(model.emb.weight, before)
 
 
+@pytest.mark.parametrize("preset", ["default", "muon", "aro", "auon", "scion"])
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss", "qwen3"])
+def test_a_matrix_without_a_gradient_rests_and_its_neighbours_go_on(kind, preset):
+    model = tiny(kind)
+    opt = symlm.SymOptimizer(model, preset=preset)
+    train(model, opt, 3)
+    leaf = "mlp.down_proj.weight" if kind == "qwen3" else "mlp.experts.down_proj"
+    W, V = (model.get_parameter(f"model.layers.{k}.{leaf}") for k in (0, 1))
+    quiet = slice(None) if kind == "qwen3" else slice(1, 2)
+    before, momentum = W.detach().clone(), opt.state[W]["momentum"].clone()
+    for k in range(3):
+        opt.zero_grad()
+        loss_of(model, tokens(k)).backward()
+        W.grad[quiet] = 0
+        opt.step()
+    assert torch.equal(W[quiet], before[quiet])
+    assert not torch.equal(opt.state[W]["momentum"][quiet], momentum[quiet])
+    if kind != "qwen3":
+        assert all((W[k] - before[k]).abs().max() > 1e-4 for k in (0, 2, 3))
+    assert V.grad.any()
+    size = symlm.diagnostics.update_rms(opt)["mlp_out" if kind == "qwen3" else "expert_out"]
+    opt.zero_grad()
+    loss_of(model, tokens(3)).backward()
+    opt.step()
+    assert not torch.equal(W[quiet], before[quiet])
+    assert size < symlm.diagnostics.update_rms(opt)["mlp_out" if kind == "qwen3" else "expert_out"]
+
+
 def test_verify_names_what_no_gradient_has_reached():
     model = Ends()
     opt = symlm.SymOptimizer(model)
