@@ -24,22 +24,23 @@ def examine(members: Sequence[Member], resting: Sequence[bool], common: Mapping[
     device = members[0].gradient.device
     pieces = [_matrices_of(member) for member in members]
     sizes = _largest([piece for own in pieces for piece in own], device)
-    found = (sizes != 0).split([len(own) for own in pieces])
+    counts = [len(own) for own in pieces]
     places, total = {}, 1
     for name, shape in common.items():
         places[name], total = total, total + (shape[0] if len(shape) == 3 else 1)
     flags = torch.zeros(total, dtype=torch.bool, device=device)
     flags[0] = ~sizes.isfinite().all()
-    rest = [(member, some) for member, rests, some in zip(members, resting, found, strict=True) if rests]
-    for member, some in rest:
-        if member.name in places and len(some):
-            flags[_here(member, places[member.name])] = some
+    for member, found in zip(members, (sizes != 0).split(counts), strict=True):
+        if member.name in places and len(found):
+            flags[_here(member, places[member.name])] = found
     flags = anywhere(flags)
-    for member, some in rest:
-        fresh = flags[_here(member, places[member.name])] if member.name in places else some
-        if not (device.type == "cpu" and fresh.all()):
+    finite = ~flags[0]
+    shared, own = ((x & finite).float() for x in (flags, sizes != 0))
+    for member, rests, found in zip(members, resting, own.split(counts), strict=True):
+        fresh = shared[_here(member, places[member.name])] if member.name in places else found
+        if rests and not (device.type == "cpu" and fresh.all()):
             member.fresh = fresh.to(member.parameter.device)
-    return ~flags[0]
+    return finite
 
 
 def _here(member: Member, place: int) -> slice:

@@ -31,7 +31,9 @@ class Member:
     gradient: Tensor
     state: dict[str, Any]
     layout: Layout
-    fresh: Tensor | None = None  # which of its matrices here, or whether its only one, got a gradient; None for all
+    fresh: Tensor | None = (
+        None  # 1 or 0: its matrices here, or its only one, step or rest; None if all step with finite
+    )
 
     @property
     def momentum(self) -> Tensor:
@@ -222,41 +224,44 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
     """
     lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     decay = group["weight_decay"] * group["weight_decay_multiplier"]
-    norms = []
+    norms, steps = [], []
     for member, U in zip(members, updates, strict=True):
         W = block.of(member.master)
         if group["momentum_of"] == "directions":
             M = block.of(member.momentum)
             U = M.lerp_(_masked(U, M, finite), 1 - group["momentum"])
-        fresh = None if member.fresh is None else _spread(member.fresh, member.layout, U)
-        norms.append(_norm(U, fresh))
         if decay:
             W.mul_(1 - lr * decay)
-        rate = lr if fresh is None else lr * fresh
-        if isinstance(rate, Tensor):
-            W.addcmul_(U, rate.to(U.dtype), value=-1)
+        taken = None if member.fresh is None else _spread(member.fresh, member.layout, U)
+        norms.append(_norm(U, taken))
+        steps.append(finite if taken is None or taken.ndim else taken)
+        if taken is None and not isinstance(lr, Tensor):
+            W.sub_(U, alpha=lr)
+        elif taken is None or isinstance(group["lr"], Tensor):
+            W.addcmul_(U, (lr if taken is None else lr * taken).to(U.dtype), value=-1)
         else:
-            W.sub_(U, alpha=rate)
-    return (lr * torch.stack(norms)).square().sum()
+            W.addcmul_(U, taken.to(U.dtype), value=-group["lr"])
+    sizes = torch.stack(norms)
+    if any(member.fresh is not None for member in members):  # of all in one launch
+        sizes = sizes * torch.stack([step.to(sizes.dtype) for step in steps])
+    return (lr * sizes).square().sum()
 
 
 def _spread(fresh: Tensor, layout: Layout, U: Tensor) -> Tensor:
-    """Return a matrix's flag, or a stack's, shaped to multiply this rank's part U of it."""
+    """Shape a matrix's flag, or a stack's, to multiply this rank's part U of it."""
     if layout.matrices == 1:
-        return fresh.reshape(-1)[0]
+        return fresh[0]
     if U.ndim == 3:
         return fresh[:, None, None]
     return torch.cat([flag.expand(length) for flag, length in zip(fresh, layout.pieces, strict=True)])
 
 
-def _norm(U: Tensor, fresh: Tensor | None) -> Tensor:
-    """Return the norm of what is taken of U, without a copy of it where its parts are whole."""
-    if fresh is None:
+def _norm(U: Tensor, taken: Tensor | None) -> Tensor:
+    """Return the norm of what is taken of a stack U, without a copy where its parts are whole; of one matrix, all."""
+    if taken is None or not taken.ndim:
         return torch.linalg.vector_norm(U)
-    if fresh.ndim == 0:
-        return torch.linalg.vector_norm(U) * fresh
-    parts = torch.linalg.vector_norm(U, dim=(1, 2), keepdim=True) if fresh.ndim == 3 else U
-    return torch.linalg.vector_norm(parts * fresh)
+    parts = torch.linalg.vector_norm(U, dim=(1, 2), keepdim=True) if taken.ndim == 3 else U
+    return torch.linalg.vector_norm(parts * taken)
 
 
 def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:

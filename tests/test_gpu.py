@@ -48,6 +48,24 @@ def test_a_step_is_captured_in_a_cuda_graph_and_replayed(preset, kernels):
     assert all(torch.equal(p, before[name]) for name, p in captured.named_parameters())
 
 
+def test_on_a_gpu_too_an_expert_without_a_gradient_rests():
+    twins = tiny("olmoe").cuda(), tiny("olmoe")
+    name, rms = "model.layers.0.mlp.experts.down_proj", []
+    for model in twins:
+        optimizer = symlm.SymOptimizer(model, compute_dtype="float32")
+        W = model.get_parameter(name)
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model, tokens().to(W.device)).backward()
+            before = W.detach().clone()
+            W.grad[1] = W.grad[1] * (step == 0)
+            optimizer.step()
+        assert torch.equal(W[1], before[1])
+        assert not torch.equal(W[2], before[2])
+        rms.append(symlm.diagnostics.update_rms(optimizer))
+    assert rms[0] == pytest.approx(rms[1], rel=1e-2)
+
+
 def test_a_whitened_heads_half_precision_products_give_fp32s_step():
     one, two = with_gradients(0), with_gradients(0)
     for model, dtype in ((one, "float32"), (two, "bfloat16")):
