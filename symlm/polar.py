@@ -1,6 +1,5 @@
 """The polar factor `U_r V_rᵀ` of a matrix: exact (SVD, QDWH), Newton–Schulz and Gram Newton–Schulz, batched."""
 
-from functools import cache
 from math import sqrt
 from types import ModuleType
 
@@ -63,7 +62,7 @@ def polar(
     else:
         table = get_schedule(schedule)
         use_gram = method == "gram_newton_schulz" or (
-            method == "auto" and _gram_is_cheaper(X, resolve_dtype(M, compute_dtype), steps, kernels)
+            method == "auto" and _gram_is_cheaper(X, resolve_dtype(M, compute_dtype, gram=True), steps, kernels)
         )
         X = _normalize(X, table.bound, resolve_dtype(M, compute_dtype, use_gram))
         iterate = _gram_newton_schulz if use_gram else _newton_schulz
@@ -96,27 +95,24 @@ def operations(m: int, n: int, steps: int, method: str, halves: bool = False) ->
 
 
 def _gram_is_cheaper(X: Tensor, dtype: torch.dtype, steps: int, kernels: str) -> bool:
-    """Tell whether the Gram iteration on X takes fewer operations than the other one, in a dtype as narrow as its."""
+    """Tell whether the Gram iteration on X, in a dtype in which it keeps its bound, takes fewer operations."""
     m, n = X.shape[-2:]
-    device = X.device.type
-    if m > n or (dtype == torch.bfloat16 and fastest_dtype(device, gram=True).itemsize > dtype.itemsize):
+    if m > n or dtype == torch.bfloat16:
         return False
-    halves = choose(device, dtype, m, kernels) == "triton"
+    halves = choose(X.device.type, dtype, m, kernels) == "triton"
     return operations(m, n, steps, "gram_newton_schulz", halves) < operations(m, n, steps, "newton_schulz", halves)
 
 
-@cache
 def fastest_dtype(device_type: str, gram: bool = False) -> torch.dtype:
     """Return the dtype in which this device multiplies fastest within the error bound of the iteration.
 
-    bf16 on a GPU and on a CPU that multiplies it in hardware, else fp32: emulated bf16 is a hundred times slower.
+    bf16 on a GPU, and fp32 on a CPU, any of which then gives the same numbers: bf16 takes a hundred times as long where
+    it is emulated, and was measured to take 1.5 to 3 times as long with AVX-512's own; nobody has measured AMX.
     gram: of the Gram iteration, which squares the condition, so that bf16's eight bits are too few: fp16 on a GPU.
     """
-    if device_type != "cpu":
-        return torch.float16 if gram else torch.bfloat16
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    hardware = flags.get("avx512_bf16") or flags.get("amx_bf16")
-    return torch.bfloat16 if hardware and not gram else torch.float32
+    if device_type == "cpu":
+        return torch.float32
+    return torch.float16 if gram else torch.bfloat16
 
 
 def resolve_dtype(M: Tensor, asked: str | torch.dtype, gram: bool = False) -> torch.dtype:

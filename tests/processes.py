@@ -142,9 +142,7 @@ def optimizer_of(case, model):
     preset = next((name for name in ("muon", "aro") if name in case), "default")
     rotation = "layer" if "layer" in case else "own"
     lr = 1e-3 if "fp32" in case else 0.02  # fp32 rounding of the gradients, times the rate, is what remains
-    # A CPU with bf16 products would take them, whose rounding makes 1e-3 of a difference in a gradient's last digit.
-    told = {"preset": preset, "weight_decay": 0.1, "rotation": rotation, "compute_dtype": "float32"}
-    return symlm.SymOptimizer(model, lr=lr, **told)
+    return symlm.SymOptimizer(model, lr=lr, preset=preset, weight_decay=0.1, rotation=rotation)
 
 
 def run_case(case, rank, world):

@@ -158,8 +158,9 @@ def test_the_optimizer_does_its_rows_in_one_pass(overrides, passes, monkeypatch)
     models = [tiny(), tiny()]
     for model, kernels in zip(models, ("triton", "torch"), strict=True):
         vectors = {"vector": {"weight_decay": 0.0}}
-        options = {"kernels": kernels, "steps": 2, "compute_dtype": "float32"}  # bf16 is wrong in the interpreter
-        optimizer = symlm.SymOptimizer(model, weight_decay=0.1, overrides={**overrides, **vectors}, **options)
+        optimizer = symlm.SymOptimizer(
+            model, kernels=kernels, weight_decay=0.1, steps=2, overrides={**overrides, **vectors}
+        )
         train(model, optimizer, 3)
     assert len(called) == passes
     told = symlm.describe_routing(models[0], kernels="triton", overrides=overrides)

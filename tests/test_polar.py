@@ -135,11 +135,12 @@ def test_auto_takes_the_cheaper_iteration():
     assert operations(64, 64, 5, "auto") == operations(64, 64, 5, "newton_schulz")
 
 
-def test_auto_dtype_is_not_emulated_on_a_cpu():
-    flags = torch.cpu.get_capabilities()
-    native = flags.get("avx512_bf16") or flags.get("amx_bf16")
-    assert fastest_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
+def test_auto_takes_one_dtype_on_every_cpu_and_never_the_gram_iteration_in_bf16():
+    assert fastest_dtype("cpu") == torch.float32
     assert fastest_dtype("cuda") == torch.bfloat16
+    M = spectrum(32, 128, 1e-1)[0].float()
+    for told, method in (("auto", "gram_newton_schulz"), ("bfloat16", "newton_schulz")):
+        assert torch.equal(polar(M, "auto", compute_dtype=told), polar(M, method, compute_dtype=told))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
