@@ -373,6 +373,39 @@ def nonfinite(rank, world):
     return {"same": all(torch.equal(after[k], before[k]) for k in before), "skipped": optimizer.skipped_steps}
 
 
+class Half(nn.Module):
+    """A matrix, and experts, of which only the first rows get a gradient after the first step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix = nn.Linear(8, 8, bias=False).double()
+        self.experts = nn.Parameter(torch.randn(3, 8, 6, dtype=torch.float64))
+
+    def gradients(self, step):
+        for k, p in enumerate(self.parameters()):
+            G = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(10 * step + k))
+            G[..., 4 if step else 8 :, :] = 0
+            yield G
+
+
+def train_half(model, steps=3):
+    optimizer = symlm.SymOptimizer(model, roles={"matrix.weight": "matrix", "experts": "expert_in"})
+    for step in range(steps):
+        for p, G in zip(model.parameters(), Half.gradients(model, step), strict=True):
+            p.grad = distribute_tensor(G, p.device_mesh, p.placements) if isinstance(p, DTensor) else G
+        optimizer.step()
+    return whole(model)
+
+
+def half(rank, world):
+    """A shard without a gradient belongs to a matrix that has one: it steps with it."""
+    model, mesh = Half(), init_device_mesh("cpu", (world,))
+    model.matrix.weight = nn.Parameter(distribute_tensor(model.matrix.weight.detach(), mesh, [Shard(0)]))
+    model.experts = nn.Parameter(distribute_tensor(model.experts.detach(), mesh, [Shard(0)]))
+    return train_half(model)
+
+
 def work(rank, world):
     """Count the matrices whose polar factor this rank computes in one step under DDP."""
     import symlm.directions
@@ -580,6 +613,7 @@ EXTRA_CASES = {
     "missing peer": missing_peer,
     "disagreement": disagreement,
     "nonfinite": nonfinite,
+    "half": half,
     "work": work,
     "overlap": overlap,
     "traffic": traffic,

@@ -3,7 +3,20 @@
 import pytest
 import torch
 from numerics import RANKS, RANKS_AT_SMALL_RATES, RUN, relative
-from processes import CASES, CLIP, EXTRA_CASES, SHORT, WORLDS, model_of, optimizer_of, run, train, whole
+from processes import (
+    CASES,
+    CLIP,
+    EXTRA_CASES,
+    SHORT,
+    WORLDS,
+    Half,
+    model_of,
+    optimizer_of,
+    run,
+    train,
+    train_half,
+    whole,
+)
 
 import symlm
 
@@ -71,6 +84,14 @@ def test_ranks_that_disagree_all_raise_with_the_digests(found, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_bad_rank_makes_all_skip(found, world):
     assert result(found, "nonfinite", world) == [{"same": True, "skipped": 1}] * world
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_shard_without_a_gradient_steps_with_its_matrix(found, world):
+    alone = train_half(Half())
+    for weights in result(found, "half", world):
+        for name, W in alone.items():
+            assert relative(weights[name], W) < RUN, name
 
 
 def test_a_missing_peer_ends_in_the_time_limit_of_the_process_group():
