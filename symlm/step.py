@@ -31,9 +31,8 @@ class Member:
     gradient: Tensor
     state: dict[str, Any]
     layout: Layout
-    fresh: Tensor | None = (
-        None  # 1 or 0: its matrices here, or its only one, step or rest; None if all step with finite
-    )
+    # 1 or 0 for each of its matrices here, or for its only one: it steps or rests. None: all step where `finite` is.
+    fresh: Tensor | None = None
 
     @property
     def momentum(self) -> Tensor:
@@ -275,11 +274,13 @@ def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> 
 def _chunks(members: list[Member]) -> Iterator[list[Member]]:
     """Yield members, each time within BATCH_ELEMENTS or one alone: their wide copies are alive at once."""
     chunk: list[Member] = []
+    elements = 0
     for member in members:
-        if chunk and sum(each.parameter.numel() for each in (*chunk, member)) > BATCH_ELEMENTS:
+        if chunk and elements + member.parameter.numel() > BATCH_ELEMENTS:
             yield chunk
-            chunk = []
+            chunk, elements = [], 0
         chunk.append(member)
+        elements += member.parameter.numel()
     if chunk:
         yield chunk
 
