@@ -71,9 +71,8 @@ class Run:
         """Run, or resume, and keep the numbers alone.  Raises: RuntimeError with the end of the run's errors."""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(self.command(more), capture_output=True, text=True, env=environment)
-        if (
-            done.returncode and not (self.folder / "summary.json").exists()
-        ):  # what blew up has one, and losses that say so
+        ended = (self.folder / "summary.json").exists()  # as a run does that blew up, whose losses say so
+        if done.returncode and not ended:
             raise RuntimeError(f"{self.folder} failed:\n{done.stderr[-2000:]}")
         for heavy in ("checkpoints", "model"):
             shutil.rmtree(self.folder / heavy, ignore_errors=True)

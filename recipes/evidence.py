@@ -98,7 +98,8 @@ def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFr
             goals = {seed: run["loss"][-1] for seed, run in by_arm[baseline].items()}
             if shorter := whole_runs_to([run for run in runs if run["arm"] == arm], goals):
                 line[f"whole runs to {baseline}'s loss"] = shorter
-        line["seconds a step"] = f"{np.mean([run['seconds_per_step'] for run in seeds.values()]):.3f}"
+        seconds = [run["seconds_per_step"] for run in seeds.values() if run["seconds_per_step"]]  # a kill may cost one
+        line["seconds a step"] = f"{np.mean(seconds):.3f}" if seconds else ""
         line["optimizer MB"] = f"{next(iter(seeds.values()))['optimizer_bytes'] / 1e6:.1f}"
         if "router/load_cv" in next(iter(seeds.values())):
             line["load CV"] = interval([run["router/load_cv"][-1] for run in seeds.values()])
