@@ -55,13 +55,16 @@ def main() -> None:
         optimizer_cls_and_kwargs=symlm.hf.trainer_optimizer(lr=fields.lr, preset=fields.preset),
     )
     print(symlm.describe_routing(model, fields.preset, lr=fields.lr))
-    deepspeed = trainer.is_deepspeed_enabled  # whose engine evaluates only once it has trained
-    before = "" if deepspeed else f"{trainer.evaluate()['eval_loss']:.3f} before, "
+    # Both wrap the model together with its optimizer: they evaluate only once they have trained.
+    wrapped = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    before = "" if wrapped else f"{trainer.evaluate()['eval_loss']:.3f} before, "
     trainer.train(resume_from_checkpoint=fields.resume or None)
     after = trainer.evaluate()["eval_loss"]
-    if not deepspeed:
+    if not trainer.is_deepspeed_enabled:  # whose partitions hold no whole momenta
         print(trainer.optimizer.optimizer.verify())
     print(f"loss on held-out blocks: {before}{after:.3f} after")
+    if trainer.is_fsdp_enabled:  # whose shards are for going on; the model is saved whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     tokenizer.save_pretrained(arguments.output_dir)
 

@@ -12,6 +12,7 @@ from numerics import RANKS, relative
 from recipe import ROOT, command, launch, write_text
 from safetensors.torch import load_file
 from torch.distributed.elastic.utils.distributed import get_free_port
+from transformers import AutoModelForCausalLM
 
 TWO = ("--train.batch=1",)  # a process: the batch of both is that of one process alone
 
@@ -59,13 +60,15 @@ def test_two_processes_train_what_one_does(text, whole, tmp_path):
     assert losses(tmp_path / "default") == pytest.approx(losses(whole), rel=1e-3)
 
 
-def test_two_machines_train_what_one_does(text, whole, tmp_path):
+@pytest.mark.parametrize("config", ["cpu2", "nodes"])
+def test_two_machines_train_what_one_does(text, whole, tmp_path, config):
     """Two launchers on this machine, each with a rank of its own and one rendezvous, as two nodes would be."""
-    port = get_free_port()
+    port, script = get_free_port(), [str(ROOT / "tests" / "fsdp2_on_cpus.py")] if config == "nodes" else []
     flags = ["--num_machines=2", "--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+    flags += ["--mixed_precision=no"]
     nodes = [
         subprocess.Popen(
-            [*launch("cpu2.yaml", *flags, f"--machine_rank={rank}"), *recipe(text, tmp_path)],
+            [*launch(f"{config}.yaml", *flags, f"--machine_rank={rank}"), *script, *recipe(text, tmp_path)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -89,6 +92,31 @@ def test_deepspeed_trains_and_resumes_bit_for_bit(text, whole, tmp_path, stage):
     assert losses(folder)[-1] < losses(folder)[0]
     (folder / "checkpoints" / "step-12").rename(folder / "checkpoints" / "lost")
     run(*start, *recipe(text, tmp_path, "--resume=true"), DS_ACCELERATOR="cpu")
+    after = load_file(folder / "model" / "model.safetensors")
+    assert all((after[name] == W).all() for name, W in before.items())
+
+
+def sharded(config, processes, port, *flags):
+    """Return the command that starts a script under one of the repository's FSDP2 configurations, on CPUs."""
+    told = [f"--num_processes={processes}", "--mixed_precision=no", f"--main_process_port={port}", *flags]
+    return [*launch(f"{config}.yaml", *told), str(ROOT / "tests" / "fsdp2_on_cpus.py")]
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "flags"),
+    [("fsdp8", 2, ()), ("hsdp", 4, ("--num_machines=1", "--parallelism_config_dp_shard_size=2"))],
+)
+def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, processes, flags):
+    start = sharded(config, processes, get_free_port(), *flags)
+    run(*start, *recipe(text, tmp_path))
+    folder = tmp_path / "default"
+    before = load_file(folder / "model" / "model.safetensors")
+    if processes == 2:
+        assert_alike(folder, whole)
+    assert losses(folder)[-1] < losses(folder)[0]
+    assert len(list((folder / "checkpoints" / "step-12" / "optimizer_0").glob("*.distcp"))) == processes  # shards
+    (folder / "checkpoints" / "step-12").rename(folder / "checkpoints" / "lost")
+    run(*start, *recipe(text, tmp_path, "--resume=true"))
     after = load_file(folder / "model" / "model.safetensors")
     assert all((after[name] == W).all() for name, W in before.items())
 
@@ -123,6 +151,7 @@ def children_of(out):
 
 LAUNCHES = {
     "ddp": (),
+    "fsdp2": (),
     "zero2": ({"zero_optimization": {"stage": 2}},),
     "zero3": ({"zero_optimization": {"stage": 3}},),
 }
@@ -138,10 +167,14 @@ def test_the_trainer_trains_and_resumes_under_launchers(whole, text, tmp_path, k
         fields += [f"--deepspeed={tmp_path / 'deepspeed.json'}"]
     script = [str(ROOT / "recipes" / "finetune_trainer.py"), *fields, "--ddp_backend=gloo"]
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={get_free_port()}"]
+    if kind == "fsdp2":
+        start = sharded("fsdp8", 2, get_free_port())
     told = run(*start, *script, "--use_cpu", DS_ACCELERATOR="cpu")
     assert "after" in told
     saved = tmp_path / "checkpoint-4" / "trainer_state.json"
     before = saved.stat().st_mtime_ns
     run(*start, *script, "--use_cpu", "--resume", "--max_steps=6", DS_ACCELERATOR="cpu")
     assert (tmp_path / "checkpoint-6").exists()
+    if kind != "zero3":  # whose whole weights are saved where its configuration says so
+        assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size
     assert saved.stat().st_mtime_ns == before  # a fresh start would have come by here again
