@@ -54,8 +54,10 @@ def losses(folder):
     return [row["val/loss"] for row in rows if "val/loss" in row]
 
 
-def test_two_processes_train_what_one_does(text, whole, tmp_path):
-    run(*launch("cpu2.yaml"), *recipe(text, tmp_path))
+@pytest.mark.parametrize("config", ["cpu2", "ddp8"])
+def test_two_processes_train_what_one_does(text, whole, tmp_path, config):
+    flags = ["--num_processes=2", "--mixed_precision=no", f"--main_process_port={get_free_port()}"]
+    run(*launch(f"{config}.yaml", *flags), *recipe(text, tmp_path))
     assert_alike(tmp_path / "default", whole)
     assert losses(tmp_path / "default") == pytest.approx(losses(whole), rel=1e-3)
 
