@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.utils.distributed import get_free_port
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "recipes" / "accelerate"
 CONFIGS = ROOT / "recipes" / "configs"
@@ -34,5 +36,6 @@ def command(text, out, *more):
 
 
 def launch(config, *flags):
-    """Return the command that starts a script under a launch configuration of the repository."""
-    return [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={LAUNCH / config}", *flags]
+    """Return the command that starts a script under a launch configuration of the repository, on a free port."""
+    told = [f"--config_file={LAUNCH / config}", f"--main_process_port={get_free_port()}", *flags]
+    return [sys.executable, "-m", "accelerate.commands.launch", *told]

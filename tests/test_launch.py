@@ -56,7 +56,7 @@ def losses(folder):
 
 @pytest.mark.parametrize("config", ["cpu2", "ddp8"])
 def test_two_processes_train_what_one_does(text, whole, tmp_path, config):
-    flags = ["--num_processes=2", "--mixed_precision=no", f"--main_process_port={get_free_port()}"]
+    flags = ["--num_processes=2", "--mixed_precision=no"]
     run(*launch(f"{config}.yaml", *flags), *recipe(text, tmp_path))
     assert_alike(tmp_path / "default", whole)
     assert losses(tmp_path / "default") == pytest.approx(losses(whole), rel=1e-3)
@@ -98,9 +98,9 @@ def test_deepspeed_trains_and_resumes_bit_for_bit(text, whole, tmp_path, stage):
     assert all((after[name] == W).all() for name, W in before.items())
 
 
-def sharded(config, processes, port, *flags):
+def sharded(config, processes, *flags):
     """Return the command that starts a script under one of the repository's FSDP2 configurations, on CPUs."""
-    told = [f"--num_processes={processes}", "--mixed_precision=no", f"--main_process_port={port}", *flags]
+    told = [f"--num_processes={processes}", "--mixed_precision=no", *flags]
     return [*launch(f"{config}.yaml", *told), str(ROOT / "tests" / "fsdp2_on_cpus.py")]
 
 
@@ -109,7 +109,7 @@ def sharded(config, processes, port, *flags):
     [("fsdp8", 2, ()), ("hsdp", 4, ("--num_machines=1", "--parallelism_config_dp_shard_size=2"))],
 )
 def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, processes, flags):
-    start = sharded(config, processes, get_free_port(), *flags)
+    start = sharded(config, processes, *flags)
     run(*start, *recipe(text, tmp_path))
     folder = tmp_path / "default"
     before = load_file(folder / "model" / "model.safetensors")
@@ -170,7 +170,7 @@ def test_the_trainer_trains_and_resumes_under_launchers(whole, text, tmp_path, k
     script = [str(ROOT / "recipes" / "finetune_trainer.py"), *fields, "--ddp_backend=gloo"]
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={get_free_port()}"]
     if kind == "fsdp2":
-        start = sharded("fsdp8", 2, get_free_port())
+        start = sharded("fsdp8", 2)
     told = run(*start, *script, "--use_cpu", DS_ACCELERATOR="cpu")
     assert "after" in told
     saved = tmp_path / "checkpoint-4" / "trainer_state.json"
