@@ -98,6 +98,9 @@ def test_deepspeed_trains_and_resumes_bit_for_bit(text, whole, tmp_path, stage):
     assert all((after[name] == W).all() for name, W in before.items())
 
 
+TWO_BY_TWO = ("--num_machines=1", "--parallelism_config_dp_shard_size=2")
+
+
 def sharded(config, processes, *flags):
     """Return the command that starts a script under one of the repository's FSDP2 configurations, on CPUs."""
     told = [f"--num_processes={processes}", "--mixed_precision=no", *flags]
@@ -106,7 +109,7 @@ def sharded(config, processes, *flags):
 
 @pytest.mark.parametrize(
     ("config", "processes", "flags"),
-    [("fsdp8", 2, ()), ("hsdp", 4, ("--num_machines=1", "--parallelism_config_dp_shard_size=2"))],
+    [("fsdp8", 2, ()), ("hsdp", 4, TWO_BY_TWO)],
 )
 def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, processes, flags):
     start = sharded(config, processes, *flags)
@@ -154,6 +157,7 @@ def children_of(out):
 LAUNCHES = {
     "ddp": (),
     "fsdp2": (),
+    "hsdp": (),
     "zero2": ({"zero_optimization": {"stage": 2}},),
     "zero3": ({"zero_optimization": {"stage": 3}},),
 }
@@ -171,6 +175,8 @@ def test_the_trainer_trains_and_resumes_under_launchers(whole, text, tmp_path, k
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={get_free_port()}"]
     if kind == "fsdp2":
         start = sharded("fsdp8", 2)
+    if kind == "hsdp":
+        start = sharded("hsdp", 4, *TWO_BY_TWO)
     told = run(*start, *script, "--use_cpu", DS_ACCELERATOR="cpu")
     assert "after" in told
     saved = tmp_path / "checkpoint-4" / "trainer_state.json"
