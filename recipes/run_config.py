@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.util import find_spec
 from typing import Any
 
 import corpus
+from accelerate.tracking import get_available_trackers
 from jsonargparse import ArgumentParser
-
-TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "swanlab")  # accelerate's, by their modules
 
 
 def at_least(minimum: float, fields: dict[str, Any]) -> None:
@@ -133,10 +131,8 @@ class TrainConfig:
         counts = ("steps", "batch", "accumulate", "validate_every", "log_every", "save_every", "keep", "teleport_every")
         at_least(1, {f"train.{name}": getattr(self, name) for name in counts})
         at_least(0, {f"train.{name}": getattr(self, name) for name in ("warmup", "decay", "load_loss", "z_loss")})
-        if self.tracker != "none" and self.tracker in TRACKERS and find_spec(self.tracker) is None:
-            raise ValueError(f"train.tracker {self.tracker!r} is not installed: pip install {self.tracker}, or 'none'")
-        if self.tracker not in (*TRACKERS, "none"):
-            raise ValueError(f"unknown train.tracker {self.tracker!r}; choose one of {(*TRACKERS, 'none')}")
+        if self.tracker not in (installed := ["none", *map(str, get_available_trackers())]):
+            raise ValueError(f"train.tracker {self.tracker!r} is not installed or unknown; there are {installed}")
 
 
 @dataclass

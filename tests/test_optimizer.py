@@ -399,8 +399,11 @@ def test_many_narrow_vectors_are_stepped_in_parts(monkeypatch):
         p.grad = torch.randn_like(p)
         q.grad = p.grad.clone()
     symlm.SymOptimizer(model, preset="adamw").step()
-    monkeypatch.setattr("symlm.step.BATCH_ELEMENTS", 100)
-    symlm.SymOptimizer(twin, preset="adamw").step()
+    alone, together = symlm.step.adamw, []
+    monkeypatch.setattr("symlm.step.BATCH_ELEMENTS", 30)
+    monkeypatch.setattr("symlm.step.adamw", lambda W, *told, **more: (together.append(len(W)), alone(W, *told, **more)))
+    symlm.SymOptimizer(twin, preset="adamw", roles={"*": "matrix"}).step()
+    assert together == [1, 1, 1]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 

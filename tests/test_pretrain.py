@@ -96,7 +96,10 @@ def test_bad_input_is_named(text, tmp_path, argument, message):
         ("--train.steps=0", "train.steps is at least 1, got 0"),
         ("--train.keep=0", "train.keep is at least 1, got 0"),
         ("--data.length=1", "data.length is at least 2, got 1"),
-        ("--train.tracker=swanlab", "train.tracker 'swanlab' is not installed"),
+        (
+            "--train.tracker=swanlab",
+            "train.tracker 'swanlab' is not installed or unknown; there are ['none', 'tensorboard'",
+        ),
     ],
 )
 def test_bad_fields_are_named_before_anything_is_done(capsys, argument, message):
