@@ -188,10 +188,11 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 
 UNIT = ("x_k", "y_k", "x_n", "b_k", "c_n", "d_n")
+FLIPPED = ("x_m", "y_m", "b_k", "c_n", "d_n")
 
 
-def compile_for(arch, kernel, pointers, constants, warps=4, stages=2, unit=UNIT):
-    """Compile a kernel as its launcher would specialize it: aligned pointers and sizes, unit inner strides."""
+def compile_for(arch, kernel, pointers, constants, warps=4, stages=2, unit=UNIT, aligned=True):
+    """Compile a kernel as its launcher would specialize it: aligned pointers, unit strides, sizes aligned or not."""
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants or name in unit:
@@ -200,7 +201,7 @@ def compile_for(arch, kernel, pointers, constants, warps=4, stages=2, unit=UNIT)
             signature[name] = pointers[name]
         else:
             signature[name] = "fp32" if name in ("alpha", "beta", "beta2", "a") else "i32"
-        if signature[name] != "constexpr" and signature[name] != "fp32":
+        if name.endswith("_ptr") or (aligned and signature[name] == "i32"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     options = {"num_warps": warps, "num_stages": stages}
@@ -219,26 +220,30 @@ def spills(compiled, tmp_path):
     return max(int(usage.split(f"{kind}:")[1].split()[0]) for kind in ("LOCAL", "STACK"))  # spills are on the stack
 
 
+LAYOUTS = {"rows": (UNIT, True), "columns": (FLIPPED, True), "odd rows": (UNIT, False), "any stride": ((), False)}
+
+
 @compiled_only
-@pytest.mark.parametrize("dtype", POINTERS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float16, "rows")] + [(dtype, name) for dtype in (torch.float32, torch.bfloat16) for name in LAYOUTS],
+    ids=str,
+)
 @pytest.mark.parametrize("arch", SHARED)
-def test_every_tile_of_the_products_fits_every_gpu(arch, dtype, tmp_path):
-    element = torch.empty(0, dtype=dtype).element_size()
-    shipped = [tile for tile in tiles.TILES if (tile is tiles.FP32) == (element == 4)]
-    for tile in shipped:
-        precision = "ieee" if element == 4 else "tf32"
-        blocks = {"BLOCK": tile.m, "BLOCK_K": tile.k, "PRECISION": precision, "HAS_C": True}
-        pointers = dict.fromkeys(("x_ptr", "y_ptr", "c_ptr", "d_ptr", "b_ptr"), POINTERS[dtype])
-        told = (pointers, blocks, tile.warps, tile.stages)
-        square = compile_for(arch, products._symmetric_kernel, *told)
-        alone = compile_for(arch, products._symmetric_kernel, pointers, blocks | {"HAS_C": False}, *told[2:])
-        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": precision}
-        flat = compile_for(arch, products._apply_kernel, pointers, blocks, tile.warps, tile.stages)
-        for compiled in (square, alone, flat):
+def test_every_tile_of_the_products_fits_every_gpu(arch, dtype, layout, tmp_path):
+    element, (unit, aligned) = torch.empty(0, dtype=dtype).element_size(), LAYOUTS[layout]
+    pointers = dict.fromkeys(("x_ptr", "y_ptr", "c_ptr", "d_ptr", "b_ptr"), POINTERS[dtype])
+    for tile in {tiles.choose_tile(side, side, element, aligned) for side in (64, 1024)}:
+        precision = {"BLOCK_K": tile.k, "PRECISION": "ieee" if element == 4 else "tf32"}
+        square = {"BLOCK": tile.m, **precision}
+        kernels = [(products._symmetric_kernel, {**square, "HAS_C": added}) for added in (True, False)]
+        kernels += [(products._apply_kernel, {"BLOCK_M": tile.m, "BLOCK_N": tile.n, **precision})]
+        for kernel, constants in kernels:
+            compiled = compile_for(arch, kernel, pointers, constants, tile.warps, tile.stages, unit, aligned)
             assert compiled.metadata.shared <= SHARED[arch]
             assert spills(compiled, tmp_path) <= (ONE_REGISTER if arch == 80 else 0)
             ptx = compiled.asm["ptx"]
-            assert element == 4 or any(unit in ptx for unit in ("wgmma", "mma.sync", "tcgen05.mma"))
+            assert element == 4 or any(name in ptx for name in ("wgmma", "mma.sync", "tcgen05.mma"))
             assert element == 4 or arch != 90 or "wgmma" in ptx
 
 
@@ -259,7 +264,10 @@ def test_row_steps_compile_for_every_gpu(arch, columns, tmp_path):
         assert columns < 1024 or "st.global.v4" in compiled.asm["ptx"]
 
 
-def test_tile_table_covers_every_size():
-    for element in (2, 4):
-        for side in (1, 64, 256, 257, 8192):
-            assert tiles.choose_tile(side, side, element) in tiles.TILES
+def test_a_large_tile_is_only_for_what_is_read_sixteen_bytes_at_a_time():
+    """Where each element has an address of its own, a large tile spills."""
+    X = torch.empty(2, 512, 1024, dtype=torch.float16)
+    assert products._aligned(X, X.mT, X[:, 16:], X[..., :512])
+    odd = (X[..., :1023], X[:, 1:, 1:], X[..., ::2], X.view(2, 1024, 512)[:, :513].mT)
+    assert not any(products._aligned(X, view) for view in odd)
+    assert tiles.choose_tile(512, 512, 2, aligned=True) != tiles.choose_tile(512, 512, 2, aligned=False)

@@ -28,7 +28,7 @@ def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -
     """Return `a X + B X` in one pass.  Shapes: (b, m, m), (b, m, n), any strides -> (b, m, n)."""
     batch, m, n = X.shape
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
-    tile = tile or choose_tile(m, n, X.element_size())
+    tile = tile or choose_tile(m, n, X.element_size(), _aligned(B, X, out))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * batch,)  # other axes end at 65,535
     _apply_kernel[grid](
         B,
@@ -53,9 +53,9 @@ def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -
 def _symmetric(X: Tensor, Y: Tensor, C: Tensor | None, alpha: float, beta: float, tile: Tile | None) -> Tensor:
     batch, m, k = X.shape
     out = torch.empty(batch, m, m, dtype=X.dtype, device=X.device)
-    tile = tile or choose_tile(m, m, X.element_size())
-    tiles = triton.cdiv(m, tile.m)
     added = X if C is None else C
+    tile = tile or choose_tile(m, m, X.element_size(), _aligned(X, Y, added, out))
+    tiles = triton.cdiv(m, tile.m)
     _symmetric_kernel[(tiles * (tiles + 1) // 2 * batch,)](
         X,
         Y,
@@ -77,6 +77,16 @@ def _symmetric(X: Tensor, Y: Tensor, C: Tensor | None, alpha: float, beta: float
         num_stages=tile.stages,
     )
     return out
+
+
+def _aligned(*stacks: Tensor) -> bool:
+    """Tell whether Triton compiles for sixteen bytes at a time: unit steps one way, all else a multiple of 16."""
+    return all(
+        T.data_ptr() % 16 == 0
+        and 1 in T.stride()[1:]
+        and all(number % 16 == 0 for number in (*T.shape[1:], *T.stride()) if number != 1)
+        for T in stacks
+    )
 
 
 def _precision(X: Tensor) -> str:
