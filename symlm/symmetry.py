@@ -107,7 +107,8 @@ def _times(A: Tensor | None, W: Tensor) -> Tensor:
         return W
     if A.ndim == 1:
         return A[:, None] * W
-    W = W.to(torch.promote_types(A.dtype, W.dtype))
+    wide = torch.promote_types(A.dtype, W.dtype)
+    A, W = A.to(wide), W.to(wide)
     return (A @ W.reshape(len(A), -1, W.shape[-1])).reshape(W.shape)
 
 

@@ -8,6 +8,7 @@ from teleporting import LARGEST, Teleporter
 
 import symlm
 from symlm import teleport as t
+from symlm.symmetry import Transport
 
 
 def random(*shape, seed=0):
@@ -109,6 +110,17 @@ def test_what_is_no_symmetry_is_refused_and_undone():
     with pytest.raises(ValueError, match="no symmetry of this model"):
         t.teleport(model, t.residual_rotation(model, orthogonal(32)), lambda: loss_of(model, x))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("wide", ["factor", "weight"])
+def test_a_factor_and_a_weight_are_multiplied_in_the_wider_of_their_types(wide, side):
+    factor, weight = (torch.float64, torch.float32) if wide == "factor" else (torch.float32, torch.float64)
+    A, W = orthogonal(8)[None].to(factor), torch.randn(8, 8).to(weight)
+    moved = Transport(**{side: A}).weight(W)
+    exact = A[0].double() @ W.double() if side == "left" else W.double() @ torch.linalg.inv(A[0].double())
+    assert moved.dtype == torch.float64
+    assert relative(moved, exact) < 1e-6
 
 
 SQUARES = ("Adam", "Adagrad", "RMSprop", "Adadelta", "Adamax", "Adafactor")
