@@ -139,11 +139,7 @@ class RowStep:
         return summed(total, self.layout) / m
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
-        """Return A B, on a GPU of half-precision factors, summed in fp32: a Gram matrix stays one."""
-        dtype = resolve_dtype(A, self.compute_dtype)
-        if not A.is_cuda or dtype == A.dtype:
-            return A @ B
-        return torch.mm(A.to(dtype), B.to(dtype), out_dtype=A.dtype)
+        return product(A, B, resolve_dtype(A, self.compute_dtype))
 
     def _whitener(self, square: Tensor) -> Tensor:
         """Return what turns the row map's columns, by the Gram matrix in the mean of steps, which is kept."""
@@ -162,6 +158,14 @@ class RowStep:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=_wide(self.part.dtype), device=self.part.device)
+
+
+def product(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return A B in fp32 or wider, on a GPU of factors in `dtype`, summed in fp32: a Gram matrix stays one."""
+    wide = _wide(A.dtype)
+    if not A.is_cuda or dtype == wide:
+        return A.to(wide) @ B.to(wide)
+    return torch.mm(A.to(dtype), B.to(dtype), out_dtype=wide)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

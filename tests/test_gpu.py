@@ -66,10 +66,11 @@ def test_on_a_gpu_too_an_expert_without_a_gradient_rests():
     assert rms[0] == pytest.approx(rms[1], rel=1e-2)
 
 
-def test_a_whitened_heads_half_precision_products_give_fp32s_step():
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_whitened_heads_half_precision_products_give_fp32s_step(kernels):
     one, two = with_gradients(0), with_gradients(0)
-    for model, dtype in ((one, "float32"), (two, "bfloat16")):
-        optimizer = symlm.SymOptimizer(model, compute_dtype=dtype)
+    for model, told in ((one, ("torch", "float32")), (two, (kernels, "bfloat16"))):
+        optimizer = symlm.SymOptimizer(model, kernels=told[0], compute_dtype=told[1])
         before = model.lm_head.weight.detach().clone()
         optimizer.step()
         model.lm_head.moved = model.lm_head.weight.detach() - before

@@ -50,7 +50,7 @@ def row_norm_step(
     nesterov: the direction is of `(1−β)G + βM` instead. mean: `X_i·√bias/r_i` instead, r refreshed.
     Shapes: G, M, W (m, n); size, keep, finite: one element each.
     """
-    _rows_step(G, M, W, beta, size, keep, finite, nesterov, mean, lambda X: X)
+    _rows_step(G, M, W, beta, size, keep, finite, nesterov, mean, _same)
 
 
 def centered_row_norm_step(
@@ -105,6 +105,39 @@ def center(M: Tensor) -> Tensor:
     return M - M.mean(dim=-2, keepdim=True)
 
 
+def row_directions(
+    G: Tensor,
+    M: Tensor,
+    beta: float,
+    finite: Tensor,
+    nesterov: bool = False,
+    mean: MeanNorms | None = None,
+    centered: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Do `M <- βM + (1−β)G` and return the rows' directions in `dtype`, and their mean row; for a product of them.
+
+    nesterov, mean: as `row_norm_step`, norms refreshed; centered: of `C M`. Shapes: G, M (m, n) -> (m, n), (n) in fp32.
+    """
+    new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
+    U = _rows_of(new, G, beta, finite, nesterov, mean, center if centered else _same)
+    M.copy_(torch.where(finite != 0, new, M))
+    return U.to(dtype), U.mean(dim=0)
+
+
+def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, keep: Tensor, finite: Tensor) -> None:
+    """Do `W <- keep·W − size·(U − 1 rowᵀ)` in place; nothing where `finite` is 0.
+
+    Shapes: U, W (m, n), row (n); size, keep, finite: one element each.
+    """
+    stepped = keep * W.float() - size * (U.float() - row)
+    W.copy_(torch.where(finite != 0, stepped.to(W.dtype), W))
+
+
+def _same(X: Tensor) -> Tensor:
+    return X
+
+
 def _rows_step(
     G: Tensor,
     M: Tensor,
@@ -118,13 +151,26 @@ def _rows_step(
     project: Callable[[Tensor], Tensor],
 ) -> None:
     new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
-    X = project(new.float().lerp(G.float(), 1 - beta) if nesterov else new.float())
-    if mean is None:
-        U = unit_rows(X)
-    else:
-        refreshed = mean_norms(row_norms(X), mean.row_rms, mean.beta2)
-        U = over_rms(X, refreshed, mean.bias)
-        mean.row_rms.copy_(torch.where(finite != 0, refreshed, mean.row_rms))
+    U = _rows_of(new, G, beta, finite, nesterov, mean, project)
     stepped = keep * W.float() - size * project(U)
     M.copy_(torch.where(finite != 0, new, M))
     W.copy_(torch.where(finite != 0, stepped.to(W.dtype), W))
+
+
+def _rows_of(
+    M: Tensor,
+    G: Tensor,
+    beta: float,
+    finite: Tensor,
+    nesterov: bool,
+    mean: MeanNorms | None,
+    project: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return the directions of the rows of what the rule sees of the new momentum, and refresh the mean norms."""
+    X = project(M.float().lerp(G.float(), 1 - beta) if nesterov else M.float())
+    if mean is None:
+        return unit_rows(X)
+    refreshed = mean_norms(row_norms(X), mean.row_rms, mean.beta2)
+    U = over_rms(X, refreshed, mean.bias)
+    mean.row_rms.copy_(torch.where(finite != 0, refreshed, mean.row_rms))
+    return U
