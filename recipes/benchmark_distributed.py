@@ -7,6 +7,7 @@ processes share the cores, so two processes with one thread each stand for two m
 torch.optim.Muon multiplies, may be emulated: `--hidden 256` ends in a minute all the same.
 """
 
+import os
 import statistics
 import time
 from argparse import ArgumentParser
@@ -35,8 +36,10 @@ def seconds(step: Callable[[], object], runs: int) -> float:
     times = []
     for _ in range(runs):
         dist.barrier()
+        synchronize()
         start = time.perf_counter()
         step()
+        synchronize()
         times.append(slowest(time.perf_counter() - start))
     return statistics.median(times)
 
@@ -123,6 +126,8 @@ def main() -> None:
     parser.add_argument("--skip-torch-muon", action="store_true", help="its emulated bf16 takes minutes a step")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)

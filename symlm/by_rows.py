@@ -161,9 +161,9 @@ class RowStep:
 
 
 def product(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A B in fp32 or wider, on a GPU of factors in `dtype`, summed in fp32: a Gram matrix stays one."""
+    """Return A B in fp32 or wider, on a GPU of half-precision factors, summed in fp32: a Gram matrix stays one."""
     wide = _wide(A.dtype)
-    if not A.is_cuda or dtype == wide:
+    if not A.is_cuda or dtype.itemsize > 2 or wide != torch.float32:
         return A.to(wide) @ B.to(wide)
     return torch.mm(A.to(dtype), B.to(dtype), out_dtype=wide)
 

@@ -45,8 +45,9 @@ def step(
 
     if not W.numel():
         return
-    lr = group["lr"]
-    lr = lr.to(W.device) if isinstance(lr, Tensor) else torch.full((), lr, device=W.device)
+    lr = group["lr"] * torch.ones(
+        (), device=W.device
+    )  # no copy of a rate that lies on the CPU, which a graph cannot capture
     keep = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
     mean = None
     if state:

@@ -40,19 +40,21 @@ def turn_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
     All ranks call this together; each keeps R with each parameter. Momenta that are cut are gathered for this, and once
     more for their directions, so that no rank holds a layer's at once. The layers' factorizations are one batch.
     """
-    layers: dict[tuple[str, int, torch.dtype], list[Pull]] = {}
+    layers: dict[tuple[str, int, torch.dtype, torch.device], list[Pull]] = {}
     for bucket in buckets:
-        bucket.start(finite)
+        bucket.start()
         for member, seen in zip(bucket.batch, bucket.momenta, strict=True):
             M = MatrixView.parse(bucket.group["view"]).to_matrices(wide(member.whole(seen)))
-            layers.setdefault((layer_of(member.name), M.shape[-2], M.dtype), []).append(_pull(bucket.group, member, M))
+            layers.setdefault((layer_of(member.name), M.shape[-2], M.dtype, M.device), []).append(
+                _pull(bucket.group, member, M)
+            )
     for alike in {key[1:] for key in layers}:
         same = [pulls for key, pulls in layers.items() if key[1:] == alike]
         before = torch.stack([local(pulls[0].member.state["rotation"])[0] for pulls in same])
         after = turn(torch.stack([_sum(pulls) for pulls in same]), before)
         for pulls, R in zip(same, after, strict=True):
             for member, own, _ in pulls:
-                member.keep({"rotation": R.expand_as(own)}, finite)
+                member.keep({"rotation": R.expand_as(own)}, finite.to(R.device))
 
 
 def _sum(pulls: list[Pull]) -> Tensor:

@@ -129,18 +129,18 @@ class SymOptimizer(torch.optim.Optimizer):
                 continue
             for batch in batches(own):
                 world = batch[0].layout.size
-                buckets.append(Bucket(group, batch, loads.setdefault(world, [0.0] * prod(world))))
+                buckets.append(Bucket(group, batch, loads.setdefault(world, [0.0] * prod(world)), finite))
         if is_first and (exchanges := [bucket.exchange for bucket in buckets if bucket.exchange]):
             received = sum(exchange.bytes_to_receive(4) for exchange in exchanges)
             log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(exchanges))
         turn_layers([bucket for bucket in buckets if turns_with_its_layer(bucket.group)], finite)
         size.begin([bucket.group for bucket in buckets if not bucket.fused], finite.device)
-        for bucket in overlapped(buckets, finite):
-            for updated, rows, updates in bucket.updates(finite):
-                squares = apply(bucket.group, updated, rows, updates, finite)
+        for bucket in overlapped(buckets):
+            for updated, rows, updates in bucket.updates():
+                squares = apply(bucket.group, updated, rows, updates, bucket.finite)
                 size.add(bucket.group, squares, sum(U.numel() for U in updates))
             for member in bucket.batch:
-                store(bucket.group, member, finite)
+                store(bucket.group, member, bucket.finite)
         return loss
 
     @torch.no_grad()

@@ -53,7 +53,8 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
             continue
         members = [_member(p, layout_of_shards(tuple(p.shape), shards, copies)) for p in group["params"]]
         for batch in batches(members):
-            bucket = Bucket(group, batch, loads.setdefault(batch[0].layout.size, [0.0] * shards * copies))
+            shares = loads.setdefault(batch[0].layout.size, [0.0] * shards * copies)
+            bucket = Bucket(group, batch, shares, torch.ones((), dtype=torch.bool))
             if bucket.everywhere:  # every rank gathers all of it, and computes all of it
                 size = MASTER * prod(bucket.layout.shape) * len(batch)
                 times = 2 if turns_with_its_layer(group) else 1

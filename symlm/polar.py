@@ -1,5 +1,7 @@
 """The polar factor `U_r V_rᵀ` of a matrix: exact (SVD, QDWH), Newton–Schulz and Gram Newton–Schulz, batched."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import sqrt
 from types import ModuleType
 
@@ -194,7 +196,21 @@ def inverse_root(K: Tensor) -> Tensor:
     trace = K.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
     R = (K / (torch.where(trace > 0, trace, 1.0) * table.bound**2)).reshape(-1, *K.shape[-2:])
     R.diagonal(dim1=-2, dim2=-1).add_(CUTOFF / table.bound**2)
-    return (_collected(R, table.steps(5), select_products(R, "torch")) / table.bound).reshape(K.shape)
+    with full_precision():
+        Q = _collected(R, table.steps(5), select_products(R, "torch"))
+    return (Q / table.bound).reshape(K.shape)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32, also where TF32 is allowed: its ten bits are too few for a squared condition."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _svd(X: Tensor) -> Tensor:

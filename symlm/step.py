@@ -107,8 +107,9 @@ class Bucket:
     Rows that do not mix, and intervals of whole matrices (experts, heads), are computed where they lie.
     """
 
-    def __init__(self, group: dict[str, Any], batch: list[Member], loads: list[float]) -> None:
+    def __init__(self, group: dict[str, Any], batch: list[Member], loads: list[float], finite: Tensor) -> None:
         self.group, self.batch = group, batch
+        self.finite = finite.to(batch[0].parameter.device)  # a model may lie on several
         layout = self.layout = batch[0].layout
         view, rule = MatrixView.parse(group["view"]), get_rule(group["rule"])
         self.local_view = view if layout.whole else view.of_interval(layout.shape, layout.intervals)
@@ -124,13 +125,13 @@ class Bucket:
         self.fused = here and fused_rows.serves(group, layout, batch[0].parameter)
         self.momenta: list[Tensor] = []
 
-    def start(self, finite: Tensor) -> None:
+    def start(self) -> None:
         """Do phase 1, unless it is done, and start to move matrices to their owners."""
         if self.fused or self.momenta:
             return
-        update_momenta(self.group, self.batch, finite)
+        update_momenta(self.group, self.batch, self.finite)
         if not self.by_rows:
-            self.momenta = [seen_by_rule(self.group, member, finite) for member in self.batch]
+            self.momenta = [seen_by_rule(self.group, member, self.finite) for member in self.batch]
         if self.exchange:
             self.exchange.send([M.reshape(-1) for M in self.momenta])
 
@@ -144,36 +145,36 @@ class Bucket:
         """Let go of what travelled and of the look-aheads: together they would be as large as the model."""
         self.momenta, self.exchange = [], None
 
-    def updates(self, finite: Tensor) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
+    def updates(self) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
         """Yield members, a block of theirs, and its `s·U`; what the rule keeps is kept. A fused step yields none."""
         if self.exchange:
             yield self.batch, ALL, [part.view(self.shape) for part in self.exchange.receive()]
         elif self.fused:
             for member in self.batch:
-                _fused_step(self.group, member, finite)
+                _fused_step(self.group, member, self.finite)
         elif self.by_rows:
             for member in self.batch:
-                for block, U in _directions_by_rows(self.group, member, finite):
+                for block, U in _directions_by_rows(self.group, member, self.finite):
                     yield [member], block, [U]
         elif self.everywhere:
             for member, M in zip(self.batch, self.momenta, strict=True):
-                yield [member], ALL, [_direction_everywhere(self.group, member, M, finite)]
+                yield [member], ALL, [_direction_everywhere(self.group, member, M, self.finite)]
         elif self.momenta[0].numel():
             states = [rule_state(self.group, member.state) for member in self.batch]
             found, states = whole_directions(self.group, self.momenta, self.local_view, states)
             for member, state in zip(self.batch, states, strict=True):
-                member.keep(state, finite)
+                member.keep(state, self.finite)
             yield self.batch, ALL, found
 
 
-def overlapped(buckets: list[Bucket], finite: Tensor) -> Iterator[Bucket]:
+def overlapped(buckets: list[Bucket]) -> Iterator[Bucket]:
     """Yield buckets whose directions are here; while one is computed, another's return and a third one leaves."""
     returning: list[Bucket] = []
     for bucket in buckets[:1]:
-        bucket.start(finite)
+        bucket.start()
     for k, bucket in enumerate(buckets):
         for following in buckets[k + 1 : k + 2]:
-            following.start(finite)
+            following.start()
         bucket.compute()
         returning.append(bucket)
         while len(returning) > 1 or (returning and not bucket.exchange):
@@ -334,7 +335,7 @@ def store(group: dict[str, Any], member: Member, finite: Tensor) -> None:
         local(member.state["compensation"]).copy_(master - rounded.float())
     else:
         rounded = stochastic_round(master, crc32(f"{group['step']} {member.name} {member.layout.interval[0]}".encode()))
-    p.copy_(rounded if p.device.type == "cpu" else torch.where(finite, rounded, p))
+    p.copy_(rounded if p.device.type == "cpu" else torch.where(finite.to(p.device), rounded, p))
 
 
 def stochastic_round(x: Tensor, seed: int) -> Tensor:
@@ -342,7 +343,10 @@ def stochastic_round(x: Tensor, seed: int) -> Tensor:
 
     A bf16 is the upper half of an fp32, so 16 random bits are added below and the lower half is cut. Infinities and
     NaN pass unchanged. Shapes: any -> same. Source: Zamirai et al., arXiv 2010.06192, section 4.
+    Raises: RuntimeError under CUDA graph capture, in whose replays the bits would be the same for ever.
     """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("stochastic rounding draws by the number of the step; capture with rounding='compensated'")
     generator = torch.Generator(device=x.device).manual_seed(seed)
     noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     bits = (x.contiguous().view(torch.int32) + noise) & -65536

@@ -25,7 +25,7 @@ class UpdateSize:
     def add(self, group: dict[str, Any], squares: Tensor, count: int) -> None:
         """Add a part of a group's step."""
         before = self._squares[_key(group)]
-        self._squares[_key(group)] = (before[0] + squares, before[1] + count)
+        self._squares[_key(group)] = (before[0] + squares.to(before[0].device), before[1] + count)
 
     def of_adamw(self, group: dict[str, Any], stepped: list[tuple[dict[str, Any], int]]) -> None:
         """Take note of the states and sizes that AdamW stepped; its update is read from them when asked for."""
@@ -42,7 +42,7 @@ class UpdateSize:
         found: dict[str, tuple[Tensor, int]] = {}
         for role, squares, count in parts:
             before = found.get(role, (torch.zeros_like(squares), 0))
-            found[role] = (before[0] + squares, before[1] + count)
+            found[role] = (before[0] + squares.to(before[0].device), before[1] + count)
         return found
 
 

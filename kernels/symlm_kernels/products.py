@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from symlm_kernels.launching import on_its_device
 from symlm_kernels.tiles import Tile, choose_tile
 
 
+@on_its_device
 def gram(X: Tensor, tile: Tile | None = None) -> Tensor:
     """Return `A = X Xᵀ`, one triangle of tiles computed and the other mirrored: half the operations.
 
@@ -16,6 +18,7 @@ def gram(X: Tensor, tile: Tile | None = None) -> Tensor:
     return _symmetric(X, X, None, 1.0, 0.0, tile)
 
 
+@on_its_device
 def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float, tile: Tile | None = None) -> Tensor:
     """Return `β C + α A B`, symmetric because A, B, C are polynomials of one Gram matrix: half the operations.
 
@@ -24,6 +27,7 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float
     return _symmetric(A, B, C, alpha, beta, tile)
 
 
+@on_its_device
 def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -> Tensor:
     """Return `a X + B X` in one pass.  Shapes: (b, m, m), (b, m, n), any strides -> (b, m, n)."""
     batch, m, n = X.shape

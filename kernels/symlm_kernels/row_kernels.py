@@ -10,13 +10,15 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # what is below counts as 
 @triton.jit
 def _divisor(row, r_ptr, place, bias_ptr, beta2, MEAN: tl.constexpr):
     """Return what the row is divided by, and its mean norm to be kept; sizes go first, so that no square overflows."""
+    old = 0.0
+    if MEAN:
+        old = tl.load(r_ptr + place)  # by all threads before a barrier of what follows: one of them stores it refreshed
     largest = tl.max(tl.abs(row), axis=0)
     scaled = row / tl.where(largest < TINY, float("inf"), largest)
     norm = largest * tl.sqrt(tl.sum(scaled * scaled, axis=0))
     kept = norm
     divisor = norm
     if MEAN:
-        old = tl.load(r_ptr + place)
         size = tl.maximum(old, norm)
         by = tl.where(size > 0, size, 1.0)
         kept = size * tl.sqrt(beta2 * (old / by) * (old / by) + (1 - beta2) * (norm / by) * (norm / by))

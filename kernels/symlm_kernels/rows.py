@@ -7,11 +7,13 @@ import triton
 from torch import Tensor
 
 from symlm_kernels import row_kernels
+from symlm_kernels.launching import on_its_device
 from symlm_kernels.reference import MeanNorms
 from symlm_kernels.selection import LARGEST_ROW
 from symlm_kernels.tiles import row_warps
 
 
+@on_its_device
 def row_norm_step(
     G: Tensor,
     M: Tensor,
@@ -35,6 +37,7 @@ def row_norm_step(
     row_kernels.row_kernel[(m,)](G, M, W, r, bias, size, keep, finite, n, beta, beta2, *strides, **constants)
 
 
+@on_its_device
 def centered_row_norm_step(
     G: Tensor,
     M: Tensor,
@@ -57,6 +60,7 @@ def centered_row_norm_step(
     row_kernels.centered_apply_kernel[(m,)](*told, **constants)
 
 
+@on_its_device
 def row_directions(
     G: Tensor,
     M: Tensor,
@@ -79,6 +83,7 @@ def row_directions(
     return D, row
 
 
+@on_its_device
 def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, keep: Tensor, finite: Tensor) -> None:
     """Do `W <- keep·W − size·(U − 1 rowᵀ)` in place; nothing where `finite` is 0.
 
