@@ -141,7 +141,8 @@ def _normalize(X: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
     largest = torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True))
     Y = wide / normal(largest)
     norm = torch.linalg.vector_norm(Y, dim=axes, keepdim=True)
-    return Y.div_(normal(norm) * bound).to(dtype)
+    size = normal(norm) * bound
+    return Y.div_(size) if dtype == Y.dtype else torch.div(Y, size, out=torch.empty_like(Y, dtype=dtype))
 
 
 def _newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:

@@ -80,19 +80,25 @@ def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
             yield batch[start : start + size]
 
 
-def update_momenta(group: dict[str, Any], batch: list[Member], finite: Tensor) -> None:
-    """Phase 1: `M <- βM + (1−β)G`; nothing yet where the momentum is of directions."""
-    for member in batch if group["momentum_of"] == "gradients" else ():
-        M = member.momentum
-        M.lerp_(_masked(member.gradient, M, finite), 1 - group["momentum"])
+def update_momentum(group: dict[str, Any], member: Member, finite: Tensor) -> Tensor:
+    """Phase 1: `M <- βM + (1−β)G`, nothing yet where the momentum is of directions; return G, or M in its place."""
+    M, G = member.momentum, _masked(member.gradient, member.momentum, finite)
+    if group["momentum_of"] == "gradients":
+        M.lerp_(G, 1 - group["momentum"])
+    return G
 
 
 def seen_by_rule(group: dict[str, Any], member: Member, finite: Tensor, block: Block = ALL) -> Tensor:
-    """Return what the rule sees of these rows, in fp32: M, or its Nesterov look-ahead `(1−β)G + βM`."""
-    M, G = block.of(member.momentum), block.of(member.gradient)
+    """Return what the rule sees of these rows of an updated momentum."""
+    M = block.of(member.momentum)
+    return _seen(group, M, _masked(block.of(member.gradient), M, finite))
+
+
+def _seen(group: dict[str, Any], M: Tensor, G: Tensor) -> Tensor:
+    """Return in fp32 the momentum, its Nesterov look-ahead `(1−β)G + βM`, or G where the momentum is of directions."""
     if group["momentum_of"] == "directions":
-        return wide(_masked(G, M, finite))
-    return wide(_masked(G, M, finite).lerp(M, group["momentum"]) if group["nesterov"] else M)
+        return wide(G)
+    return wide(G.lerp(M, group["momentum"]) if group["nesterov"] else M)
 
 
 def _masked(G: Tensor, M: Tensor, finite: Tensor) -> Tensor:
@@ -129,9 +135,10 @@ class Bucket:
         """Do phase 1, unless it is done, and start to move matrices to their owners."""
         if self.fused or self.momenta:
             return
-        update_momenta(self.group, self.batch, self.finite)
-        if not self.by_rows:
-            self.momenta = [seen_by_rule(self.group, member, self.finite) for member in self.batch]
+        for member in self.batch:
+            G = update_momentum(self.group, member, self.finite)
+            if not self.by_rows:
+                self.momenta.append(_seen(self.group, member.momentum, G))
         if self.exchange:
             self.exchange.send([M.reshape(-1) for M in self.momenta])
 
@@ -224,6 +231,7 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
     """
     lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     decay = group["weight_decay"] * group["weight_decay_multiplier"]
+    keep = 1 - lr * decay
     norms, steps = [], []
     for member, U in zip(members, updates, strict=True):
         W = block.of(member.master)
@@ -231,7 +239,7 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
             M = block.of(member.momentum)
             U = M.lerp_(_masked(U, M, finite), 1 - group["momentum"])
         if decay:
-            W.mul_(1 - lr * decay)
+            W.mul_(keep)
         taken = None if member.fresh is None else _spread(member.fresh, member.layout, U)
         norms.append(_norm(U, taken))
         steps.append(finite if taken is None or taken.ndim else taken)
