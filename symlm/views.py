@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class MatrixView:
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def parse(cls, text: str) -> "MatrixView":
         """Read the form that `str` writes.  Raises: ValueError for any other text."""
         pattern, *sizes = (part.strip() for part in text.split(","))
@@ -90,9 +92,7 @@ class MatrixView:
 
     def shape(self, stored_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Return (b, m, n) for a stored shape.  Raises: ValueError when the sizes do not divide it."""
-        lengths = self._lengths(stored_shape)
-        b, m, n = (prod(lengths[name] for name in axis) for axis in self._sides[1])
-        return b, m, n
+        return _rearrangement(self, stored_shape).stack
 
     def sections(self, stored: Tensor) -> list[tuple["MatrixView", Tensor]]:
         """Return the blocks of unequal size, each a view of the stored tensor with the MatrixView that reads it."""
@@ -128,21 +128,34 @@ class MatrixView:
 
     def to_matrices(self, stored: Tensor) -> Tensor:
         """Return the stack (b, m, n) of a stored tensor; a view of it where strides allow."""
-        left, right = self._sides
-        lengths = self._lengths(tuple(stored.shape))
-        source = [name for axis in left for name in axis]
-        target = [name for axis in right for name in axis if name != "1"]
-        split = stored.reshape([lengths[name] for name in source])
-        return split.permute([source.index(name) for name in target]).reshape(self.shape(tuple(stored.shape)))
+        found = _rearrangement(self, tuple(stored.shape))
+        return stored.reshape(found.split).permute(found.order).reshape(found.stack)
 
     def from_matrices(self, stack: Tensor, stored_shape: tuple[int, ...]) -> Tensor:
         """Invert `to_matrices`: (b, m, n) -> a tensor of `stored_shape`."""
-        left, right = self._sides
-        lengths = self._lengths(tuple(stored_shape))
-        source = [name for axis in left for name in axis]
-        target = [name for axis in right for name in axis if name != "1"]
-        split = stack.reshape([lengths[name] for name in target])
-        return split.permute([target.index(name) for name in source]).reshape(stored_shape)
+        found = _rearrangement(self, tuple(stored_shape))
+        permuted = stack.reshape([found.split[k] for k in found.order])
+        return permuted.permute(found.back).reshape(stored_shape)
+
+
+class Rearrangement(NamedTuple):
+    """A view of one stored shape: its axes split, their order in the stack, the stack's shape, and the order back."""
+
+    split: list[int]
+    order: list[int]
+    stack: tuple[int, int, int]
+    back: list[int]
+
+
+@lru_cache(maxsize=4096)  # of every matrix of every step
+def _rearrangement(view: MatrixView, shape: tuple[int, ...]) -> Rearrangement:
+    left, right = view._sides
+    lengths = view._lengths(shape)
+    source = [name for axis in left for name in axis]
+    target = [name for axis in right for name in axis if name != "1"]
+    b, m, n = (prod(lengths[name] for name in axis) for axis in right)
+    order, back = [source.index(name) for name in target], [target.index(name) for name in source]
+    return Rearrangement([lengths[name] for name in source], order, (b, m, n), back)
 
 
 WHOLE = MatrixView("m n -> 1 m n")

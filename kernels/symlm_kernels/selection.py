@@ -34,12 +34,13 @@ def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto", wh
     """
     if kernels not in CHOICES:
         raise ValueError(f"unknown kernels {kernels!r}; choose one of {CHOICES}")
+    least = FASTER_FROM[what]
+    if kernels == "torch" or (kernels == "auto" and (least is None or side < least)):
+        return "torch"
     reason = why_not_triton(device, dtype)
     if kernels == "triton" and reason:
         raise RuntimeError(f"Triton's {what} were asked for, but {reason}; use kernels='auto' or 'torch'")
-    least = FASTER_FROM[what]
-    faster = least is not None and side >= least
-    return "torch" if reason or kernels == "torch" or (kernels == "auto" and not faster) else "triton"
+    return "torch" if reason else "triton"
 
 
 def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
