@@ -1,6 +1,7 @@
 """Every kernel in Triton's interpreter against its twin and float64, and compiled for GPUs that are not here."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -300,6 +301,21 @@ def test_row_steps_compile_for_every_gpu(arch, columns, tmp_path):
         compiled = compile_for(arch, kernel, *told)
         assert spills(compiled, tmp_path) == 0
         assert columns < 1024 or "st.global.v4" in compiled.asm["ptx"]
+
+
+@compiled_only
+@pytest.mark.parametrize("name", ["row", "direction", "centered_apply"])
+def test_a_mean_norm_is_read_by_all_threads_before_one_of_them_stores_it(name):
+    """Else a late warp divides by a norm that was refreshed already: a barrier lies between."""
+    kernel = getattr(row_kernels, f"{name}_kernel")
+    constants = {"BLOCK": 1024, "MEAN": True, "NESTEROV": True, "WRITE": True}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    ptx = compile_for(90, kernel, pointers, constants, tiles.row_warps(1024)).asm["ptx"]
+    stored = re.findall(r"st\.global\.b32 \[ ?(%rd\d+)", ptx)
+    (norm,) = [place for place in stored if re.search(rf"ld\.global\.b32 \{{? ?%r\d+ ?\}}?, \[ ?{place}\b", ptx)]
+    read, written = (re.search(rf"{kind}\.global\.b32 [^;]*\[ ?{norm}\b", ptx) for kind in ("ld", "st"))
+    assert "bar.sync" in ptx[read.end() : written.start()]
 
 
 def test_a_large_tile_is_only_for_what_is_read_sixteen_bytes_at_a_time():
