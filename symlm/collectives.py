@@ -244,31 +244,30 @@ class Exchange:
             elements += mine * (sum(lengths) - lengths[own]) + (here - mine) * lengths[own]
         return elements * element_size
 
-    def send(self, parts: Sequence[Tensor]) -> None:
-        """Start to send this rank's part of every matrix to its owner.  parts: flat, one a matrix."""
-        self.parts, self.size, self.like = parts, parts[0].numel(), parts[0].new_empty(0)
+    def send(self, parts: Tensor) -> None:
+        """Start to send this rank's part of every matrix to its owner.  parts: flat, one a row."""
+        self.parts, self.size, self.like = parts, parts.shape[1], parts.new_empty(0)
         if self.layout.whole:
             return
         copy, _ = self.layout.rank
         queues = [self._owned(copy, shard) for shard in range(self.layout.size[1])]
         lengths = [stop - start for start, stop in self.layout.intervals]
-        sent = [len(queue) * parts[0].numel() for queue in queues]
+        sent = [len(queue) * self.size for queue in queues]
         out = _joined([parts[k] for queue in queues for k in queue], parts[0])
         self.arrived = out.new_empty(len(self.mine) * sum(lengths))
         self.work = self._all_to_all(self.arrived, out, [len(self.mine) * length for length in lengths], sent)
 
-    def compute(self, directions: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        """Compute the owned matrices' directions, and start to send the parts back."""
+    def compute(self, directions: Callable[[Tensor], Tensor]) -> None:
+        """Compute the owned matrices' directions, (k, *shape) -> same, and start to send the parts back."""
         mine, lengths = self.mine, [stop - start for start, stop in self.layout.intervals]
         if self.layout.whole:
-            wholes = [self.parts[k].view(self.layout.shape) for k in mine]
+            wholes = torch.stack([self.parts[k] for k in mine]) if mine else self.like
         else:
             self.work.wait()
             blocks = self.arrived.split([len(mine) * length for length in lengths])
-            rows = torch.cat([x.view(len(mine), n) for x, n in zip(blocks, lengths, strict=True)], dim=1)
-            wholes = [row.view(self.layout.shape) for row in rows]
-        found = [U.reshape(-1) for U in directions(wholes)] if wholes else []
-        self.parts, self.arrived = [], self.like  # these would stay until the directions are received
+            wholes = torch.cat([x.view(len(mine), n) for x, n in zip(blocks, lengths, strict=True)], dim=1)
+        found = list(directions(wholes.view(len(mine), *self.layout.shape)).flatten(1)) if mine else []
+        self.parts, self.arrived = self.like, self.like  # these would stay until the directions are received
         if self.layout.whole:
             self._spread(found)
             return

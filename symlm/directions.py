@@ -27,39 +27,31 @@ def turns_with_its_layer(group: dict[str, Any]) -> bool:
 
 def whole_directions(
     group: dict[str, Any],
-    momenta: list[Tensor],
+    momenta: Tensor,
     view: MatrixView | None = None,
     states: States | None = None,
     refresh: bool = True,
-) -> tuple[list[Tensor], States]:
+) -> tuple[Tensor, States]:
     """Return `s·rule(M)` of whole momenta of one shape, all of a section as one stack, and the rule's next states.
 
-    states: as `rule_state` gives them; without them, those of a rule's first step. refresh: False to compute again
-    what a step did, from the states that it left.
+    momenta: (k, *shape); states: as `rule_state` gives them; without them, those of a rule's first step. refresh:
+    False to compute again what a step did, from the states that it left.
     """
     view = view or MatrixView.parse(group["view"])
-    shape = tuple(momenta[0].shape)
-    parts = [view.sections(wide(M)) for M in momenta]
-    if len(parts[0]) == 1:
-        return _stack_directions(group, view, [wide(M) for M in momenta], shape, states, refresh)
-    results = [torch.empty_like(wide(M), memory_format=torch.contiguous_format) for M in momenta]
-    for k, (section_view, first) in enumerate(parts[0]):
-        found, _ = _stack_directions(group, section_view, [own[k][1] for own in parts], tuple(first.shape))
-        for result, U in zip(results, found, strict=True):
-            view.sections(result)[k][1].copy_(U)
-    return results, [{} for _ in momenta]
+    parts = view.sections(wide(momenta))
+    if len(parts) == 1:
+        return _stack_directions(group, view, wide(momenta), states, refresh)
+    result = torch.empty_like(wide(momenta), memory_format=torch.contiguous_format)
+    for (section_view, part), (_, own) in zip(parts, view.sections(result), strict=True):
+        own.copy_(_stack_directions(group, section_view, part)[0])
+    return result, [{} for _ in momenta]
 
 
 def _stack_directions(
-    group: dict[str, Any],
-    view: MatrixView,
-    momenta: list[Tensor],
-    shape: tuple[int, ...],
-    states: States | None = None,
-    refresh: bool = True,
-) -> tuple[list[Tensor], States]:
-    rule, stacks = get_rule(group["rule"]), [view.to_matrices(M) for M in momenta]
-    stack, count = stacks[0] if len(stacks) == 1 else torch.cat(stacks), len(stacks[0])
+    group: dict[str, Any], view: MatrixView, momenta: Tensor, states: States | None = None, refresh: bool = True
+) -> tuple[Tensor, States]:
+    rule, stack, shape = get_rule(group["rule"]), view.to_matrices(momenta), tuple(momenta.shape)
+    count = len(stack) // len(momenta)
     told: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
     if rule.state and states:
         parts = {key: [state[key].view(count, -1, state[key].shape[-1]) for state in states] for key in rule.state}
@@ -70,9 +62,9 @@ def _stack_directions(
     if refresh:
         turned = kept["rotation"] if turns_with_its_layer(group) else None
         kept = rule.refreshed(stack, kept, told["beta2"], turned, told.get("step", 1))
-    U = rule.direction(stack, kept, **told)
-    found = [view.from_matrices(part, shape) for part in U.mul_(scale_of(group, view, shape)).split(count)]
-    return found, [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(stacks))]
+    U = rule.direction(stack, kept, **told).mul_(scale_of(group, view, shape[1:]))
+    own = [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(momenta))]
+    return view.from_matrices(U, shape), own
 
 
 def _polar(group: dict[str, Any], X: Tensor) -> Tensor:

@@ -94,11 +94,18 @@ def seen_by_rule(group: dict[str, Any], member: Member, finite: Tensor, block: B
     return _seen(group, M, _masked(block.of(member.gradient), M, finite))
 
 
-def _seen(group: dict[str, Any], M: Tensor, G: Tensor) -> Tensor:
-    """Return in fp32 the momentum, its Nesterov look-ahead `(1−β)G + βM`, or G where the momentum is of directions."""
-    if group["momentum_of"] == "directions":
-        return wide(G)
-    return wide(G.lerp(M, group["momentum"]) if group["nesterov"] else M)
+def _seen(group: dict[str, Any], M: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return in fp32 the momentum, its Nesterov look-ahead `(1−β)G + βM`, or G where the momentum is of directions.
+
+    out: where it is written, if there is such a place.
+    """
+    seen = G if group["momentum_of"] == "directions" else M
+    if seen is M and group["nesterov"]:
+        into = out if out is not None and out.dtype == M.dtype else None
+        seen = torch.lerp(G, M, group["momentum"], out=into)
+    if out is None or seen is out:
+        return wide(seen)
+    return out.copy_(seen)
 
 
 def _masked(G: Tensor, M: Tensor, finite: Tensor) -> Tensor:
@@ -129,33 +136,38 @@ class Bucket:
         # A plan's members are nowhere, and have no momentum to look at.
         here = self.by_rows and batch[0].parameter.device.type != "meta"
         self.fused = here and fused_rows.serves(group, layout, batch[0].parameter)
-        self.momenta: list[Tensor] = []
+        self.momenta = torch.empty(0)  # what the rule sees of all, (members, *shape), between `start` and `release`
+        self.started = False
 
     def start(self) -> None:
         """Do phase 1, unless it is done, and start to move matrices to their owners."""
-        if self.fused or self.momenta:
+        if self.fused or self.started:
             return
-        for member in self.batch:
+        self.started = True
+        if not self.by_rows:
+            M = self.batch[0].momentum
+            self.momenta = M.new_empty((len(self.batch), *M.shape), dtype=torch.promote_types(M.dtype, torch.float32))
+        for k, member in enumerate(self.batch):
             G = update_momentum(self.group, member, self.finite)
             if not self.by_rows:
-                self.momenta.append(_seen(self.group, member.momentum, G))
+                _seen(self.group, member.momentum, G, out=self.momenta[k])
         if self.exchange:
-            self.exchange.send([M.reshape(-1) for M in self.momenta])
+            self.exchange.send(self.momenta.flatten(1))
 
     def compute(self) -> None:
         """Compute what this rank owns, and start to move it back."""
         if self.exchange:
             self.exchange.compute(lambda wholes: whole_directions(self.group, wholes)[0])
-            self.shape, self.momenta = self.momenta[0].shape, []
+            self.shape, self.momenta = self.momenta.shape, torch.empty(0)
 
     def release(self) -> None:
         """Let go of what travelled and of the look-aheads: together they would be as large as the model."""
-        self.momenta, self.exchange = [], None
+        self.momenta, self.exchange = torch.empty(0), None
 
     def updates(self) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
         """Yield members, a block of theirs, and its `s·U`; what the rule keeps is kept. A fused step yields none."""
         if self.exchange:
-            yield self.batch, ALL, [part.view(self.shape) for part in self.exchange.receive()]
+            yield self.batch, ALL, [part.view(self.shape[1:]) for part in self.exchange.receive()]
         elif self.fused:
             for member in self.batch:
                 _fused_step(self.group, member, self.finite)
@@ -166,12 +178,12 @@ class Bucket:
         elif self.everywhere:
             for member, M in zip(self.batch, self.momenta, strict=True):
                 yield [member], ALL, [_direction_everywhere(self.group, member, M, self.finite)]
-        elif self.momenta[0].numel():
+        elif self.momenta.numel():
             states = [rule_state(self.group, member.state) for member in self.batch]
             found, states = whole_directions(self.group, self.momenta, self.local_view, states)
             for member, state in zip(self.batch, states, strict=True):
                 member.keep(state, self.finite)
-            yield self.batch, ALL, found
+            yield self.batch, ALL, list(found)
 
 
 def overlapped(buckets: list[Bucket]) -> Iterator[Bucket]:
@@ -219,7 +231,7 @@ def _fused_step(group: dict[str, Any], member: Member, finite: Tensor) -> None:
 
 def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, finite: Tensor) -> Tensor:
     """Gather a momentum on every rank, where its parts or the rule's state are no intervals; keep this rank's part."""
-    (U,), (state,) = whole_directions(group, [member.whole(M)], states=[rule_state(group, member.state)])
+    (U,), (state,) = whole_directions(group, member.whole(M)[None], states=[rule_state(group, member.state)])
     member.keep({key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
     return placed_like(U, member.state["momentum"])
 

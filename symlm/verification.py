@@ -86,7 +86,7 @@ def departures(group: dict[str, Any], state: dict[str, Any], matrices: int) -> d
     """Return how far a parameter's direction, computed again from its state, is from each of its rule's promises."""
     whole = {key: gathered(value) for key, value in state.items()}
     momentum, states = whole["momentum"], [rule_state(group, whole)]
-    (U,), _ = whole_directions({**group, "scale": "unit"}, [momentum], states=states, refresh=False)
+    (U,), _ = whole_directions({**group, "scale": "unit"}, momentum[None], states=states, refresh=False)
     worst: dict[str, float] = {}
     view = MatrixView.parse(group["view"])
     for (section, M), (_, part) in zip(view.sections(momentum), view.sections(U), strict=True):

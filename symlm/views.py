@@ -99,12 +99,13 @@ class MatrixView:
         if not self.unequal:
             return [(self, stored)]
         left, _ = self._sides
-        lengths = self._lengths(tuple(stored.shape))
+        first = stored.ndim - len(left)
+        lengths = self._lengths(tuple(stored.shape[first:]))
         names = [name for axis in left for name in axis]
         split = stored
         for k in reversed(range(len(left))):  # splitting axes never copies
-            split = split.unflatten(k, [lengths[name] for name in left[k]]) if len(left[k]) > 1 else split
-        blocks = split.split(self.sizes[self.unequal[0]], dim=names.index(self.unequal[0]))
+            split = split.unflatten(first + k, [lengths[name] for name in left[k]]) if len(left[k]) > 1 else split
+        blocks = split.split(self.sizes[self.unequal[0]], dim=first + names.index(self.unequal[0]))
         stacks = self.pattern.split("->")[1].split("|")
         each = stacks if len(stacks) > 1 else stacks * len(blocks)
         return [
@@ -127,15 +128,17 @@ class MatrixView:
         return MatrixView(self.pattern, {**sizes, **inner})
 
     def to_matrices(self, stored: Tensor) -> Tensor:
-        """Return the stack (b, m, n) of a stored tensor; a view of it where strides allow."""
+        """Return the stack (b, m, n) of a stored tensor; a view of it where strides allow.
+
+        stored: also many of one shape, with an axis more in front: their stacks one behind the other.
+        """
         found = _rearrangement(self, tuple(stored.shape))
         return stored.reshape(found.split).permute(found.order).reshape(found.stack)
 
     def from_matrices(self, stack: Tensor, stored_shape: tuple[int, ...]) -> Tensor:
         """Invert `to_matrices`: (b, m, n) -> a tensor of `stored_shape`."""
         found = _rearrangement(self, tuple(stored_shape))
-        permuted = stack.reshape([found.split[k] for k in found.order])
-        return permuted.permute(found.back).reshape(stored_shape)
+        return stack.reshape([found.split[k] for k in found.order]).permute(found.back).reshape(stored_shape)
 
 
 class Rearrangement(NamedTuple):
@@ -147,15 +150,23 @@ class Rearrangement(NamedTuple):
     back: list[int]
 
 
-@lru_cache(maxsize=4096)  # of every matrix of every step
+@lru_cache(maxsize=4096)  # of every batch of every step
 def _rearrangement(view: MatrixView, shape: tuple[int, ...]) -> Rearrangement:
     left, right = view._sides
-    lengths = view._lengths(shape)
+    first = max(0, len(shape) - len(left))
+    if first > 1:
+        raise ValueError(f"view {view} wants tensors of {len(left)} axes, or many with one in front, got shape {shape}")
+    many, lengths = shape[:first], view._lengths(shape[first:])
     source = [name for axis in left for name in axis]
     target = [name for axis in right for name in axis if name != "1"]
     b, m, n = (prod(lengths[name] for name in axis) for axis in right)
     order, back = [source.index(name) for name in target], [target.index(name) for name in source]
-    return Rearrangement([lengths[name] for name in source], order, (b, m, n), back)
+    return Rearrangement(
+        [*many, *(lengths[name] for name in source)],
+        [*range(first), *(first + k for k in order)],
+        (prod(many) * b, m, n),
+        [*range(first), *(first + k for k in back)],
+    )
 
 
 WHOLE = MatrixView("m n -> 1 m n")
