@@ -92,6 +92,7 @@ class MatrixView:
 
     def shape(self, stored_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Return (b, m, n) for a stored shape.  Raises: ValueError when the sizes do not divide it."""
+        self._lengths(stored_shape)  # of one tensor alone
         return _rearrangement(self, stored_shape).stack
 
     def sections(self, stored: Tensor) -> list[tuple["MatrixView", Tensor]]:

@@ -39,6 +39,26 @@ def test_round_trip_is_exact(view, stored, stack):
     assert str(MatrixView.parse(str(view))) == str(view)
 
 
+@pytest.mark.parametrize(("view", "stored", "stack"), CASES, ids=lambda value: str(value))
+def test_many_of_one_shape_are_their_stacks_one_behind_the_other(view, stored, stack):
+    many = torch.arange(3.0 * torch.tensor(stored).prod()).reshape(3, *stored)
+    found = view.to_matrices(many)
+    assert torch.equal(found, torch.cat([view.to_matrices(W) for W in many]))
+    assert torch.equal(view.from_matrices(found.clone(), tuple(many.shape)), many)
+    with pytest.raises(ValueError, match="axes"):
+        view.shape((3, *stored))
+    with pytest.raises(ValueError, match="many with one in front"):
+        view.to_matrices(many[None])
+
+
+def test_sections_of_many_are_each_ones():
+    view = MatrixView("(h m) n -> h m n | 1 (h m) n", {"h": (2, 1)})
+    many = torch.arange(72.0).reshape(2, 9, 4)
+    for k, (section, blocks) in enumerate(view.sections(many)):
+        assert torch.equal(blocks, torch.stack([view.sections(W)[k][1] for W in many]))
+        assert torch.equal(section.to_matrices(blocks), torch.cat([section.to_matrices(W) for W in blocks]))
+
+
 @pytest.mark.parametrize("view", [WHOLE, TRANSPOSED, row_heads(3), column_heads(2)], ids=str)
 def test_no_copy_where_a_view_will_do(view):
     W = torch.zeros(6, 4)
