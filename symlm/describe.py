@@ -92,7 +92,7 @@ def _products(site: Site, role: Role, route: Route, settings: Mapping[str, Any])
     """Name whose products a rule's polar factor is multiplied with, or whose fused step a row rule takes, if any."""
     _, m, n = view_of(site, role, route.view).shape(site.shape)
     device, kernels = site.parameter.device.type, settings["kernels"]
-    if route.rule in fused_rows.RULES and n <= LARGEST_ROW:
+    if route.rule in fused_rows.RULES and n <= LARGEST_ROW and site.parameter.dtype == torch.float32:
         return "triton, fused" if choose(device, torch.float32, n, kernels, "rows") == "triton" else ""
     if not get_rule(route.rule).spectral:
         return ""

@@ -45,9 +45,8 @@ def step(
 
     if not W.numel():
         return
-    lr = group["lr"] * torch.ones(
-        (), device=W.device
-    )  # no copy of a rate that lies on the CPU, which a graph cannot capture
+    # A rate that lies on the CPU is not copied, which a graph could not capture.
+    lr = group["lr"] * torch.ones((), device=W.device)
     keep = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
     mean = None
     if state:
@@ -77,10 +76,11 @@ def _whitened_step(
 
     centered, beta2 = get_rule(group["rule"]).symmetry.shift, group["betas"][1]
     dtype, finite = resolve_dtype(W, group["compute_dtype"]), told[-1]
+    dtype = dtype if dtype.itemsize == 2 else W.dtype
     D, row = rows.row_directions(G, M, group["momentum"], finite, group["nesterov"], mean, centered, dtype)
     seen = gram.lerp(product(D.mT, D, dtype) / len(D), 1 - beta2)
     gram.copy_(torch.where(finite > 0, seen, gram))
     turn = whitener(gram, len(D))
-    row = row @ turn if centered else torch.zeros_like(row)
+    row, turn = row @ turn if centered else torch.zeros_like(row), turn.to(dtype)
     for some, weights in zip(D.split(ROWS_AT_A_TIME), W.split(ROWS_AT_A_TIME), strict=True):
-        rows.step_by_directions(some @ turn.to(dtype), row, weights, *told)
+        rows.step_by_directions(some @ turn, row, weights, *told)

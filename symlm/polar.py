@@ -206,12 +206,14 @@ def inverse_root(K: Tensor) -> Tensor:
 def full_precision() -> Iterator[None]:
     """Multiply fp32 matrices in fp32, also where TF32 is allowed: its ten bits are too few for a squared condition."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+    reduced = matmul.fp32_precision == "tf32"
+    if reduced:
+        matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        if reduced:
+            matmul.fp32_precision = "tf32"
 
 
 def _svd(X: Tensor) -> Tensor:

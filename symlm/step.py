@@ -326,7 +326,7 @@ def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor
         maximize=False,
     )
     for member in members:
-        store(group, member, finite)
+        store(group, member, finite.to(member.parameter.device))
 
 
 def _laid_as(gradient: Tensor, master: Tensor) -> Tensor:
@@ -355,7 +355,7 @@ def store(group: dict[str, Any], member: Member, finite: Tensor) -> None:
         local(member.state["compensation"]).copy_(master - rounded.float())
     else:
         rounded = stochastic_round(master, crc32(f"{group['step']} {member.name} {member.layout.interval[0]}".encode()))
-    p.copy_(rounded if p.device.type == "cpu" else torch.where(finite.to(p.device), rounded, p))
+    p.copy_(rounded if p.device.type == "cpu" else torch.where(finite, rounded, p))
 
 
 def stochastic_round(x: Tensor, seed: int) -> Tensor:

@@ -93,7 +93,7 @@ class MatrixView:
     def shape(self, stored_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Return (b, m, n) for a stored shape.  Raises: ValueError when the sizes do not divide it."""
         self._lengths(stored_shape)  # of one tensor alone
-        return _rearrangement(self, stored_shape).stack
+        return _rearrangement(self, tuple(stored_shape)).stack
 
     def sections(self, stored: Tensor) -> list[tuple["MatrixView", Tensor]]:
         """Return the blocks of unequal size, each a view of the stored tensor with the MatrixView that reads it."""

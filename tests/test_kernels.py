@@ -178,7 +178,7 @@ def test_polar_from_the_kernels_is_polar_from_torch(method, shape):
     ("overrides", "passes"),
     [
         ({}, ["row_norm_step", "row_directions"]),
-        ({"lm_head": {"rule": "whitened_row_adam"}}, ["row_norm_step", "row_directions"]),
+        ({"lm_head": {"rule": "whitened_row_adam", "compute_dtype": "float64"}}, ["row_norm_step", "row_directions"]),
         ({"lm_head": {"rule": "centered_row_adam"}}, ["row_norm_step", "centered_row_norm_step"]),
         (
             {"lm_head": {"rule": "centered_row_norm"}, "embedding": {"rule": "row_norm"}},

@@ -5,7 +5,7 @@ import torch
 from numerics import EXACT, EXACT_POLAR_FP32, relative
 
 from symlm.coefficients import SCHEDULES
-from symlm.polar import CUTOFF, METHODS, fastest_dtype, inverse_root, operations, polar
+from symlm.polar import CUTOFF, METHODS, fastest_dtype, full_precision, inverse_root, operations, polar
 
 
 def spectrum(m, n, smallest, seed=0):
@@ -153,3 +153,14 @@ def test_the_inverse_root_is_the_root_of_the_inverse_above_the_cutoff(dtype):
     assert (found / exact - 1).abs().max() < 0.16
     assert inverse_root(torch.zeros(3, 3)).isfinite().all()
     assert relative(inverse_root(1e-30 * K.to(dtype)), inverse_root(K.to(dtype))) < 1e-2
+
+
+@pytest.mark.parametrize("allowed", ["tf32", "ieee"])
+def test_tf32_is_off_for_a_whiteners_products_and_comes_back(allowed):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = allowed
+    with full_precision():
+        inside = matmul.fp32_precision
+    after, matmul.fp32_precision = matmul.fp32_precision, before
+    assert (inside, after) == ("ieee", allowed)
