@@ -158,7 +158,7 @@ class Bucket:
         """Compute what this rank owns, and start to move it back."""
         if self.exchange:
             self.exchange.compute(lambda wholes: whole_directions(self.group, wholes)[0])
-            self.shape, self.momenta = self.momenta.shape, torch.empty(0)
+            self.shape, self.momenta = self.momenta.shape[1:], torch.empty(0)
 
     def release(self) -> None:
         """Let go of what travelled and of the look-aheads: together they would be as large as the model."""
@@ -167,7 +167,7 @@ class Bucket:
     def updates(self) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
         """Yield members, a block of theirs, and its `s·U`; what the rule keeps is kept. A fused step yields none."""
         if self.exchange:
-            yield self.batch, ALL, [part.view(self.shape[1:]) for part in self.exchange.receive()]
+            yield self.batch, ALL, [part.view(self.shape) for part in self.exchange.receive()]
         elif self.fused:
             for member in self.batch:
                 _fused_step(self.group, member, self.finite)

@@ -1,6 +1,5 @@
 """Pure torch twins of the Newton–Schulz kernels; every matrix argument is a stack (b, m, n)."""
 
-from collections.abc import Callable
 from math import sqrt
 from typing import NamedTuple
 
@@ -50,7 +49,7 @@ def row_norm_step(
     nesterov: the direction is of `(1−β)G + βM` instead. mean: `X_i·√bias/r_i` instead, r refreshed.
     Shapes: G, M, W (m, n); size, keep, finite: one element each.
     """
-    _rows_step(G, M, W, beta, size, keep, finite, nesterov, mean, _same)
+    _step(_directions(G, M, beta, finite, nesterov, mean, False), W, size, keep, finite)
 
 
 def centered_row_norm_step(
@@ -65,7 +64,7 @@ def centered_row_norm_step(
     mean: MeanNorms | None = None,
 ) -> None:
     """Do the same with the direction `C D C M`, C taking the mean row from every row."""
-    _rows_step(G, M, W, beta, size, keep, finite, nesterov, mean, center)
+    _step(center(_directions(G, M, beta, finite, nesterov, mean, True)), W, size, keep, finite)
 
 
 def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
@@ -119,9 +118,7 @@ def row_directions(
 
     nesterov, mean: as `row_norm_step`, norms refreshed; centered: of `C M`. Shapes: G, M (m, n) -> (m, n), (n) in fp32.
     """
-    new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
-    U = _rows_of(new, G, beta, finite, nesterov, mean, center if centered else _same)
-    M.copy_(torch.where(finite != 0, new, M))
+    U = _directions(G, M, beta, finite, nesterov, mean, centered)
     return U.to(dtype), U.mean(dim=0)
 
 
@@ -130,47 +127,24 @@ def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, keep: Te
 
     Shapes: U, W (m, n), row (n); size, keep, finite: one element each.
     """
-    stepped = keep * W.float() - size * (U.float() - row)
-    W.copy_(torch.where(finite != 0, stepped.to(W.dtype), W))
+    _step(U.float() - row, W, size, keep, finite)
 
 
-def _same(X: Tensor) -> Tensor:
-    return X
-
-
-def _rows_step(
-    G: Tensor,
-    M: Tensor,
-    W: Tensor,
-    beta: float,
-    size: Tensor,
-    keep: Tensor,
-    finite: Tensor,
-    nesterov: bool,
-    mean: MeanNorms | None,
-    project: Callable[[Tensor], Tensor],
-) -> None:
-    new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
-    U = _rows_of(new, G, beta, finite, nesterov, mean, project)
-    stepped = keep * W.float() - size * project(U)
-    M.copy_(torch.where(finite != 0, new, M))
-    W.copy_(torch.where(finite != 0, stepped.to(W.dtype), W))
-
-
-def _rows_of(
-    M: Tensor,
-    G: Tensor,
-    beta: float,
-    finite: Tensor,
-    nesterov: bool,
-    mean: MeanNorms | None,
-    project: Callable[[Tensor], Tensor],
+def _directions(
+    G: Tensor, M: Tensor, beta: float, finite: Tensor, nesterov: bool, mean: MeanNorms | None, centered: bool
 ) -> Tensor:
-    """Return the directions of the rows of what the rule sees of the new momentum, and refresh the mean norms."""
-    X = project(M.float().lerp(G.float(), 1 - beta) if nesterov else M.float())
+    """Update the momentum and the mean norms, and return the rows' directions of what the rule sees."""
+    new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
+    M.copy_(torch.where(finite != 0, new, M))
+    X = new.float().lerp(G.float(), 1 - beta) if nesterov else new.float()
+    X = center(X) if centered else X
     if mean is None:
         return unit_rows(X)
     refreshed = mean_norms(row_norms(X), mean.row_rms, mean.beta2)
-    U = over_rms(X, refreshed, mean.bias)
     mean.row_rms.copy_(torch.where(finite != 0, refreshed, mean.row_rms))
-    return U
+    return over_rms(X, refreshed, mean.bias)
+
+
+def _step(U: Tensor, W: Tensor, size: Tensor, keep: Tensor, finite: Tensor) -> None:
+    stepped = (keep * W.float() - size * U).to(W.dtype)
+    W.copy_(torch.where(finite != 0, stepped, W))

@@ -32,7 +32,7 @@ def row_norm_step(
     nothing changes. A zero row gives a zero direction. M, W and the mean norms are written in place, G never.
     Raises: ValueError for rows longer than LARGEST_ROW.
     """
-    m, n, r, bias, beta2, constants = _told(G, M, W, nesterov, mean)
+    (m, n), (constants, (r, bias, beta2)) = M.shape, _told(G, M, W, nesterov, mean)
     strides = (G.stride(0), M.stride(0), W.stride(0))
     row_kernels.row_kernel[(m,)](G, M, W, r, bias, size, keep, finite, n, beta, beta2, *strides, **constants)
 
@@ -53,9 +53,10 @@ def centered_row_norm_step(
 
     With nesterov two more at G as well. Shapes, contract and errors: as `row_norm_step`.
     """
-    m, n, r, bias, beta2, constants = _told(G, M, W, nesterov, mean)
+    (m, n), (constants, norms) = M.shape, _told(G, M, W, nesterov, mean)
     shift = _mean_row(G, M, beta, finite, constants)
-    row = _directions(G, M, beta, finite, shift, None, mean, constants)
+    row = _directions(G, M, beta, finite, shift, None, norms, constants)
+    r, bias, beta2 = norms
     told = (G, M, W, r, bias, shift, row, size, keep, finite, n, beta, beta2, G.stride(0), M.stride(0), W.stride(0))
     row_kernels.centered_apply_kernel[(m,)](*told, **constants)
 
@@ -76,10 +77,10 @@ def row_directions(
     nesterov, mean: as `row_norm_step`, norms refreshed; centered: of `C M`. Shapes: G, M (m, n), rows contiguous ->
     (m, n), (n) in fp32. Where `finite` is 0 nothing changes, and what is returned means nothing. Raises: as above.
     """
-    constants = _told(G, M, M, nesterov, mean)[-1]
+    constants, norms = _told(G, M, M, nesterov, mean)
     shift = _mean_row(G, M, beta, finite, constants)
     D = torch.empty(M.shape, dtype=dtype, device=M.device)
-    row = _directions(G, M, beta, finite, shift if centered else torch.zeros_like(shift), D, mean, constants)
+    row = _directions(G, M, beta, finite, shift if centered else torch.zeros_like(shift), D, norms, constants)
     return D, row
 
 
@@ -89,7 +90,7 @@ def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, keep: Te
 
     Shapes: U, W (m, n), rows contiguous, row (n); the rest: one element each, on the device. Raises: as above.
     """
-    (m, n), constants = W.shape, _told(U, U, W, False, None)[-1]
+    (m, n), constants = W.shape, _told(U, U, W, False, None)[0]
     told = (U, W, row, size, keep, finite, n, U.stride(0), W.stride(0))
     row_kernels.step_kernel[(m,)](*told, BLOCK=constants["BLOCK"], num_warps=constants["num_warps"])
 
@@ -111,14 +112,14 @@ def _directions(
     finite: Tensor,
     shift: Tensor,
     D: Tensor | None,
-    mean: MeanNorms | None,
+    norms: MeanNorms,
     constants: dict[str, Any],
 ) -> Tensor:
     """Return the mean of the directions, which go to D if there is one."""
     m, n = M.shape
     parts, rows = _parts(m)
     sums = torch.empty(parts, n, dtype=torch.float32, device=M.device)
-    r, bias, beta2 = mean or MeanNorms(M, M, 0.0)
+    r, bias, beta2 = norms
     told = (G, M, r, bias, shift, sums, sums if D is None else D, finite, m, n, rows, beta, beta2)
     strides = (G.stride(0), M.stride(0))
     row_kernels.direction_kernel[(parts,)](*told, *strides, **constants, WRITE=D is not None)
@@ -134,15 +135,13 @@ def _parts(m: int) -> tuple[int, int]:
 PARTS = 1024  # partial column sums: enough programs to fill a GPU, few enough to add up
 
 
-def _told(
-    G: Tensor, M: Tensor, W: Tensor, nesterov: bool, mean: MeanNorms | None
-) -> tuple[int, int, Tensor, Tensor, float, dict[str, Any]]:
-    """Check the shapes; return them, the mean norms (M in their place, unread, where there are none) and constants."""
-    m, n = M.shape
+def _told(G: Tensor, M: Tensor, W: Tensor, nesterov: bool, mean: MeanNorms | None) -> tuple[dict[str, Any], MeanNorms]:
+    """Check the shapes; return the constants, and the mean norms: M in their place, unread, where there are none."""
+    n = M.shape[1]
     if n > LARGEST_ROW:
         raise ValueError(f"rows of {n} are longer than the {LARGEST_ROW} that a program holds")
     if any(T.shape != M.shape or T.stride(1) != 1 for T in (G, M, W)):
         raise ValueError("G, M and W have one shape, and contiguous rows")
     block = triton.next_power_of_2(n)
     constants = {"BLOCK": block, "MEAN": mean is not None, "NESTEROV": nesterov, "num_warps": row_warps(block)}
-    return m, n, *(mean or MeanNorms(M, M, 0.0)), constants
+    return constants, mean or MeanNorms(M, M, 0.0)
