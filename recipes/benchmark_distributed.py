@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import symlm
-from symlm import directions
-from symlm.collectives import Exchange
+from symlm.distributed.exchange import Exchange
+from symlm.step import directions
 
 NOISE = 1e-3
 

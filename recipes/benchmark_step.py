@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import symlm
-from symlm.by_rows import operations_of
 from symlm.polar import fastest_dtype, operations
 from symlm.rules import RULES
+from symlm.step.rows.row_step import operations_of
 from symlm.views import MatrixView
 
 NOISE = 1e-3

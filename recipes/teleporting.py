@@ -8,7 +8,9 @@ from torch import nn
 
 from symlm.step_control import evaluating
 from symlm.symmetry import Transport
-from symlm.teleport import climb, neuron_scales, refuse_unmovable, teleport, value_output
+from symlm.teleport import climb
+from symlm.teleport.actions import neuron_scales, value_output
+from symlm.teleport.moving import refuse_unmovable, teleport
 
 LARGEST = 2.0  # these orbits have no end, and a model far out on one trains no more
 

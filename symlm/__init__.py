@@ -1,10 +1,9 @@
 """Symmetry-compatible optimizers for pretraining language models."""
 
 from symlm import diagnostics, hf, polar, rules
-from symlm.describe import describe_routing
 from symlm.optimizer import SymOptimizer
 from symlm.roles import Role, assign_roles
-from symlm.routes import PRESETS, ROUTES, param_groups
+from symlm.routing import PRESETS, ROUTES, describe_routing, param_groups
 
 __all__ = [
     "PRESETS",

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from symlm.collectives import local, summed_everywhere
+from symlm.distributed.collectives import summed_everywhere
+from symlm.distributed.tensors import local
 from symlm.optimizer import SymOptimizer
 
 

@@ -10,20 +10,26 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from symlm.collectives import aligned, check_agreement, layout_of, local, world_size
-from symlm.directions import turns_with_its_layer
-from symlm.gradients import examine
-from symlm.groups import DEFAULTS, LOOSE, ROUTED, check_group, key_of, named_parameters, refuse_unknown
-from symlm.layer_rotations import turn_layers
-from symlm.partitions import Fragment, fragments_of, is_partition, refuse_settings
-from symlm.roles import whole_shape
-from symlm.routes import param_groups
+from symlm.distributed.collectives import check_agreement, world_size
+from symlm.distributed.layout import layout_of
+from symlm.distributed.partitions import Fragment, fragments_of, is_partition, refuse_settings
+from symlm.distributed.tensors import aligned, local
+from symlm.roles.role import whole_shape
+from symlm.routing.options import DEFAULTS, LOOSE, ROUTED, check_group, key_of, named_parameters, refuse_unknown
+from symlm.routing.param_groups import param_groups
 from symlm.rules import get_rule
-from symlm.state import new_state, of_fragments
-from symlm.step import Bucket, Member, adamw_step, apply, batches, member_of, overlapped, store
-from symlm.update_size import UpdateSize
+from symlm.step.bucket import Bucket, overlapped
+from symlm.step.directions import turns_with_its_layer
+from symlm.step.gradients import examine
+from symlm.step.layer_rotations import turn_layers
+from symlm.step.member import Member, batches, member_of
+from symlm.step.state import new_state, of_fragments
+from symlm.update.adamw import adamw_step
+from symlm.update.apply import apply
+from symlm.update.rounding import store
+from symlm.update.size import UpdateSize
 from symlm.verification import Verification, verified
-from symlm.views import MatrixView
+from symlm.views.matrix_view import MatrixView
 
 log = logging.getLogger("symlm")
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symlm.by_rows import entries_to_sum, operations_of
-from symlm.collectives import Layout, layout_of_shards
-from symlm.directions import cost_of, turns_with_its_layer
+from symlm.distributed.layout import Layout, layout_of_shards
 from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
-from symlm.step import Bucket, Member, batches
+from symlm.step.bucket import Bucket
+from symlm.step.directions import cost_of, turns_with_its_layer
+from symlm.step.member import Member, batches
+from symlm.step.rows.row_step import entries_to_sum, operations_of
 
 MASTER = 4  # bytes of an fp32 element
 

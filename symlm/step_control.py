@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from symlm.directions import wide
+from symlm.step.directions import wide
 
 REDUCTIONS = ("max", "mean")
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.collectives import gathered, local
-from symlm.directions import rule_state, whole_directions
-from symlm.groups import named_parameters
+from symlm.distributed.tensors import gathered, local
+from symlm.routing.options import named_parameters
 from symlm.rules import Rule, get_rule
 from symlm.rules.rule import DENSE
-from symlm.views import MatrixView
+from symlm.step.directions import rule_state, whole_directions
+from symlm.views.matrix_view import MatrixView
 
 PROMISES = {  # the departure that rounding, or five Newton–Schulz steps, may leave
     "unit rows": 1e-3,

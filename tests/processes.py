@@ -408,27 +408,27 @@ def half(rank, world):
 
 def work(rank, world):
     """Count the matrices whose polar factor this rank computes in one step under DDP."""
-    import symlm.directions
+    import symlm.step.directions
 
     counted = []
-    original = symlm.directions.polar
+    original = symlm.step.directions.polar
 
     def counting(X, *arguments, **options):
         counted.append(len(X))
         return original(X, *arguments, **options)
 
-    symlm.directions.polar = counting
+    symlm.step.directions.polar = counting
     model = model_of("ddp")
     optimizer = optimizer_of("ddp", model)
     loss_of(model, batch(0)).backward()
     optimizer.step()
-    symlm.directions.polar = original
+    symlm.step.directions.polar = original
     return {"matrices": sum(counted)}
 
 
 def overlap(rank, world):
     """Return what exchanges did in a step, in order, each with its number."""
-    from symlm.collectives import Exchange
+    from symlm.distributed.exchange import Exchange
 
     found = {}
     kept = {name: getattr(Exchange, name) for name in ("send", "compute", "receive")}
@@ -458,9 +458,10 @@ def overlap(rank, world):
 
 def traffic(rank, world):
     """Count what exchanges sent and what row rules summed, and what the counting functions say."""
-    from symlm import by_rows
-    from symlm.collectives import Exchange, layout_of
+    from symlm.distributed.exchange import Exchange
+    from symlm.distributed.layout import layout_of
     from symlm.rules import get_rule
+    from symlm.step.rows import row_step
 
     sent, summed = [], []
     original = Exchange.receive
@@ -474,7 +475,7 @@ def traffic(rank, world):
         summed.append(x.numel() if layout.shards else 0)
         return plain(x, layout)
 
-    Exchange.receive, by_rows.summed, plain = counting, counting_sums, by_rows.summed
+    Exchange.receive, row_step.summed, plain = counting, counting_sums, row_step.summed
     for case in ("ddp", "fsdp2") + (("hsdp",) if world == 4 else ()):
         model = model_of(case)
         if case != "ddp":
@@ -484,10 +485,10 @@ def traffic(rank, world):
         train(model, optimizer, 1, 0, 1)
         if case != "ddp":
             rules = [(get_rule(group["rule"]), p) for group in optimizer.param_groups for p in group["params"]]
-            told = [by_rows.entries_to_sum(rule, layout_of(p)) for rule, p in rules if rule.row_map]
+            told = [row_step.entries_to_sum(rule, layout_of(p)) for rule, p in rules if rule.row_map]
             sent.append((sum(summed), sum(told)))
         summed.clear()
-    Exchange.receive, by_rows.summed = original, plain
+    Exchange.receive, row_step.summed = original, plain
     return sent
 
 

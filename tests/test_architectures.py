@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import symlm
-from symlm.roles import UnplacedParameters, place
+from symlm.roles.assignment import UnplacedParameters, place
 from symlm.views import view_of
 
 ATTENTION = {f"self_attn.{p}_proj": f"attention_{p}" for p in "qkvo"}

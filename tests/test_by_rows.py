@@ -6,10 +6,10 @@ import pytest
 import torch
 from numerics import EXACT, relative
 
-from symlm import by_rows
-from symlm.by_rows import Block, RowStep, blocks_of, rows_held
-from symlm.collectives import AbsentGroup, Layout
+from symlm.distributed.layout import AbsentGroup, Layout, cut_rows, rows_held
 from symlm.rules import RULES
+from symlm.step.rows.blocks import ALL, Block, blocks_of
+from symlm.step.rows.row_step import RowStep
 
 ROW_RULES = [rule for rule in RULES.values() if rule.row_map]
 SHAPE = (12, 7)
@@ -56,7 +56,7 @@ def test_blocks_cover_every_part_once_and_stay_in_their_rows(cuts, elements):
     M, intervals = matrix(), tuple(pairwise(cuts))
     for start, stop in intervals:
         layout = _Part(SHAPE, intervals, AbsentGroup(len(intervals)), own=(start, stop))
-        (first, last), cut = rows_held(layout), by_rows.cut_rows(layout)
+        (first, last), cut = rows_held(layout), cut_rows(layout)
         flat = M.flatten()[start:stop]
         part = flat if cut else flat.view(-1, SHAPE[1])
         rebuilt = torch.full((last - first, SHAPE[1]), torch.nan, dtype=M.dtype)
@@ -83,5 +83,5 @@ class _Part(Layout):
 
 def test_the_whole_block_is_everything():
     x = torch.ones(3)
-    assert by_rows.ALL.of(x).data_ptr() == x.data_ptr()
+    assert ALL.of(x).data_ptr() == x.data_ptr()
     assert Block(slice(1, 2)).of(matrix()).shape == (1, 7)

@@ -6,8 +6,8 @@ from models import loss_of, tiny, tokens
 from numerics import ROTATED, relative
 
 import symlm
-from symlm.layer_rotations import layer_of
 from symlm.rules.rotated import KEPT, orthonormal
+from symlm.step.layer_rotations import layer_of
 from symlm.views import MatrixView
 
 INNER = ("attention_q", "attention_k", "attention_v", "attention_o", "mlp_in", "mlp_out")

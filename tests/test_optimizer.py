@@ -11,7 +11,7 @@ from numerics import BF16_POLAR, EXACT, FP32, RUN, relative
 from torch import nn
 
 import symlm
-from symlm.step import stochastic_round
+from symlm.update.rounding import stochastic_round
 
 OPTIONS = {"polar_method": "svd"}
 

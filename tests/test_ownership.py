@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from symlm.ownership import assign_owners
+from symlm.distributed.ownership import assign_owners
 
 
 def costs(seed, count):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from symlm.collectives import Layout
-from symlm.partitions import Fragment, fragments_of, is_partition
+from symlm.distributed.layout import Layout
+from symlm.distributed.partitions import Fragment, fragments_of, is_partition
 
 
 def test_a_partition_is_what_a_marked_parameter_is_not():

@@ -4,8 +4,10 @@ import pytest
 import torch
 from numerics import EXACT, EXACT_POLAR_FP32, relative
 
-from symlm.coefficients import SCHEDULES
-from symlm.polar import CUTOFF, METHODS, fastest_dtype, full_precision, inverse_root, operations, polar
+from symlm.polar import SCHEDULES, operations
+from symlm.polar.factor import METHODS, polar
+from symlm.polar.inverse_roots import CUTOFF, inverse_root
+from symlm.polar.precision import fastest_dtype, full_precision
 
 
 def spectrum(m, n, smallest, seed=0):

@@ -6,7 +6,7 @@ import pytest
 from models import tiny, train
 
 import symlm
-from symlm.routes import ROUTES, Route, make_table
+from symlm.routing.table import ROUTES, Route, make_table
 from symlm.views import MatrixView
 
 

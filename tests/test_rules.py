@@ -6,8 +6,8 @@ from numerics import BRAKE, EXACT, MUST_FAIL, ROTATED, relative
 from torch import nn
 
 import symlm
-from symlm.coefficients import get_schedule
-from symlm.polar import CUTOFF, METHODS, polar
+from symlm.polar import CUTOFF, get_schedule
+from symlm.polar.factor import METHODS, polar
 from symlm.rules import RULES
 from symlm.symmetry import Symmetry, act
 

@@ -3,17 +3,8 @@
 import pytest
 import torch
 
-from symlm.views import (
-    STACK,
-    TRANSPOSED,
-    TRANSPOSED_STACK,
-    VECTOR,
-    WHOLE,
-    MatrixView,
-    column_heads,
-    gate_up,
-    row_heads,
-)
+from symlm.views import MatrixView
+from symlm.views.storage import STACK, TRANSPOSED, TRANSPOSED_STACK, VECTOR, WHOLE, column_heads, gate_up, row_heads
 
 CASES = [
     (WHOLE, (6, 4), (1, 6, 4)),

@@ -8,7 +8,7 @@ import torch
 from shared import Check, finish
 
 from symlm.rules import RULES
-from symlm.rules.elements import brake, unit_matrix
+from symlm.rules.elementwise import brake, unit_matrix
 
 TARGETS = {16: 1.074, 1024: 1.0011, 1_000_000: 1.000001}  # γ = 1.5
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, leaky_relu
 from tqdm import tqdm
 
-from symlm.teleport import act_on_mlp, act_on_quadratic, ascend, climb, neuron_scales, teleport, value_output
+from symlm.teleport import teleport
+from symlm.teleport.actions import neuron_scales, value_output
+from symlm.teleport.nonlinear import act_on_mlp, act_on_quadratic
+from symlm.teleport.search import ascend, climb
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 DOUBLE = torch.float64

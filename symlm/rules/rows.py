@@ -5,7 +5,7 @@ from math import sqrt
 from symlm_kernels.reference import center, mean_norms, normal, over_rms, row_norms, unit_rows
 from torch import Tensor
 
-from symlm.polar import inverse_root
+from symlm.polar.inverse_roots import inverse_root
 from symlm.rules.rule import A_GRAM_MATRIX, A_NUMBER_A_ROW, CENTERED_ROWS, ROWS, rule
 
 Rows = tuple[Tensor, dict[str, Tensor]]
@@ -27,13 +27,13 @@ def over_mean(X: Tensor, norm: Tensor, row_rms: Tensor, step: Tensor | int, beta
     return over_rms(X, refreshed, _bias(beta2, step, X)), {"row_rms": refreshed}
 
 
-@rule(ROWS, row_map=over_norm)
+@rule(ROWS, row_map=over_norm, fused=True)
 def row_norm(M: Tensor) -> Tensor:
     """Scale each row to unit length, `U_i = M_i / |M_i|`.  Source: arXiv 2605.18106, section 3.3."""
     return unit_rows(M)
 
 
-@rule(CENTERED_ROWS, row_map=over_norm)
+@rule(CENTERED_ROWS, row_map=over_norm, fused=True)
 def centered_row_norm(M: Tensor) -> Tensor:
     """Return `C D C M`: center, scale rows to unit length, center again.  Rows have length near 1, `1ᵀU = 0`.
 
@@ -45,6 +45,7 @@ def centered_row_norm(M: Tensor) -> Tensor:
 @rule(
     ROWS,
     row_map=over_mean,
+    fused=True,
     state={"row_rms": A_NUMBER_A_ROW},
     refresh=lambda M, row_rms, beta2: {"row_rms": mean_norms(row_norms(M), row_rms, beta2)},
 )
@@ -60,6 +61,7 @@ def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Te
 @rule(
     CENTERED_ROWS,
     row_map=over_mean,
+    fused=True,
     state={"row_rms": A_NUMBER_A_ROW},
     refresh=lambda M, row_rms, beta2: {"row_rms": mean_norms(row_norms(center(M)), row_rms, beta2)},
 )
@@ -86,6 +88,7 @@ def _whitened(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta
 @rule(
     ROWS,
     row_map=over_mean,
+    fused=True,
     state={"row_rms": A_NUMBER_A_ROW, "gram": A_GRAM_MATRIX},
     refresh=_spread,
 )
@@ -102,6 +105,7 @@ def whitened_row_adam(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | i
 @rule(
     CENTERED_ROWS,
     row_map=over_mean,
+    fused=True,
     state={"row_rms": A_NUMBER_A_ROW, "gram": A_GRAM_MATRIX},
     refresh=lambda M, row_rms, gram, step, beta2: _spread(center(M), row_rms, gram, step, beta2),
 )

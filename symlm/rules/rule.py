@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.polar import polar as polar_factor
+from symlm.polar.factor import polar as polar_factor
 from symlm.symmetry import Symmetry, permutations, rotations, signed_permutations
 
 Polar = Callable[[Tensor], Tensor]
@@ -62,6 +62,7 @@ class Rule:
     refresh: Callable[..., dict[str, Tensor]] | None = None
     pull: Callable[..., Tensor] | None = None  # what draws a rotation: that of matrices which share one is their sum
     row_map: Callable[..., Any] | None = None  # the rule, between its centerings, where rows do not mix
+    fused: bool = False  # a row rule whose whole step a Triton kernel does
     elementwise: bool = False  # torch's own AdamW, which the optimizer runs on whatever shape
 
     def __call__(self, M: Tensor, *, polar: Polar = polar_factor) -> Tensor:

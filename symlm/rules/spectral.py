@@ -4,7 +4,7 @@ from symlm_kernels.reference import center, unit_rows
 from torch import Tensor
 
 from symlm.rules.rule import CENTERED_ROWS, DENSE, ROWS, Polar, rule
-from symlm.scaling import nuclear_norm
+from symlm.rules.scaling import nuclear_norm
 
 
 @rule(DENSE)

@@ -1,0 +1,1 @@
+"""What moves between ranks: ownership, layouts, exchanges, ZeRO partitions. Nothing else imports torch.distributed."""

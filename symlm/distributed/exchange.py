@@ -1,0 +1,123 @@
+"""Whole matrices travel to their owners, and what these compute travels back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from symlm.distributed.layout import Layout
+from symlm.distributed.ownership import assign_owners
+
+
+class Exchange:
+    """One bucket of equal matrices on its way: `send` parts to owners, `compute`, `receive` the directions' parts.
+
+    The three are called in this order, with other buckets' in between, so that communication overlaps computation.
+    `moved` counts the bytes that this rank got from others.
+    """
+
+    def __init__(self, layout: Layout, count: int, loads: list[float], cost: float = 1.0) -> None:
+        copies, shards = layout.size
+        self.layout = layout
+        self.owners = [divmod(owner, shards) for owner in assign_owners([cost] * count, copies * shards, loads)]
+        for copy, shard in self.owners:
+            loads[copy * shards + shard] += cost
+        self.moved = 0
+        self.work: Any = None
+
+    def _owned(self, copy: int, shard: int) -> list[int]:
+        return [k for k, owner in enumerate(self.owners) if owner == (copy, shard)]
+
+    @property
+    def mine(self) -> list[int]:
+        """The matrices that this rank computes."""
+        return self._owned(*self.layout.rank)
+
+    def bytes_to_receive(self, element_size: int, rank: tuple[int, int] | None = None) -> int:
+        """Count what a rank (copy, shard), this one if none is named, will get from others, from the plan alone."""
+        (copies, shards), (copy, own) = self.layout.size, rank or self.layout.rank
+        lengths = [stop - start for start, stop in self.layout.intervals]
+        here, mine = sum(owner[0] == copy for owner in self.owners), self.owners.count((copy, own))
+        elements = (len(self.owners) - here) * lengths[own] if copies > 1 else 0
+        if shards > 1:
+            elements += mine * (sum(lengths) - lengths[own]) + (here - mine) * lengths[own]
+        return elements * element_size
+
+    def send(self, parts: Tensor) -> None:
+        """Start to send this rank's part of every matrix to its owner.  parts: flat, one a row."""
+        self.parts, self.size, self.like = parts, parts.shape[1], parts.new_empty(0)
+        if self.layout.whole:
+            return
+        copy, _ = self.layout.rank
+        queues = [self._owned(copy, shard) for shard in range(self.layout.size[1])]
+        lengths = [stop - start for start, stop in self.layout.intervals]
+        sent = [len(queue) * self.size for queue in queues]
+        out = _joined([parts[k] for queue in queues for k in queue], parts[0])
+        self.arrived = out.new_empty(len(self.mine) * sum(lengths))
+        self.work = self._all_to_all(self.arrived, out, [len(self.mine) * length for length in lengths], sent)
+
+    def compute(self, directions: Callable[[Tensor], Tensor]) -> None:
+        """Compute the owned matrices' directions, (k, *shape) -> same, and start to send the parts back."""
+        mine, lengths = self.mine, [stop - start for start, stop in self.layout.intervals]
+        if self.layout.whole:
+            wholes = torch.stack([self.parts[k] for k in mine]) if mine else self.like
+        else:
+            self.work.wait()
+            blocks = self.arrived.split([len(mine) * length for length in lengths])
+            wholes = torch.cat([x.view(len(mine), n) for x, n in zip(blocks, lengths, strict=True)], dim=1)
+        found = list(directions(wholes.view(len(mine), *self.layout.shape)).flatten(1)) if mine else []
+        self.parts, self.arrived = self.like, self.like  # these would stay until the directions are received
+        if self.layout.whole:
+            self._spread(found)
+            return
+        out = _joined([U[a:b] for a, b in self.layout.intervals for U in found], self.like)
+        copy, _ = self.layout.rank
+        self.queues = [self._owned(copy, shard) for shard in range(self.layout.size[1])]
+        self.back = out.new_empty(sum(len(queue) for queue in self.queues) * self.size)
+        counts = [len(queue) * self.size for queue in self.queues]
+        self.work = self._all_to_all(self.back, out, counts, [len(mine) * length for length in lengths])
+
+    def receive(self) -> list[Tensor]:
+        """Return this rank's flat part of every matrix's direction."""
+        if not self.layout.whole:
+            self.work.wait()
+            order = [k for queue in self.queues for k in queue]
+            empty = not (order and self.size)
+            parts = [self.like] * len(order) if empty else list(self.back.view(len(order), self.size))
+            if self.layout.copies is None:
+                return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
+            self._spread(parts)
+        for work in self.spreading:
+            work.wait()
+        order = [k for queue in self._by_copy() for k in queue]
+        return [row for _, row in sorted(zip(order, self.spread, strict=True), key=lambda pair: pair[0])]
+
+    def _by_copy(self) -> list[list[int]]:
+        copies, shards = self.layout.size
+        return [[k for shard in range(shards) for k in self._owned(copy, shard)] for copy in range(copies)]
+
+    def _all_to_all(self, into: Tensor, out: Tensor, arriving: list[int], leaving: list[int]) -> Any:
+        own = self.layout.rank[1]
+        self.moved += (sum(arriving) - arriving[own]) * out.element_size()
+        return dist.all_to_all_single(into, out, arriving, leaving, group=self.layout.shards, async_op=True)
+
+    def _spread(self, parts: list[Tensor]) -> None:
+        """Start to spread what each copy has: one all-gather of equal shares, else a broadcast of each share."""
+        by_copy, group = self._by_copy(), self.layout.copies
+        self.spread = self.like.new_empty(len(self.owners), self.size)
+        shares = list(self.spread.split([len(queue) for queue in by_copy]))
+        own = _joined(parts, self.like)
+        self.moved += (self.spread.numel() - own.numel()) * own.element_size()
+        if len({len(queue) for queue in by_copy}) == 1:
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+            self.spreading = [gather(self.spread.view(-1), own, group=group, async_op=True)]
+        else:
+            shares[self.layout.rank[0]].copy_(own.view(-1, self.size))
+            sent = [(copy, share) for copy, share in enumerate(shares) if share.numel()]
+            self.spreading = [dist.broadcast(share, group=group, group_src=copy, async_op=True) for copy, share in sent]
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)

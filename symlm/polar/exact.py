@@ -1,0 +1,40 @@
+"""Direct polar factors: by SVD, and by dynamically weighted Halley iterations (QDWH)."""
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+
+def svd_polar(X: Tensor) -> Tensor:
+    """Return `U_r V_rᵀ` of normalized X, dropping singular values at rounding level.  Shapes: (b, m, n) -> same."""
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    cutoff = max(X.shape[-2:]) * torch.finfo(X.dtype).eps * S[..., :1]
+    return (U * (cutoff < S).to(X.dtype).unsqueeze(-2)) @ Vh
+
+
+def qdwh_polar(X: Tensor) -> Tensor:
+    """Iterate dynamically weighted Halley on tall, normalized X.  Shapes: (b, m, n), m >= n -> same.
+
+    `X <- (b/c)X + (a − b/c) X (I + cXᵀX)^{-1}`, by QR while c is large and by Cholesky after. Directions at rounding
+    level end anywhere within the unit ball. Source: Nakatsukasa, Bai, Gygi 2010, eq. (3.5), (5.2).
+    """
+    m, n = X.shape[-2:]
+    eps = torch.finfo(X.dtype).eps
+    eye = torch.eye(n, dtype=X.dtype, device=X.device).expand(len(X), n, n)
+    lower = eps
+    while abs(lower - 1) > 10 * eps:
+        l2 = lower * lower
+        d = (4 * (1 / l2 - 1) / l2) ** (1 / 3)
+        root = sqrt(1 + d)
+        a = root + sqrt(2 - d + 2 * (2 - l2) / (l2 * root))
+        b = (a - 1) ** 2 / 4
+        c = a + b - 1
+        lower = min(1.0, lower * (a + b * l2) / (1 + c * l2))
+        if c > 100:
+            Q = torch.linalg.qr(torch.cat([sqrt(c) * X, eye], dim=-2)).Q
+            X = (b / c) * X + (a - b / c) / sqrt(c) * Q[:, :m] @ Q[:, m:].mT
+        else:
+            factor = torch.linalg.cholesky(eye + c * X.mT @ X)
+            X = (b / c) * X + (a - b / c) * torch.cholesky_solve(X.mT, factor).mT
+    return X

@@ -1,0 +1,103 @@
+"""Routing told: which update each parameter gets, and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from symlm_kernels.selection import LARGEST_ROW, choose
+from torch import nn
+
+from symlm.polar.precision import fastest_dtype
+from symlm.roles.assignment import place
+from symlm.roles.role import Role, Site
+from symlm.routing.param_groups import check_overrides, overridden
+from symlm.routing.presets import get_preset
+from symlm.routing.table import Route
+from symlm.rules import get_rule
+from symlm.views.storage import view_of
+
+
+@dataclass(frozen=True)
+class RoutedParameter:
+    """One line of `describe_routing`: what a parameter is and what updates it."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    view: str
+    rule: str
+    scale: str
+    lr_multiplier: float
+    products: str
+    why: str
+
+
+class Routing(list[RoutedParameter]):
+    """The routed parameters, a list; printed, one line for each role and view."""
+
+    def __str__(self) -> str:
+        lines: dict[tuple[str, ...], list[int]] = {}
+        for row in self:
+            multiplier = f"{row.lr_multiplier:g}"
+            key = (row.role, row.view, row.rule, row.scale, multiplier, row.products, row.why)
+            count = lines.setdefault(key, [0, 0])
+            count[0] += 1
+            count[1] += prod(row.shape)
+        head = ("role", "tensors", "parameters", "view", "rule", "scale", "lr ×", "products", "why")
+        body = [(key[0], str(tensors), f"{count:,}", *key[1:]) for key, (tensors, count) in lines.items()]
+        widths = [max(len(cells[k]) for cells in (head, *body)) for k in range(len(head))]
+        right = (1, 2, 6)
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if k in right else cell.ljust(width)
+                for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ).rstrip()
+            for cells in (head, tuple("-" * width for width in widths), *body)
+        )
+
+
+def describe_routing(
+    model: nn.Module,
+    preset: str = "default",
+    roles: Mapping[str, str] | None = None,
+    kernels: str = "auto",
+    lr: float = 0.02,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Routing:
+    """Return which update each parameter gets, and why; print it for the table.
+
+    preset, roles, lr, overrides: as `param_groups`, so that what is told is what is done; kernels: as
+    `symlm.polar.polar`; `products` tells whose matrix products or fused rows that means on the model's device.
+    Raises: as `param_groups`, and RuntimeError where Triton's are asked for in vain.
+    """
+    settings = check_overrides(overrides or {})
+    table = overridden(get_preset(preset), settings)
+    return Routing(
+        RoutedParameter(
+            site.name,
+            str(role),
+            site.shape,
+            str(view_of(site, role, table[role].view)),
+            table[role].rule,
+            table[role].scale,
+            settings.get(role, {}).get("lr", lr * table[role].lr) / lr,
+            _products(site, role, table[role], {"kernels": kernels, **settings.get(role, {})}),
+            "set by overrides" if set(settings.get(role, ())) & {"rule", "view"} else table[role].why,
+        )
+        for site, role in place(model, roles)
+    )
+
+
+def _products(site: Site, role: Role, route: Route, settings: Mapping[str, Any]) -> str:
+    """Name whose products a rule's polar factor is multiplied with, or whose fused step a row rule takes, if any."""
+    _, m, n = view_of(site, role, route.view).shape(site.shape)
+    device, kernels = site.parameter.device.type, settings["kernels"]
+    if get_rule(route.rule).fused and n <= LARGEST_ROW and site.parameter.dtype == torch.float32:
+        return "triton, fused" if choose(device, torch.float32, n, kernels, "rows") == "triton" else ""
+    if not get_rule(route.rule).spectral:
+        return ""
+    if settings.get("polar_method") in ("svd", "qdwh"):
+        return "torch"
+    return choose(device, fastest_dtype(device), min(m, n), kernels)

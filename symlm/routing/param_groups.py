@@ -1,0 +1,99 @@
+"""From a model to parameter groups: roles, the table and a user's overrides together."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from symlm.roles.assignment import place
+from symlm.roles.role import Role
+from symlm.routing.options import DEFAULTS, ROUTED, refuse_unknown
+from symlm.routing.presets import get_preset
+from symlm.routing.table import ADAMW, GRANULARITIES, Route, Table
+from symlm.rules import get_rule
+from symlm.rules.scaling import SCALES
+from symlm.views.storage import view_of
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float | Tensor = 0.02,
+    preset: str = "default",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Return parameter groups for `SymOptimizer`, one for each role and view, all metadata plain values.
+
+    lr: the one dial; a group's rate is `lr` times its route's multiplier.
+    overrides: `{role: {key: value}}`, absolute values for the groups of a role, e.g. `{"lm_head": {"lr": 5e-3}}`.
+    roles: ordered `{pattern: role}` for parameters that the structure does not tell, see `assign_roles`.
+
+    Raises: ValueError for lr <= 0, complex parameters, an unknown preset, role, rule, scale or view.
+    """
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
+    settings = check_overrides(overrides or {})
+    table = overridden(get_preset(preset), settings)
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for site, role in place(model, roles):
+        if site.parameter.is_complex():
+            raise ValueError(f"{site}: complex parameters have no route")
+        view = str(view_of(site, role, table[role].view))
+        group = groups.setdefault((role, view), _group(role, view, table[role], lr, settings.get(role, {})))
+        group["params"].append((site.name, site.parameter))
+    if not groups:
+        raise ValueError("the model has no trainable parameter")
+    return list(groups.values())
+
+
+ROUTE_KEYS = ("rule", "view", "scale")
+
+
+OVERRIDABLE = {*DEFAULTS, *ROUTED} - {"nonfinite"}  # what a bad gradient does is the optimizer's to say
+
+
+def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, dict[str, Any]]:
+    """Return overrides by role.  Raises: ValueError for a role, key, rule, scale, view or rate that is none."""
+    names = [str(role) for role in Role]
+    for role, values in overrides.items():
+        if role not in names:
+            raise ValueError(f"overrides name an unknown role {role!r}; choose one of {names}")
+        for key in values:
+            refuse_unknown(f"overrides[{role!r}] key", key, OVERRIDABLE)
+        if "rule" in values:
+            get_rule(values["rule"])
+        for key, allowed in (("scale", list(SCALES)), ("view", list(GRANULARITIES))):
+            if values.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}")
+        if not values.get("lr", 1.0) > 0:
+            raise ValueError(f"overrides[{role!r}]: lr must be positive, got {values['lr']}")
+    return {Role(role): dict(values) for role, values in overrides.items()}
+
+
+def overridden(table: Table, settings: Mapping[Role, Mapping[str, Any]]) -> dict[Role, Route]:
+    """Return the table with the rules, views and scales that a user set."""
+    own = {role: {k: v for k, v in values.items() if k in ROUTE_KEYS} for role, values in settings.items()}
+    return {role: _changed_route(route, own.get(role, {})) for role, route in table.items()}
+
+
+def _changed_route(route: Route, changes: Mapping[str, Any]) -> Route:
+    """Change a route; what becomes elementwise leaves the rates behind that its scale gave a meaning."""
+    becomes = get_rule(changes.get("rule", route.rule)).elementwise and not get_rule(route.rule).elementwise
+    return replace(replace(ADAMW, view=route.view) if becomes else route, **changes)
+
+
+def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    free = {key: value for key, value in settings.items() if key not in ROUTE_KEYS}
+    return {
+        "params": [],
+        "lr": lr * route.lr,
+        "role": str(role),
+        "view": view,
+        "outputs": "columns" if route.view == "transposed" else "rows",
+        "rule": route.rule,
+        "scale": route.scale,
+        "weight_decay_multiplier": 1.0 if "weight_decay" in free else route.weight_decay,
+        **route.options,
+        **free,
+    }

@@ -1,0 +1,1 @@
+"""Row rules where the rows are, block by block or in fused kernels."""

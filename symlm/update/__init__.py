@@ -1,0 +1,1 @@
+"""From directions to weights: phase 3 of a step."""

@@ -1,0 +1,72 @@
+"""Elementwise groups: torch's own AdamW."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from symlm.distributed.tensors import local
+from symlm.step.member import BATCH_ELEMENTS, Member
+from symlm.update.rounding import store
+
+
+def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
+    """Run torch's own fused AdamW on the group; `found_inf` masks the step on a device."""
+    wide = [member for member in members if member.parameter.numel() and member.parameter.dtype == member.dtype]
+    narrow = [member for member in members if member.parameter.numel() and member.parameter.dtype != member.dtype]
+    for some in ([wide] if wide else []) + list(_chunks(narrow)):
+        _adamw_together(group, some, finite)
+
+
+def _chunks(members: list[Member]) -> Iterator[list[Member]]:
+    """Yield members, each time within BATCH_ELEMENTS or one alone: their wide copies are alive at once."""
+    chunk: list[Member] = []
+    elements = 0
+    for member in members:
+        if chunk and elements + member.parameter.numel() > BATCH_ELEMENTS:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(member)
+        elements += member.parameter.numel()
+    if chunk:
+        yield chunk
+
+
+def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
+    on_cpu = members[0].master.device.type == "cpu"
+    adamw(
+        [member.master for member in members],
+        [_laid_as(member.gradient, member.master) for member in members],
+        [local(member.state["exp_avg"]) for member in members],
+        [local(member.state["exp_avg_sq"]) for member in members],
+        [],
+        [member.state["step"] for member in members],
+        fused=True,
+        found_inf=None if on_cpu else (~finite).float(),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"] * group["weight_decay_multiplier"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    for member in members:
+        store(group, member, finite.to(member.parameter.device))
+
+
+def _laid_as(gradient: Tensor, master: Tensor) -> Tensor:
+    """Return a gradient in the dtype and strides of its weight: torch's fused step reads both along memory."""
+    if gradient.stride() == master.stride():
+        return gradient.to(master.dtype)
+    return torch.empty_like(master).copy_(gradient)
+
+
+def adamw_update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    """Return the update of this rank's part that AdamW's last step made, from its state."""
+    t = state["step"].clamp(min=1.0)
+    first = local(state["exp_avg"]) / (1 - group["betas"][0] ** t)
+    second = local(state["exp_avg_sq"]) / (1 - group["betas"][1] ** t)
+    return group["lr"] * first / (second.sqrt() + group["eps"])

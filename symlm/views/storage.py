@@ -1,0 +1,145 @@
+"""How a parameter is stored where it stands, and the view that its route asks for."""
+
+from symlm.roles.role import Role, Site
+from symlm.views.matrix_view import MatrixView
+
+WHOLE = MatrixView("m n -> 1 m n")
+
+
+TRANSPOSED = MatrixView("n m -> 1 m n")
+
+
+VECTOR = MatrixView("n -> 1 1 n")
+
+
+STACK = MatrixView("b m n -> b m n")
+
+
+TRANSPOSED_STACK = MatrixView("b n m -> b m n")
+
+
+def row_heads(heads: int, transposed: bool = False) -> MatrixView:
+    """q, k, v, stored `[h·head_dim, d]` (or its transpose), as one (head_dim, d) matrix a head."""
+    return MatrixView(_stored("(h m)", "n", transposed) + " -> h m n", {"h": (heads,)})
+
+
+def column_heads(heads: int, transposed: bool = False) -> MatrixView:
+    """o, stored `[d, h·head_dim]` (or its transpose), as one (d, head_dim) matrix a head."""
+    return MatrixView(_stored("m", "(h n)", transposed) + " -> h m n", {"h": (heads,)})
+
+
+def gate_up(transposed: bool, concatenated: bool, paired: bool) -> MatrixView:
+    """Experts' fused gate and up: separate (r, d) matrices, or one (r, 2d) matrix whose row is a neuron's pair.
+
+    `transposed` stores `[E, d, 2r]`, else `[E, 2r, d]`; `concatenated` puts all gates first, else they alternate.
+    """
+    stored = _stored("(p m)" if concatenated else "(m p)", "n", transposed)
+    return MatrixView(f"b {stored} -> {'b m (p n)' if paired else '(b p) m n'}", {"p": (2,)})
+
+
+def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
+    """Return the view of a parameter where it stands: its storage from its module, its split from the route.
+
+    granularity: "whole", "heads" (attention), "qk_heads" (those of q and k; v and o whole), "transposed" (neurons of a
+    down projection as rows) or "pair" (gate and up of a neuron in one row).
+    Raises: ValueError when head counts do not divide the projection.
+    """
+    axes = len(site.shape)
+    if role is Role.VECTOR or axes < 2:
+        return VECTOR if axes == 1 else _rows_as_vectors(axes)
+    if axes == 3:
+        return _expert_view(site, role, granularity)
+    if role is Role.ATTENTION_QKV:
+        return _fused_view(site, granularity)
+    if site.leaf == "gate_up_proj" and granularity != "transposed":
+        stored = _stored("(p m)", "n", site.transposed)
+        return MatrixView(f"{stored} -> {'1 m (p n)' if granularity == 'pair' else 'p m n'}", {"p": (2,)})
+    if site.leaf == "kv_a_proj_with_mqa":
+        return MatrixView("m n -> 1 m n", {"m": _sizes(site, "kv_lora_rank", "qk_rope_head_dim")})
+    if granularity == "heads" or (granularity == "qk_heads" and role in (Role.ATTENTION_Q, Role.ATTENTION_K)):
+        return _head_view(site, role)
+    return TRANSPOSED if (granularity == "transposed") != site.transposed else WHOLE
+
+
+def _stored(outputs: str, inputs: str, transposed: bool) -> str:
+    return f"{inputs} {outputs}" if transposed else f"{outputs} {inputs}"
+
+
+def _rows_as_vectors(ndim: int) -> MatrixView:
+    axes = [f"a{k}" for k in range(ndim)]
+    return MatrixView(f"{' '.join(axes)} -> 1 1 ({' '.join(axes)})")
+
+
+HEAD_DIMS = {
+    Role.ATTENTION_Q: ("qk_head_dim", "head_dim", "head_size"),
+    Role.ATTENTION_O: ("v_head_dim", "head_dim", "head_size"),
+}
+
+
+HEAD_COUNTS = ("num_heads", "n_head", "n_heads", "num_attention_heads")
+
+
+def head_dim(site: Site, role: Role) -> int:
+    """Return the width of a head as its attention module tells it, or as its number of heads cuts the stream.
+
+    Raises: ValueError when it tells neither.
+    """
+    owners = (site.parent, site.module)
+    told = [getattr(owner, name, None) for owner in owners for name in HEAD_DIMS.get(role, ("head_dim", "head_size"))]
+    stream = site.shape[int((role is not Role.ATTENTION_O) != site.transposed)]
+    counts = [getattr(owner, name, None) for owner in owners for name in HEAD_COUNTS]
+    told += [stream // count for count in counts if isinstance(count, int) and count > 0 and stream % count == 0]
+    for value in told:
+        if isinstance(value, int):
+            return value
+    raise ValueError(
+        f"{site}: {type(site.parent).__name__} tells no head_dim and no num_heads; set one of them on the module, or "
+        f"give this parameter the role 'matrix', which is one matrix: roles={{{site.name!r}: 'matrix'}}"
+    )
+
+
+def _head_view(site: Site, role: Role) -> MatrixView:
+    columns, width = role is Role.ATTENTION_O, head_dim(site, role)
+    channels = site.shape[int(columns != site.transposed)]
+    if channels % width:
+        raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
+    return (column_heads if columns else row_heads)(channels // width, site.transposed)
+
+
+def _fused_view(site: Site, granularity: str) -> MatrixView:
+    """Split a fused projection in the order that `site.fused` names: into heads, or q, k and v one after the other."""
+    if site.fused == "heads of k v":
+        stacks = {"heads": "h m n", "qk_heads": "h m n | 1 (h m) n"}.get(granularity, "1 (h m) n")
+        sizes = {"h": _sizes(site, "num_heads"), "m": _sizes(site, "qk_nope_head_dim", "v_head_dim")}
+        return MatrixView(f"(h m) n -> {stacks}", sizes)
+    channels, width = site.shape[int(site.transposed)], head_dim(site, Role.ATTENTION_QKV)
+    if channels % width:
+        raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
+    if site.fused == "heads of q k v":
+        stacks = {"heads": "(h p) m n", "qk_heads": "(h p) m n | p (h m) n"}.get(granularity, "p (h m) n")
+        sizes = {"p": (2, 1) if granularity == "qk_heads" else (3,), "m": (width,)}
+        return MatrixView(f"{_stored('(h p m)', 'n', site.transposed)} -> {stacks}", sizes)
+    heads = channels // width
+    if granularity == "heads":
+        return row_heads(heads, site.transposed)
+    # Query heads for each head of k and v; a cross-attention has its queries apart.
+    groups = 0 if site.fused == "k v" else getattr(site.parent, "num_key_value_groups", 1)
+    kv_heads = heads // (groups + 2)
+    if kv_heads * (groups + 2) != heads:
+        raise ValueError(f"{site}: {channels} channels are no q, k, v with {groups} query heads for one of k and v")
+    if granularity == "qk_heads":
+        stacks, sizes = "h m n | 1 (h m) n", {"h": (heads - kv_heads, kv_heads)}
+        return MatrixView(f"{_stored('(h m)', 'n', site.transposed)} -> {stacks}", sizes)
+    blocks = (groups * kv_heads * width,) * (groups > 0) + (kv_heads * width,) * 2
+    return MatrixView(f"{_stored('m', 'n', site.transposed)} -> 1 m n", {"m": blocks})
+
+
+def _sizes(site: Site, *names: str) -> tuple[int, ...]:
+    return tuple(int(getattr(site.parent, name)) for name in names)
+
+
+def _expert_view(site: Site, role: Role, granularity: str) -> MatrixView:
+    if role is Role.EXPERT_IN and site.leaf == "gate_up_proj" and granularity != "transposed":
+        concatenated = bool(getattr(site.module, "is_concatenated", True))
+        return gate_up(site.transposed, concatenated, paired=granularity == "pair")
+    return TRANSPOSED_STACK if site.transposed != (granularity == "transposed") else STACK
