@@ -1,96 +1,27 @@
-"""Draw `metrics.jsonl` of one run, or of several side by side:  python recipes/report.py runs/a runs/b"""
+"""Draw runs, one or several side by side, or a comparison:  python recipes/report.py runs/a runs/b
 
-import json
+A folder is a run's, and its `metrics.jsonl` is drawn; a file is the `results.json` that compare.py wrote.
+"""
+
 from argparse import ArgumentParser
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """Read a run's metrics, one object a line; a last line cut short by a kill is left out."""
-    rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Return the tokens and values at which a key was written."""
-    points = [(row["tokens"], row[key]) for row in rows if key in row]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def draw(runs: list[Path], out: Path) -> list[Path]:
-    """Write loss.png for all runs, and update_rms.png for the first."""
-    unique = len({run.name for run in runs}) == len(runs)
-    names = [run.name if unique else str(run) for run in runs]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for number, run in enumerate(runs):
-        rows, color = read_metrics(run), f"C{number}"
-        axes.plot(*series(rows, "train/loss"), color=color, alpha=0.3, lw=0.8)
-        axes.plot(*series(rows, "val/loss"), color=color, marker="o", ms=3, label=names[number])
-    axes.set(xlabel="tokens", ylabel="loss (nats a token)", title="validation (marked) and training (faint) loss")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    paths = [out / "loss.png", out / "update_rms.png"]
-    figure.savefig(paths[0], dpi=130)
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    rows = read_metrics(runs[0])
-    for key in sorted({key for row in rows for key in row if key.startswith("update_rms/")}):
-        axes.plot(*series(rows, key), label=key.removeprefix("update_rms/"))
-    axes.set(
-        xlabel="tokens", ylabel="RMS of one step's update", yscale="log", title=f"update size by role, {runs[0].name}"
-    )
-    axes.legend(fontsize=8, ncols=2)
-    axes.grid(alpha=0.3)
-    figure.savefig(paths[1], dpi=130)
-    if loads := [row["router/load"] for row in rows if "router/load" in row]:
-        paths.append(out / "expert_load.png")
-        draw_load(np.array(loads), [row["tokens"] for row in rows if "router/load" in row], runs[0].name, paths[-1])
-    plt.close("all")
-    return paths
-
-
-def draw_load(loads: np.ndarray, tokens: list[int], name: str, path: Path) -> None:
-    """Draw each layer's expert load over the run, over the uniform share.  Shapes: (points, layers, experts)."""
-    layers, experts = loads.shape[1:]
-    half = (tokens[-1] - tokens[0]) / max(1, len(tokens) - 1) / 2 or 0.5  # a column's middle is at its tokens
-    size = (7, 1 + 1.2 * layers)
-    figure, panels = plt.subplots(layers, 1, figsize=size, sharex=True, layout="constrained", squeeze=False)
-    for layer, axes in enumerate(panels[:, 0]):
-        image = axes.imshow(
-            loads[:, layer].T * experts,
-            aspect="auto",
-            interpolation="nearest",
-            vmin=0,
-            vmax=3,
-            extent=(tokens[0] - half, tokens[-1] + half, experts - 0.5, -0.5),
-        )
-        axes.set(ylabel=f"layer {layer}")
-    panels[-1, 0].set(xlabel="tokens")
-    figure.colorbar(image, ax=panels, label="load / uniform share")
-    figure.suptitle(f"load of each expert, {name}")
-    figure.savefig(path, dpi=130)
+from evidence import curves, page
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or one results.json of compare.py")
     parser.add_argument("--out", type=Path, help="where the pictures go: the run's folder, of several runs runs/report")
-    told = parser.parse_args()
-    if missing := [run for run in told.runs if not (run / "metrics.jsonl").exists()]:
+    given = parser.parse_args()
+    if given.runs[0].suffix == ".json":
+        print("\n".join(str(path) for run in given.runs for path in page.draw(run, given.out or Path("runs/report"))))
+        return
+    if missing := [run for run in given.runs if not (run / "metrics.jsonl").exists()]:
         parser.error(f"{missing[0]} has no metrics.jsonl: is it a run's folder?")
-    out = told.out or (told.runs[0] if len(told.runs) == 1 else Path("runs/report"))
+    out = given.out or (given.runs[0] if len(given.runs) == 1 else Path("runs/report"))
     out.mkdir(parents=True, exist_ok=True)
-    print("\n".join(str(path) for path in draw(told.runs, out)))
+    print("\n".join(str(path) for path in curves.draw(given.runs, out)))
 
 
 if __name__ == "__main__":

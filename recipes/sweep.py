@@ -15,8 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from report import read_metrics
-from run_folder import is_finished
+from pretraining.folder import is_finished, read_metrics
 from tqdm import tqdm
 
 HEAD = 32

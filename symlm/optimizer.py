@@ -15,13 +15,13 @@ from symlm.distributed.layout import layout_of
 from symlm.distributed.partitions import Fragment, fragments_of, is_partition, refuse_settings
 from symlm.distributed.tensors import aligned, local
 from symlm.roles.role import whole_shape
-from symlm.routing.options import DEFAULTS, LOOSE, ROUTED, check_group, key_of, named_parameters, refuse_unknown
+from symlm.routing.options import DEFAULTS, ROUTED, UNCOMPARED, check_group, key_of, named_parameters, refuse_unknown
 from symlm.routing.param_groups import param_groups
 from symlm.rules import get_rule
 from symlm.step.bucket import Bucket, overlapped
-from symlm.step.directions import turns_with_its_layer
+from symlm.step.directions import shares_layer_rotation
 from symlm.step.gradients import examine
-from symlm.step.layer_rotations import turn_layers
+from symlm.step.layer_rotations import rotate_layers
 from symlm.step.member import Member, batches, member_of
 from symlm.step.state import new_state, of_fragments
 from symlm.update.adamw import adamw_step
@@ -139,7 +139,7 @@ class SymOptimizer(torch.optim.Optimizer):
         if is_first and (exchanges := [bucket.exchange for bucket in buckets if bucket.exchange]):
             received = sum(exchange.bytes_to_receive(4) for exchange in exchanges)
             log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(exchanges))
-        turn_layers([bucket for bucket in buckets if turns_with_its_layer(bucket.group)], finite)
+        rotate_layers([bucket for bucket in buckets if shares_layer_rotation(bucket.group)], finite)
         size.begin([bucket.group for bucket in buckets if not bucket.fused], finite.device)
         for bucket in overlapped(buckets):
             for updated, rows, updates in bucket.updates():
@@ -189,7 +189,7 @@ class SymOptimizer(torch.optim.Optimizer):
         lines = [
             f"{name} {shape} {missing} {settings}"
             for group in groups
-            for settings in [" ".join(f"{key}={_told(group[key])}" for key in sorted(group) if key not in LOOSE)]
+            for settings in [" ".join(f"{key}={_plain(group[key])}" for key in sorted(group) if key not in UNCOMPARED)]
             for name, shape, missing in self._shapes(group)
         ]
         check_agreement("\n".join(lines), local(groups[0]["params"][0]).device)
@@ -233,9 +233,11 @@ class SymOptimizer(torch.optim.Optimizer):
         every = [(group, member) for group, own in members for member in own]
         if not every:
             return None
-        several = [group for group in self.param_groups if _rests(group)] if world_size() > 1 else []
+        several = [group for group in self.param_groups if _skips_without_gradient(group)] if world_size() > 1 else []
         common = {name: shape for group in several for name, shape, _ in self._shapes(group)}
-        finite = examine([member for _, member in every], [_rests(group) for group, _ in every], common)
+        finite = examine(
+            [member for _, member in every], [_skips_without_gradient(group) for group, _ in every], common
+        )
         if self.defaults["nonfinite"] == "raise" and not finite:
             bad = [member.name for _, member in every if not member.gradient.isfinite().all()]
             raise FloatingPointError(f"non-finite gradients in {bad or 'other ranks'}; nothing was updated")
@@ -303,11 +305,11 @@ class SymOptimizer(torch.optim.Optimizer):
                 yield index, name, p
 
 
-def _told(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value  # whose text would name the rank's device
 
 
-def _rests(group: dict[str, Any]) -> bool:
+def _skips_without_gradient(group: dict[str, Any]) -> bool:
     """Tell whether a group's matrices rest without a gradient: where the direction forgets the momentum's size."""
     rule = get_rule(group["rule"])
     return rule.row_map is None and not rule.elementwise and group["momentum_of"] == "gradients"

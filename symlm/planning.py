@@ -11,7 +11,7 @@ from symlm.distributed.layout import Layout, layout_of_shards
 from symlm.optimizer import SymOptimizer
 from symlm.rules import get_rule
 from symlm.step.bucket import Bucket
-from symlm.step.directions import cost_of, turns_with_its_layer
+from symlm.step.directions import cost_of, shares_layer_rotation
 from symlm.step.member import Member, batches
 from symlm.step.rows.row_step import entries_to_sum, operations_of
 
@@ -58,7 +58,7 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
             bucket = Bucket(group, batch, shares, torch.ones((), dtype=torch.bool))
             if bucket.everywhere:  # every rank gathers all of it, and computes all of it
                 size = MASTER * prod(bucket.layout.shape) * len(batch)
-                times = 2 if turns_with_its_layer(group) else 1
+                times = 2 if shares_layer_rotation(group) else 1
                 received = [told + times * (size - size // shards) for told in received]
                 temporary.append(2 * size)
             if bucket.by_rows:

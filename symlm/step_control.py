@@ -17,7 +17,7 @@ REDUCTIONS = ("max", "mean")
 
 
 @dataclass
-class Told:
+class StepReport:
     """What the last step was: r as proposed, the factor that the step was multiplied by, r as taken."""
 
     proposed: float
@@ -57,7 +57,7 @@ class StepControl:
             raise ValueError(f"over is one of {REDUCTIONS} or a quantile between 0 and 1, got {over!r}")
         self.model, self.optimizer = model, optimizer
         self.logits, self.r_target, self.over, self.difference = logits or _logits, r_target, over, difference
-        self.last: Told | None = None
+        self.last: StepReport | None = None
         self._warned = False
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class StepControl:
             p.copy_(short)
             if (rest := self._rest(p)) is not None:
                 rest.copy_(short - p)
-        self.last = None if r is None else Told(r, factor)
+        self.last = None if r is None else StepReport(r, factor)
         return result
 
     def _exact(self, p: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Check:
     departure: float
 
     @property
-    def kept(self) -> bool:
+    def holds(self) -> bool:
         """Tell whether the departure is within the promise's bound."""
         return self.departure <= PROMISES[self.promise]
 
@@ -76,7 +76,7 @@ def verified(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any
             elif p.numel() and not rule.elementwise:
                 for promise, departure in departures(group, state, matrices).items():
                     checks.append(Check(name, group["role"], rule.name, promise, departure))
-    failures += [str(check) for check in checks if not check.kept]
+    failures += [str(check) for check in checks if not check.holds]
     if failures:
         raise RuntimeError("the optimizer did not do what its table says:\n  " + "\n  ".join(failures))
     return checks

@@ -1,7 +1,7 @@
 """Tiny real transformers models."""
 
 import torch
-from architectures import in_float64
+from pretraining.models import in_float64
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

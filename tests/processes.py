@@ -468,7 +468,7 @@ def traffic(rank, world):
 
     def counting(self):
         found = original(self)
-        sent.append((self.moved, self.bytes_to_receive(self.like.element_size())))
+        sent.append((self.received_bytes, self.bytes_to_receive(self.like.element_size())))
         return found
 
     def counting_sums(x, layout):

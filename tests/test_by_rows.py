@@ -23,7 +23,7 @@ def settings(rule):
     return {"step": 3, "beta2": 0.95} if rule.state else {}
 
 
-def kept(rule):
+def holds(rule):
     M = matrix(5)
     values = {"row_rms": M[:, :1].abs(), "gram": M.mT @ M}
     return {key: values[key] for key in rule.state}
@@ -42,8 +42,8 @@ def test_blocks_of_rows_are_the_rule(rule, elements):
         assert relative(part, block.of(U)) < EXACT
         for key, value in own.items():
             assert relative(value, state[key][block.rows]) < EXACT
-    assert {*found[0][2], *rows.kept} == set(rule.state)
-    for key, value in rows.kept.items():
+    assert {*found[0][2], *rows.holds} == set(rule.state)
+    for key, value in rows.holds.items():
         assert relative(value, state[key]) < EXACT
 
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from compare import best_factor
-from evidence import interval, table, tokens_to, whole_runs_to
+from evidence.runs import best_factor
+from evidence.tables import interval, table, tokens_to, whole_runs_to
 from recipe import CONFIGS, ROOT
 from sweep import best_of
 

@@ -5,18 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from corpus import (
-    Collate,
-    Packed,
-    PackedStream,
-    is_validation,
-    load,
-    read_documents,
-    read_shard,
-    split,
-    split_stream,
-)
 from datasets import Dataset
+from pretraining.corpus import is_validation, load, read_documents, read_shard, split, split_stream
+from pretraining.packing import Collate, Packed, PackedStream
 
 
 def shard(path, tokens, version=1, count=None):

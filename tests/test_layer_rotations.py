@@ -6,7 +6,7 @@ from models import loss_of, tiny, tokens
 from numerics import ROTATED, relative
 
 import symlm
-from symlm.rules.rotated import KEPT, orthonormal
+from symlm.rules.rotated import RETAINED, orthonormal
 from symlm.step.layer_rotations import layer_of
 from symlm.views import MatrixView
 
@@ -51,7 +51,7 @@ def test_it_is_that_of_the_stacked_momenta():
         M = torch.cat([part for _, momenta in matrices for part in momenta], dim=-1)
         old = before[layer][0][0][0]
         A = M @ torch.sign(old.mT @ M).mT
-        R = orthonormal(A + KEPT * A.norm() / len(A) ** 0.5 * old)
+        R = orthonormal(A + RETAINED * A.norm() / len(A) ** 0.5 * old)
         for rotation, _ in matrices:
             assert relative(rotation[0], R) < ROTATED
 

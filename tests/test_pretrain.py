@@ -9,14 +9,14 @@ import signal
 import subprocess
 import time
 
-import pretrain
 import pytest
-import run_config
-import run_folder
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from architectures import MODELS, build_model
+from pretraining import config as run_config
+from pretraining import folder as run_folder
+from pretraining import setup
+from pretraining.models import MODELS, build_model
 from recipe import CONFIGS, command, write_text
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -110,7 +110,7 @@ def test_bad_fields_are_named_before_anything_is_done(capsys, argument, message)
 
 def test_agd_takes_no_rate():
     with pytest.raises(ValueError, match=r"AGD finds its rate by itself"):
-        pretrain.build_optimizer(None, run_config.OptimizerConfig(algorithm="agd", lr=0.1), None)
+        setup.build_optimizer(None, run_config.OptimizerConfig(algorithm="agd", lr=0.1), None)
 
 
 @pytest.mark.parametrize(("told", "used"), [([], "bf16"), (["--train.mixed_precision=no"], "no")])
@@ -118,7 +118,7 @@ def test_precision_is_the_launchers_unless_told(monkeypatch, told, used):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     try:
         config = run_config.read(["--train.tracker=none", *told])
-        assert pretrain.build_accelerator(config).mixed_precision == used
+        assert setup.build_accelerator(config).mixed_precision == used
     finally:
         AcceleratorState._reset_state(True)
 

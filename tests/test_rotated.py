@@ -16,10 +16,10 @@ def matrix(m, n, seed=0):
 @pytest.mark.parametrize("qr", [cholesky_qr, orthonormal])
 def test_a_rotation_of_rows_moves_direction_and_state(qr):
     M, R, Q = matrix(7, 12), orthonormal(matrix(7, 7, 2)), orthonormal(matrix(7, 7, 3))
-    state, turned = refresh(sinkhorn, qr)(M, R), refresh(sinkhorn, qr)(Q @ M, Q @ R)
-    assert relative(turned["rotation"], Q @ state["rotation"]) < 1e3 * EXACT
+    state, shared_rotation = refresh(sinkhorn, qr)(M, R), refresh(sinkhorn, qr)(Q @ M, Q @ R)
+    assert relative(shared_rotation["rotation"], Q @ state["rotation"]) < 1e3 * EXACT
     U = rotate(M, state["rotation"], sinkhorn)
-    assert relative(rotate(Q @ M, turned["rotation"], sinkhorn), Q @ U) < 1e3 * EXACT
+    assert relative(rotate(Q @ M, shared_rotation["rotation"], sinkhorn), Q @ U) < 1e3 * EXACT
 
 
 def test_with_unit_rows_the_fixed_point_is_the_polar_factor():

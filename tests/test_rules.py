@@ -23,7 +23,7 @@ def rounding(rule):
     return ROTATED if "rotation" in rule.state else EXACT
 
 
-def kept(rule, M):
+def holds(rule, M):
     """Return what the rule keeps after two steps on other matrices: nothing special."""
     state = rule.start(M)
     for step in (1, 2):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import loss_of, tiny, tokens
 from numerics import EXACT, relative
-from teleporting import LARGEST, Teleporter
+from pretraining.teleporting import LARGEST, Teleporter
 
 import symlm
 from symlm import teleport as t

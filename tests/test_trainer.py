@@ -127,7 +127,7 @@ def test_the_trainers_modes(tmp_path, arguments):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A tiny model with a tokenizer of its own, as `make pretrain` leaves one."""
-    from corpus import bpe_tokenizer
+    from pretraining.packing import bpe_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = bpe_tokenizer([(ROOT / "README.md").read_text()], 300)

@@ -2,7 +2,8 @@
 
     python kernels/benchmarks/bench_step.py             # Qwen3-0.6B with 28 layers, and a 12-layer OLMoE
 
-On a CPU recipes/benchmark_step.py does the same with its floor; here `--layers` makes it small enough to run at all.
+On a CPU recipes/benchmarks/benchmark_step.py does the same with its floor; here `--layers` makes it small enough to run
+at all.
 torch.optim.Muon takes no stack of experts, so each expert is given to it as a parameter of its own.
 """
 

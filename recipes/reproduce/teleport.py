@@ -194,7 +194,7 @@ def jump(weights: list[Tensor], X: Tensor, loss) -> list[Tensor]:
 
 def transformer(axes) -> list[Check]:
     """Gradient descent on a tiny Qwen3 in float64, teleported once along neuron scales and V–O before step 10."""
-    from architectures import build_model, in_float64
+    from pretraining.models import build_model, in_float64
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}

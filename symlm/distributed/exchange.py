@@ -24,14 +24,14 @@ class Exchange:
         self.owners = [divmod(owner, shards) for owner in assign_owners([cost] * count, copies * shards, loads)]
         for copy, shard in self.owners:
             loads[copy * shards + shard] += cost
-        self.moved = 0
+        self.received_bytes = 0
         self.work: Any = None
 
     def _owned(self, copy: int, shard: int) -> list[int]:
         return [k for k, owner in enumerate(self.owners) if owner == (copy, shard)]
 
     @property
-    def mine(self) -> list[int]:
+    def owned(self) -> list[int]:
         """The matrices that this rank computes."""
         return self._owned(*self.layout.rank)
 
@@ -55,12 +55,12 @@ class Exchange:
         lengths = [stop - start for start, stop in self.layout.intervals]
         sent = [len(queue) * self.size for queue in queues]
         out = _joined([parts[k] for queue in queues for k in queue], parts[0])
-        self.arrived = out.new_empty(len(self.mine) * sum(lengths))
-        self.work = self._all_to_all(self.arrived, out, [len(self.mine) * length for length in lengths], sent)
+        self.arrived = out.new_empty(len(self.owned) * sum(lengths))
+        self.work = self._all_to_all(self.arrived, out, [len(self.owned) * length for length in lengths], sent)
 
     def compute(self, directions: Callable[[Tensor], Tensor]) -> None:
         """Compute the owned matrices' directions, (k, *shape) -> same, and start to send the parts back."""
-        mine, lengths = self.mine, [stop - start for start, stop in self.layout.intervals]
+        mine, lengths = self.owned, [stop - start for start, stop in self.layout.intervals]
         if self.layout.whole:
             wholes = torch.stack([self.parts[k] for k in mine]) if mine else self.like
         else:
@@ -100,7 +100,7 @@ class Exchange:
 
     def _all_to_all(self, into: Tensor, out: Tensor, arriving: list[int], leaving: list[int]) -> Any:
         own = self.layout.rank[1]
-        self.moved += (sum(arriving) - arriving[own]) * out.element_size()
+        self.received_bytes += (sum(arriving) - arriving[own]) * out.element_size()
         return dist.all_to_all_single(into, out, arriving, leaving, group=self.layout.shards, async_op=True)
 
     def _spread(self, parts: list[Tensor]) -> None:
@@ -109,7 +109,7 @@ class Exchange:
         self.spread = self.like.new_empty(len(self.owners), self.size)
         shares = list(self.spread.split([len(queue) for queue in by_copy]))
         own = _joined(parts, self.like)
-        self.moved += (self.spread.numel() - own.numel()) * own.element_size()
+        self.received_bytes += (self.spread.numel() - own.numel()) * own.element_size()
         if len({len(queue) for queue in by_copy}) == 1:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
             self.spreading = [gather(self.spread.view(-1), own, group=group, async_op=True)]

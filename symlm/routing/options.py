@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-LOOSE = ("params", "param_names", "skipped", "step")  # what is no part of the ranks' common plan
+UNCOMPARED = ("params", "param_names", "skipped", "step")  # what is no part of the ranks' common plan
 
 
 ROUTED = ("role", "view", "rule", "scale", "outputs", "lr")

@@ -14,7 +14,7 @@ from torch import Tensor
 from symlm.rules.rule import A_ROTATION, ROTATED_SQUARES, rule
 from symlm.symmetry import Symmetry, rotations, signed_permutations
 
-KEPT = 1e-3  # ε, relative to the other term: where M says nothing, the old rotation stays, and no QR is singular
+RETAINED = 1e-3  # ε, relative to the other term: where M says nothing, the old rotation stays, and no QR is singular
 ROTATED = Symmetry(left=rotations, right=signed_permutations)
 Base = Callable[[Tensor], Tensor]
 
@@ -36,17 +36,21 @@ def pull(base: Base) -> Callable[[Tensor, Tensor], Tensor]:
     return pulled
 
 
-def turn(A: Tensor, R: Tensor, qr: Base | None = None) -> Tensor:
+def next_rotation(A: Tensor, R: Tensor, qr: Base | None = None) -> Tensor:
     """Return `QR(A + εR)`, by `cholesky_qr`, or by `orthonormal`.  Shapes: (..., m, m) twice -> same."""
     size = torch.linalg.matrix_norm(A, keepdim=True) / sqrt(A.shape[-1])
-    return (qr or cholesky_qr)(A + KEPT * size * R.to(A.dtype))
+    return (qr or cholesky_qr)(A + RETAINED * size * R.to(A.dtype))
 
 
 def refresh(base: Base, qr: Base | None = None) -> Callable[..., dict[str, Tensor]]:
-    """Return `(M, R) -> QR(M f(RᵀM)ᵀ + εR)` for a base f, which leaves alone what its layer has turned already."""
+    """Return `(M, R) -> QR(M f(RᵀM)ᵀ + εR)` for a base f, which leaves alone what its layer has shared_rotation already."""
 
-    def refreshed(M: Tensor, rotation: Tensor, turned: Tensor | None = None) -> dict[str, Tensor]:
-        return {"rotation": turn(pull(base)(M, rotation), rotation, qr) if turned is None else turned}
+    def refreshed(M: Tensor, rotation: Tensor, shared_rotation: Tensor | None = None) -> dict[str, Tensor]:
+        return {
+            "rotation": next_rotation(pull(base)(M, rotation), rotation, qr)
+            if shared_rotation is None
+            else shared_rotation
+        }
 
     return refreshed
 
@@ -87,10 +91,10 @@ def _pull_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> Te
 
 
 def _refresh_adam(
-    M: Tensor, rotation: Tensor, squares: Tensor, beta2: float, turned: Tensor | None = None
+    M: Tensor, rotation: Tensor, squares: Tensor, beta2: float, shared_rotation: Tensor | None = None
 ) -> dict[str, Tensor]:
     X = _wide(M)
-    R = turn(_pull_adam(M, rotation, squares, beta2), rotation) if turned is None else turned
+    R = next_rotation(_pull_adam(M, rotation, squares, beta2), rotation) if shared_rotation is None else shared_rotation
     return {"rotation": R, "squares": squares.to(X.dtype).lerp((R.to(X.dtype).mT @ X).square(), 1 - beta2)}
 
 

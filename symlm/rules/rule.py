@@ -79,15 +79,15 @@ class Rule:
         M: Tensor,
         state: Mapping[str, Tensor],
         beta2: float = 0.95,
-        turned: Tensor | None = None,
+        shared_rotation: Tensor | None = None,
         step: Any = 1,
     ) -> dict[str, Tensor]:
         """Return the state that M leaves.
 
-        beta2: of means over the steps, where the state is one; turned: the rotation, where others have a say in it;
+        beta2: of means over the steps, where the state is one; shared_rotation: the rotation, where others have a say in it;
         step: how often the state was refreshed, this time included.
         """
-        told = {"beta2": beta2, "turned": turned, "step": step, **state}
+        told = {"beta2": beta2, "shared_rotation": shared_rotation, "step": step, **state}
         return _call(self.refresh, M, told) if self.refresh else {}
 
     def pulled(self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95) -> Tensor:
@@ -102,13 +102,13 @@ class Rule:
         return _call(self.function, M, {"polar": polar, "step": step, "beta2": beta2, **state})
 
     @property
-    def kept_by_rows(self) -> set[str]:
+    def row_state_keys(self) -> set[str]:
         """Return what of the state is a number a row, and lies where the rows do."""
         return {key for key, kind in self.state.items() if self.row_map and kind.side == "left"}
 
     @property
     def whitens(self) -> bool:
-        """Tell whether rows, once mapped, are turned by their Gram matrix, which is the rest of the state."""
+        """Tell whether rows, once mapped, are shared_rotation by their Gram matrix, which is the rest of the state."""
         return "gram" in self.state
 
     @property

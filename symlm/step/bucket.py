@@ -90,7 +90,7 @@ class Bucket:
             states = [rule_state(self.group, member.state) for member in self.batch]
             found, states = whole_directions(self.group, self.momenta, self.local_view, states)
             for member, state in zip(self.batch, states, strict=True):
-                member.keep(state, self.finite)
+                member.store_state(state, self.finite)
             yield self.batch, ALL, list(found)
 
 
@@ -125,9 +125,9 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
     rows = RowStep(rule, member.layout, member.momentum, seen, state, settings, dtype)
     size = scale_of(group, WHOLE, member.layout.shape)
     for block, U, kept in rows.directions(elements):
-        member.keep(kept, finite, block.rows)
+        member.store_state(kept, finite, block.rows)
         yield block, U.mul_(size)
-    member.keep(rows.kept, finite)
+    member.store_state(rows.matrix_state, finite)
 
 
 def _fused_step(group: dict[str, Any], member: Member, finite: Tensor) -> None:
@@ -140,5 +140,5 @@ def _fused_step(group: dict[str, Any], member: Member, finite: Tensor) -> None:
 def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, finite: Tensor) -> Tensor:
     """Gather a momentum on every rank, where its parts or the rule's state are no intervals; keep this rank's part."""
     (U,), (state,) = whole_directions(group, member.whole(M)[None], states=[rule_state(group, member.state)])
-    member.keep({key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
+    member.store_state({key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
     return placed_like(U, member.state["momentum"])

@@ -22,8 +22,8 @@ def rule_state(group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor
     return {key: local(state[key]) for key in (*keys, "step")} if keys else {}
 
 
-def turns_with_its_layer(group: dict[str, Any]) -> bool:
-    """Tell whether the rule's rotation is one for all matrices of a layer, and turned before their directions."""
+def shares_layer_rotation(group: dict[str, Any]) -> bool:
+    """Tell whether the rule's rotation is one for all matrices of a layer, and shared_rotation before their directions."""
     return group["rotation"] == "layer" and get_rule(group["rule"]).pull is not None
 
 
@@ -62,8 +62,8 @@ def _stack_directions(
     else:
         kept = rule.start(stack)
     if refresh:
-        turned = kept["rotation"] if turns_with_its_layer(group) else None
-        kept = rule.refreshed(stack, kept, told["beta2"], turned, told.get("step", 1))
+        shared_rotation = kept["rotation"] if shares_layer_rotation(group) else None
+        kept = rule.refreshed(stack, kept, told["beta2"], shared_rotation, told.get("step", 1))
     U = rule.direction(stack, kept, **told).mul_(scale_of(group, view, shape[1:]))
     own = [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(momenta))]
     return view.from_matrices(U, shape), own

@@ -1,7 +1,7 @@
 """What a step asks of its gradients before anything moves: are all of them finite, and which matrices got none?
 
 A direction that forgets its momentum's size would go on at full length for hundreds of steps after the last gradient
-of an expert that no token reaches, or of a tower that no batch uses. Such a matrix rests until there is one.
+of an expert that no token reaches, or of a tower that no batch uses. Such a matrix may_skip until there is one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from symlm.distributed.collectives import anywhere
 from symlm.step.member import Member
 
 
-def examine(members: Sequence[Member], resting: Sequence[bool], common: Mapping[str, tuple[int, ...]]) -> Tensor:
+def examine(members: Sequence[Member], skippable: Sequence[bool], common: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Return whether all gradients are finite on all ranks, and tell members which of their matrices got any.
 
-    resting: of each member, whether its matrices rest without a gradient; their `fresh` is set, on a CPU only if one
-    rests. common: names and shapes of those that several ranks hold, the same on all, with a gradient here or not. One
+    skippable: of each member, whether its matrices rest without a gradient; their `active` is set, on a CPU only if one
+    may_skip. common: names and shapes of those that several ranks hold, the same on all, with a gradient here or not. One
     pass over the gradients and one exchange of flags, no wait for a device. All ranks call this together.
     """
     device = members[0].gradient.device
@@ -36,10 +36,10 @@ def examine(members: Sequence[Member], resting: Sequence[bool], common: Mapping[
     flags = anywhere(flags)
     finite = ~flags[0]
     shared, own = ((x & finite).float() for x in (flags, sizes != 0))
-    for member, rests, found in zip(members, resting, own.split(counts), strict=True):
-        fresh = shared[_here(member, places[member.name])] if member.name in places else found
-        if rests and not (device.type == "cpu" and fresh.all()):
-            member.fresh = fresh.to(member.parameter.device)
+    for member, may_skip, found in zip(members, skippable, own.split(counts), strict=True):
+        active = shared[_here(member, places[member.name])] if member.name in places else found
+        if may_skip and not (device.type == "cpu" and active.all()):
+            member.active = active.to(member.parameter.device)
     return finite
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symlm.distributed.tensors import local
 from symlm.rules import get_rule
-from symlm.rules.rotated import turn
+from symlm.rules.rotated import next_rotation
 from symlm.step.bucket import Bucket
 from symlm.step.directions import wide
 from symlm.step.member import Member
@@ -34,7 +34,7 @@ class Pull(NamedTuple):
     sizes: Tensor  # (b, 1, 1)
 
 
-def turn_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
+def rotate_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
     """Do phase 1 of all these buckets, and turn each layer's rotation: `R <- QR(Σ_i M_i f(RᵀM_i)ᵀ + εR)`.
 
     Every M_i has the residual stream's dimensions as rows, so that the sum is that of the layer's momenta side by side.
@@ -52,10 +52,10 @@ def turn_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
     for alike in {key[1:] for key in layers}:
         same = [pulls for key, pulls in layers.items() if key[1:] == alike]
         before = torch.stack([local(pulls[0].member.state["rotation"])[0] for pulls in same])
-        after = turn(torch.stack([_sum(pulls) for pulls in same]), before)
+        after = next_rotation(torch.stack([_sum(pulls) for pulls in same]), before)
         for pulls, R in zip(same, after, strict=True):
             for member, own, _ in pulls:
-                member.keep({"rotation": R.expand_as(own)}, finite.to(R.device))
+                member.store_state({"rotation": R.expand_as(own)}, finite.to(R.device))
 
 
 def _sum(pulls: list[Pull]) -> Tensor:

@@ -26,7 +26,7 @@ class Member:
     state: dict[str, Any]
     layout: Layout
     # 1 or 0 for each of its matrices here, or for its only one: it steps or rests. None: all step where `finite` is.
-    fresh: Tensor | None = None
+    active: Tensor | None = None
 
     @property
     def momentum(self) -> Tensor:
@@ -50,7 +50,7 @@ class Member:
         """Return on every rank the whole matrix of which M, seen by the rule, is this rank's part."""
         return gathered(regrouped(M, self.state["momentum"]))
 
-    def keep(self, state: dict[str, Tensor], finite: Tensor, rows: slice = ALL.rows) -> None:
+    def store_state(self, state: dict[str, Tensor], finite: Tensor, rows: slice = ALL.rows) -> None:
         """Take over the next state of a rule, or of these rows of it, where the step happens."""
         for key, value in state.items():
             own = local(self.state[key])[rows]

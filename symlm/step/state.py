@@ -41,7 +41,7 @@ def of_fragments(
         own = {key: fragment.of(x) for key, x in state.items() if key not in (*rule.state, "step")}
         rows, n = fragment.rows, fragment.layout.shape[-1]
         for key in rule.state:
-            if key in rule.kept_by_rows:
+            if key in rule.row_state_keys:
                 own[key] = state[key][row : row + rows]
             else:
                 own[key] = state[key][entry : entry + n * n].view(n, n)
@@ -58,14 +58,14 @@ def _of_rule(
     rule, view = get_rule(group["rule"]), MatrixView.parse(group["view"])
     if rule.row_map and fragments:  # matrices lie flat, one after the other
         rows, entries = sum(part.rows for part in fragments), sum(part.layout.shape[-1] ** 2 for part in fragments)
-        shapes = {key: (rows, 1) if key in rule.kept_by_rows else (entries,) for key in rule.state}
+        shapes = {key: (rows, 1) if key in rule.row_state_keys else (entries,) for key in rule.state}
         return {key: torch.zeros(shape, dtype=dtype, device=p.device) for key, shape in shapes.items()}
     if fragments:
         raise RuntimeError(
             f"{name}: rule {rule.name!r} keeps whole matrices, for which DeepSpeed's partitions have no place; "
             "train it with DDP or FSDP2"
         )
-    by_rows = set() if layout_of(p).gathered else rule.kept_by_rows
+    by_rows = set() if layout_of(p).gathered else rule.row_state_keys
     lying = {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in by_rows}
     M = torch.zeros((), dtype=dtype, device=p.device).expand(view.shape(tuple(p.shape)))
     whole = {key: kind.start(M) for key, kind in rule.state.items() if key not in lying}

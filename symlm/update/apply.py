@@ -27,7 +27,7 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
             U = M.lerp_(masked(U, M, finite), 1 - group["momentum"])
         if decay:
             W.mul_(keep)
-        taken = None if member.fresh is None else _spread(member.fresh, member.layout, U)
+        taken = None if member.active is None else _spread(member.active, member.layout, U)
         norms.append(_norm(U, taken))
         steps.append(finite if taken is None or taken.ndim else taken)
         if taken is None and not isinstance(lr, Tensor):
@@ -37,18 +37,18 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
         else:
             W.addcmul_(U, taken.to(U.dtype), value=-group["lr"])
     sizes = torch.stack(norms)
-    if any(member.fresh is not None for member in members):  # of all in one launch
+    if any(member.active is not None for member in members):  # of all in one launch
         sizes = sizes * torch.stack([step.to(sizes.dtype) for step in steps])
     return (lr * sizes).square().sum()
 
 
-def _spread(fresh: Tensor, layout: Layout, U: Tensor) -> Tensor:
+def _spread(active: Tensor, layout: Layout, U: Tensor) -> Tensor:
     """Shape a matrix's flag, or a stack's, to multiply this rank's part U of it."""
     if layout.matrices == 1:
-        return fresh[0]
+        return active[0]
     if U.ndim == 3:
-        return fresh[:, None, None]
-    return torch.cat([flag.expand(length) for flag, length in zip(fresh, layout.pieces, strict=True)])
+        return active[:, None, None]
+    return torch.cat([flag.expand(length) for flag, length in zip(active, layout.pieces, strict=True)])
 
 
 def _norm(U: Tensor, taken: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ class RowStep:
     rule: Rule
     layout: Layout
     part: Tensor
-    look: Callable[[Block], Tensor]
+    rule_input: Callable[[Block], Tensor]
     state: dict[str, Tensor]
     settings: dict[str, Any]
     compute_dtype: str | torch.dtype = "auto"
@@ -52,10 +52,10 @@ class RowStep:
         whose Gram matrix is in `kept` from the first block on.
         """
         blocks = blocks_of(self.layout, elements)
-        self.kept: dict[str, Tensor] = {}
+        self.matrix_state: dict[str, Tensor] = {}
         self.cut_rows = self._cut_rows(blocks) if cut_rows(self.layout) else {}
         centered, whitened = self.rule.symmetry.shift, self.rule.whitens
-        self.shift = self._means(blocks, self._seen)[-1] if centered else None
+        self.shift = self._means(blocks, self._input)[-1] if centered else None
         mean = turn = None
         if centered or whitened:
             means = self._means(blocks, lambda block: self._mapped(block)[0], whitened)
@@ -68,14 +68,14 @@ class RowStep:
 
     def _mapped(self, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.rule.row_map is not None
-        X = self._seen(block) if self.shift is None else self._seen(block) - self.shift
-        own = {key: value[block.rows] for key, value in self.state.items() if key in self.rule.kept_by_rows}
+        X = self._input(block) if self.shift is None else self._input(block) - self.shift
+        own = {key: value[block.rows] for key, value in self.state.items() if key in self.rule.row_state_keys}
         return self.rule.row_map(X, row_norms(X), **own, **self.settings)
 
-    def _seen(self, block: Block) -> Tensor:
+    def _input(self, block: Block) -> Tensor:
         """Return what the rule sees of the block's rows, those whole of which it is a piece."""
         row = self.cut_rows.get(block.rows.start)
-        return self.look(block) if row is None else row
+        return self.rule_input(block) if row is None else row
 
     def _means(self, blocks: list[Block], rows: Callable[[Block], Tensor], square: bool = False) -> Tensor:
         """Return the mean row, and above it `XᵀX/m` if asked for, in one sum over the shards."""
@@ -95,8 +95,8 @@ class RowStep:
 
     def _whitener(self, square: Tensor) -> Tensor:
         """Return what turns the row map's columns, by the Gram matrix in the mean of steps, which is kept."""
-        self.kept["gram"] = self.state["gram"].lerp(square, 1 - self.settings["beta2"])
-        return whitener(self.kept["gram"], self.layout.shape[0])
+        self.matrix_state["gram"] = self.state["gram"].lerp(square, 1 - self.settings["beta2"])
+        return whitener(self.matrix_state["gram"], self.layout.shape[0])
 
     def _cut_rows(self, blocks: list[Block]) -> dict[int, Tensor]:
         """Return, by their places here, the whole rows of which this rank holds a piece."""
@@ -104,7 +104,7 @@ class RowStep:
         pieces = [(block, rows.index(first + block.rows.start)) for block in blocks if first + block.rows.start in rows]
         whole = self._zeros(len(rows), self.layout.shape[-1])
         for block, place in pieces:
-            whole[place, block.columns] = self.look(block)[0]
+            whole[place, block.columns] = self.rule_input(block)[0]
         summed(whole, self.layout)
         return {block.rows.start: whole[place : place + 1] for block, place in pieces}
 

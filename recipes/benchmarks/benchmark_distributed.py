@@ -1,6 +1,6 @@
 """Time the optimizer's step on many processes: symlm's shared step, the redundant one, and FSDP2 with torch.optim.Muon.
 
-    torchrun --nproc_per_node 2 recipes/benchmark_distributed.py
+    torchrun --nproc_per_node 2 recipes/benchmarks/benchmark_distributed.py
 
 All in one run, on Qwen3-0.6B's shapes with few layers and a small vocabulary: rows are not what is shared. On a CPU the
 processes share the cores, so two processes with one thread each stand for two machines; and bf16, in which
@@ -89,7 +89,7 @@ class Watched:
     def __enter__(self) -> "Watched":
         def receive(exchange: Exchange) -> list[torch.Tensor]:
             found = self.receive(exchange)
-            self.bytes += exchange.moved
+            self.bytes += exchange.received_bytes
             return found
 
         def polar(*told: Any, **more: Any) -> torch.Tensor:

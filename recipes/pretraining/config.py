@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-import corpus
 from accelerate.tracking import get_available_trackers
 from jsonargparse import ArgumentParser
+
+from pretraining import corpus
 
 
 def at_least(minimum: float, fields: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from report import read_metrics
-from run_config import RunConfig, read
+
+from pretraining.config import RunConfig, read
 
 LOOSE = {  # what may differ when a run goes on
     *("name", "out", "resume", "overwrite"),
@@ -156,6 +156,17 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Read a run's metrics, one object a line; a last line cut short by a kill is left out."""
+    rows = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def forget_after(step: int, folder: Path) -> None:

@@ -1,0 +1,132 @@
+"""What a run trains and what with: model, data, optimizer and schedule, as accelerate prepares them."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from torch.utils.data import DataLoader
+
+import symlm
+from pretraining import corpus
+from pretraining.config import OptimizerConfig, RunConfig, TrainConfig
+from pretraining.models import build_model
+from pretraining.packing import Collate
+from pretraining.routers import Routers
+from pretraining.teleporting import Teleporter
+from symlm.agd import AGD, initialize_
+from symlm.step_control import StepControl
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, train.warmup))
+        left = (train.steps - step) / train.steps
+        if train.schedule == "cosine":
+            return warm * 0.5 * (1 - math.cos(math.pi * left))
+        return warm * min(1.0, left / max(train.decay, 1e-9))
+
+    if train.schedule not in ("linear", "cosine"):
+        raise ValueError(f"unknown schedule {train.schedule!r}; choose 'linear' or 'cosine'")
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def prepare_model(config: RunConfig, tokenizer: Any) -> torch.nn.Module:
+    """Build the model over the tokenizer's vocabulary; without one over `data.vocab_size`, unless `sizes` say more."""
+    told, own = config.model, config.model.sizes.get("vocab_size", config.data.vocab_size)
+    vocabulary, end = (len(tokenizer), tokenizer.eos_token_id) if tokenizer else (own, None)
+    model = build_model(told.preset, told.config, told.sizes, vocabulary, end)
+    if told.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+@dataclass
+class Training:
+    """What a run trains and what with, as accelerate prepared it; `plain` is the optimizer without its wrapper."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    plain: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    loader: DataLoader
+    held: DataLoader
+    routers: Routers
+    control: StepControl | None
+    teleporter: Teleporter | None
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Return the launch's accelerator; without a GPU all its processes take the CPU.
+
+    Under DeepSpeed clipping and accumulation are the engine's, and accelerate would clip at 1 unasked: it is told ours.
+    """
+    train, deepspeed = config.train, parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,  # which accelerate would turn off
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
+        mixed_precision=train.mixed_precision,
+        gradient_accumulation_steps=train.accumulate,
+        log_with=None if train.tracker == "none" else train.tracker,
+        project_dir=str(Path(config.out) / config.name),
+        step_scheduler_with_optimizer=False,
+    )
+    if deepspeed:
+        told = {"gradient_clipping": train.clip or 0.0, "gradient_accumulation_steps": train.accumulate}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(told)
+    return accelerator
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """Return the optimizer, its table printed.  Raises: ValueError for an unknown algorithm, and what AGD cannot do."""
+    if config.algorithm == "symlm":
+        kernels = config.options.get("kernels", "auto")
+        told = {"kernels": kernels, "lr": config.lr, "overrides": config.overrides}
+        accelerator.print(symlm.describe_routing(model, config.preset, **told))
+        return symlm.SymOptimizer(model, config.lr, config.preset, config.overrides, **config.options)
+    if config.algorithm != "agd":
+        raise ValueError(f"unknown optimizer.algorithm {config.algorithm!r}; choose 'symlm' or 'agd'")
+    plain = OptimizerConfig()
+    if (config.lr, config.preset, config.overrides) != (plain.lr, plain.preset, plain.overrides):
+        raise ValueError(
+            "AGD finds its rate by itself, one for all layers: leave out optimizer.lr, preset and overrides"
+        )
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        raise ValueError("AGD's rate needs every layer's whole gradient: use one process or DDP")
+    for p in model.parameters():
+        p.requires_grad_(p.ndim > 1)
+    initialize_(model)
+    accelerator.print(f"AGD: {sum(p.requires_grad for p in model.parameters())} layers, one rate for all; gains frozen")
+    return AGD(model, **config.options)
+
+
+def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]:
+    """Build data, model, optimizer and schedule, and have accelerate prepare them; return the tokenizer too."""
+    train = config.train
+    samples = train.steps * train.accumulate * train.batch * accelerator.num_processes
+    tokenizer, data, validation = corpus.load(config.data, train.seed, samples)
+    model = prepare_model(config, tokenizer)
+    collate = Collate(model.config.vocab_size)
+    routers = Routers(model, train)
+    plain = build_optimizer(model, config.optimizer, accelerator)
+    schedule = build_schedule(plain, train)
+    if config.model.compile:
+        model = torch.compile(model)
+    loader = DataLoader(data, batch_size=train.batch, shuffle=False, drop_last=True, collate_fn=collate)
+    held = DataLoader(validation, batch_size=train.batch, collate_fn=collate)
+    model, optimizer, loader, held = accelerator.prepare(model, plain, loader, held)
+    accelerator.register_for_checkpointing(schedule)
+    for name in ("r_target", "teleport_every"):
+        if getattr(train, name) is not None and accelerator.num_processes > 1:
+            raise ValueError(f"train.{name} looks at one process's batch and weights: use one process, or leave it out")
+    if train.teleport_every and accelerator.mixed_precision != "no":
+        raise ValueError("train.teleport_every compares losses that rounding would change: set mixed_precision to no")
+    control = StepControl(model, optimizer, r_target=train.r_target, over=train.r_over) if train.r_target else None
+    teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
+    if teleporter:
+        accelerator.register_for_checkpointing(teleporter)
+    return Training(model, optimizer, plain, schedule, loader, held, routers, control, teleporter), tokenizer
