@@ -23,7 +23,7 @@ def settings(rule):
     return {"step": 3, "beta2": 0.95} if rule.state else {}
 
 
-def holds(rule):
+def first_state(rule):
     M = matrix(5)
     values = {"row_rms": M[:, :1].abs(), "gram": M.mT @ M}
     return {key: values[key] for key in rule.state}
@@ -33,17 +33,17 @@ def holds(rule):
 @pytest.mark.parametrize("elements", [1, 40, 10**6])
 def test_blocks_of_rows_are_the_rule(rule, elements):
     M, layout = matrix(), Layout(SHAPE, ((0, 84),))
-    state = rule.refreshed(M, kept(rule), step=3)
+    state = rule.refreshed(M, first_state(rule), step=3)
     U = rule.direction(M, state, step=3)
-    rows = RowStep(rule, layout, M, lambda block: block.of(M), kept(rule), settings(rule))
+    rows = RowStep(rule, layout, M, lambda block: block.of(M), first_state(rule), settings(rule))
     found = list(rows.directions(elements))
     assert len(found) == {1: 12, 40: 3, 10**6: 1}[elements]
     for block, part, own in found:
         assert relative(part, block.of(U)) < EXACT
         for key, value in own.items():
             assert relative(value, state[key][block.rows]) < EXACT
-    assert {*found[0][2], *rows.holds} == set(rule.state)
-    for key, value in rows.holds.items():
+    assert {*found[0][2], *rows.matrix_state} == set(rule.state)
+    for key, value in rows.matrix_state.items():
         assert relative(value, state[key]) < EXACT
 
 

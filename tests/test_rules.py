@@ -23,7 +23,7 @@ def rounding(rule):
     return ROTATED if "rotation" in rule.state else EXACT
 
 
-def holds(rule, M):
+def first_state(rule, M):
     """Return what the rule keeps after two steps on other matrices: nothing special."""
     state = rule.start(M)
     for step in (1, 2):
@@ -33,7 +33,7 @@ def holds(rule, M):
 
 def violation(rule, symmetry, M, transported=True):
     """Return the largest relative departure of U and of the next state from the claim over a few group elements."""
-    worst, before = 0.0, kept(rule, M)
+    worst, before = 0.0, first_state(rule, M)
     after = rule.refreshed(M, before)
     U = rule.direction(M, after, step=3)
     for seed in range(4):

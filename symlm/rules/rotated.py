@@ -43,14 +43,12 @@ def next_rotation(A: Tensor, R: Tensor, qr: Base | None = None) -> Tensor:
 
 
 def refresh(base: Base, qr: Base | None = None) -> Callable[..., dict[str, Tensor]]:
-    """Return `(M, R) -> QR(M f(RᵀM)ᵀ + εR)` for a base f, which leaves alone what its layer has shared_rotation already."""
+    """Return `(M, R) -> QR(M f(RᵀM)ᵀ + εR)` for a base f; a rotation that the layer shares is taken as it is."""
 
     def refreshed(M: Tensor, rotation: Tensor, shared_rotation: Tensor | None = None) -> dict[str, Tensor]:
-        return {
-            "rotation": next_rotation(pull(base)(M, rotation), rotation, qr)
-            if shared_rotation is None
-            else shared_rotation
-        }
+        if shared_rotation is not None:
+            return {"rotation": shared_rotation}
+        return {"rotation": next_rotation(pull(base)(M, rotation), rotation, qr)}
 
     return refreshed
 

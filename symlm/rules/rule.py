@@ -84,7 +84,7 @@ class Rule:
     ) -> dict[str, Tensor]:
         """Return the state that M leaves.
 
-        beta2: of means over the steps, where the state is one; shared_rotation: the rotation, where others have a say in it;
+        beta2: of means over the steps, where the state is one; shared_rotation: the one of its layer, if there is one;
         step: how often the state was refreshed, this time included.
         """
         told = {"beta2": beta2, "shared_rotation": shared_rotation, "step": step, **state}

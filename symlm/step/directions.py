@@ -23,7 +23,7 @@ def rule_state(group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor
 
 
 def shares_layer_rotation(group: dict[str, Any]) -> bool:
-    """Tell whether the rule's rotation is one for all matrices of a layer, and shared_rotation before their directions."""
+    """Tell whether the rule's rotation is one for all matrices of a layer, computed before their directions."""
     return group["rotation"] == "layer" and get_rule(group["rule"]).pull is not None
 
 

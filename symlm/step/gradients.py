@@ -17,8 +17,8 @@ from symlm.step.member import Member
 def examine(members: Sequence[Member], skippable: Sequence[bool], common: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Return whether all gradients are finite on all ranks, and tell members which of their matrices got any.
 
-    skippable: of each member, whether its matrices rest without a gradient; their `active` is set, on a CPU only if one
-    may_skip. common: names and shapes of those that several ranks hold, the same on all, with a gradient here or not. One
+    skippable: of each member, whether its matrices get no update without a gradient; their `active` is set, on a CPU
+    only if one is skipped. common: names and shapes of those that several ranks hold, the same on all, with a gradient here or not. One
     pass over the gradients and one exchange of flags, no wait for a device. All ranks call this together.
     """
     device = members[0].gradient.device
