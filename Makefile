@@ -14,6 +14,7 @@ test: setup lint types  ## lint, types and the whole test suite
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-cache
 
 types: setup
 	$(BIN)/mypy
