@@ -30,7 +30,7 @@ def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
         return {}
     squares, counts = zip(*found.values(), strict=True)
     told = torch.stack([torch.stack(squares).double(), torch.tensor(counts, dtype=torch.float64).to(squares[0].device)])
-    if optimizer.is_cut:
+    if optimizer.is_sharded:
         told = summed_everywhere(told)
     return dict(zip(found, (told[0] / told[1].clamp(min=1)).sqrt().tolist(), strict=True))
 

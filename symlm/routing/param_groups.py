@@ -7,13 +7,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from symlm.roles.assignment import place
-from symlm.roles.role import Role
+from symlm.roles.role import Role, Site
 from symlm.routing.options import DEFAULTS, ROUTED, refuse_unknown
 from symlm.routing.presets import get_preset
 from symlm.routing.table import ADAMW, GRANULARITIES, Route, Table
 from symlm.rules import get_rule
 from symlm.rules.scaling import SCALES
 from symlm.views.storage import view_of
+
+
+class PlacedParameters(list[tuple[str, nn.Parameter]]):
+    """A group's named parameters, and in `holders` the module that holds each: DeepSpeed puts others in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holders: list[tuple[str, nn.Module]] = []
+
+    def add(self, site: Site) -> None:
+        """Append the parameter of a site."""
+        self.append((site.name, site.parameter))
+        self.holders.append((site.name, site.module))
 
 
 def param_groups(
@@ -41,7 +54,7 @@ def param_groups(
             raise ValueError(f"{site}: complex parameters have no route")
         view = str(view_of(site, role, table[role].view))
         group = groups.setdefault((role, view), _group(role, view, table[role], lr, settings.get(role, {})))
-        group["params"].append((site.name, site.parameter))
+        group["params"].add(site)
     if not groups:
         raise ValueError("the model has no trainable parameter")
     return list(groups.values())
@@ -86,7 +99,7 @@ def _changed_route(route: Route, changes: Mapping[str, Any]) -> Route:
 def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     free = {key: value for key, value in settings.items() if key not in ROUTE_KEYS}
     return {
-        "params": [],
+        "params": PlacedParameters(),
         "lr": lr * route.lr,
         "role": str(role),
         "view": view,

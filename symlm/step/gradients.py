@@ -6,11 +6,13 @@ of an expert that no token reaches, or of a tower that no batch uses. Such a mat
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from symlm.distributed.collectives import anywhere
+from symlm.rules import get_rule
 from symlm.step.member import Member
 
 
@@ -69,3 +71,9 @@ def _largest(tensors: list[Tensor], device: torch.device) -> Tensor:
     else:
         extremes = list(torch._foreach_norm(tensors, torch.inf))
     return torch.stack([extreme.to(device) for extreme in extremes])
+
+
+def skips_without_gradient(group: dict[str, Any]) -> bool:
+    """Tell whether a group's matrices get no update without a gradient: their direction forgets the momentum's size."""
+    rule = get_rule(group["rule"])
+    return rule.row_map is None and not rule.elementwise and group["momentum_of"] == "gradients"

@@ -1,0 +1,147 @@
+"""A saved state is matched to an optimizer's parameters by name; where it differs, it is refused before any change."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symlm.routing.options import DEFAULTS, ROUTED, named_parameters
+from symlm.rules import get_rule
+
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+State = dict[str, Any]
+
+
+def matched(state_dict: State, groups: Sequence[State]) -> State:
+    """Return a saved state in the order of an optimizer's own groups and parameters.
+
+    Groups are matched by their parameters' names, in which wrappers' prefixes (`module.`, `_orig_mod.`) and one common
+    prefix may differ. Options are the saved ones, names stay the optimizer's own.
+
+    Args:
+        state_dict: As `SymOptimizer.state_dict` gives it.
+        groups: The optimizer's parameter groups.
+
+    Returns:
+        A state dict that `torch.optim.Optimizer.load_state_dict` takes. The argument is not changed.
+
+    Raises:
+        ValueError: The state is of another optimizer, of other parameters, rules, views or shapes, or incomplete.
+    """
+    saved = state_dict["param_groups"]
+    for group in saved:
+        if missing := [key for key in (*ROUTED, "params") if key not in group]:
+            raise ValueError(f"this is not the state of a SymOptimizer: a group of it has no {missing[0]!r}")
+    pairs = [(theirs, order) for theirs, order in _pairs(saved, groups)]
+    result: State = {"state": {}, "param_groups": []}
+    for (theirs, order), ours in zip(pairs, groups, strict=True):
+        _check_route(theirs, ours)
+        first = sum(len(group["params"]) for group in result["param_groups"])
+        indices = [theirs["params"][k] for k in order]
+        for number, (index, (name, p)) in enumerate(zip(indices, named_parameters(ours), strict=True), start=first):
+            if index in state_dict["state"]:
+                result["state"][number] = _completed(theirs, name, p, state_dict["state"][index])
+        options = {**DEFAULTS, **{key: value for key, value in theirs.items() if key != "param_names"}}
+        own_names = {key: ours[key] for key in ("param_names", "name") if key in ours}
+        result["param_groups"].append({**options, **own_names, "params": list(range(first, first + len(indices)))})
+    return dict(state_dict) | result
+
+
+def restore_dtypes(state: Mapping[Tensor, State], saved: Mapping[int, State], groups: Sequence[State]) -> None:
+    """Undo torch's cast of a loaded state to its parameter's dtype: a bf16 parameter's momentum stays fp32.
+
+    Args:
+        state: The optimizer's state after torch loaded it; changed in place.
+        saved: The state by index that was loaded.
+        groups: The optimizer's parameter groups.
+    """
+    parameters = (p for group in groups for p in group["params"])
+    for index, p in enumerate(parameters):
+        for key, value in saved.get(index, {}).items():
+            loaded = state[p][key]
+            if isinstance(value, Tensor) and (value.dtype != loaded.dtype or loaded.device != p.device):
+                state[p][key] = value.to(device=p.device, copy=True)
+
+
+def _pairs(saved: Sequence[State], groups: Sequence[State]) -> list[tuple[State, list[int]]]:
+    """Return for each of our groups the saved one, and where in it each of our parameters is."""
+    ours, theirs = ([_names(group) for group in some] for some in (groups, saved))
+    if ours == theirs:  # also of groups without names, as long as both have none
+        return [(group, list(range(len(group["params"])))) for group in saved]
+    flat_ours, flat_theirs = ([name for names in some for name in names] for some in (ours, theirs))
+    prefix = _common_prefix(flat_theirs, flat_ours)
+    where = {prefix(name): (k, place) for k, names in enumerate(theirs) for place, name in enumerate(names)}
+    if set(where) != set(flat_ours) or len(flat_ours) != len(flat_theirs):
+        missing, extra = sorted(set(flat_ours) - set(where)), sorted(set(where) - set(flat_ours))
+        raise ValueError(
+            "the state has other parameters than this optimizer: "
+            f"it lacks {_some(missing)} and has {_some(extra)} besides; load it into the model that it was saved with"
+        )
+    result = []
+    for names, group in zip(ours, groups, strict=True):
+        holders = {where[name][0] for name in names}
+        if len(holders) != 1 or len(theirs[next(iter(holders))]) != len(names):
+            raise ValueError(f"the state has the parameters of group {group['role']} in other groups: use its preset")
+        result.append((saved[holders.pop()], [where[name][1] for name in names]))
+    return result
+
+
+def _names(group: State) -> list[str]:
+    """Return a group's parameter names without the prefixes of wrappers; places where it has none."""
+    names = group.get("param_names")
+    if not names:
+        return [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
+    return [_unwrapped(name) for name in names]
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "") if name.startswith(wrapper) or f".{wrapper}" in name else name
+    return name
+
+
+def _common_prefix(theirs: Sequence[str], ours: Sequence[str]) -> Any:
+    """Return what maps their names to ours: nothing, or the exchange of one prefix that all of them have."""
+    if set(theirs) == set(ours) or not theirs or not ours:
+        return lambda name: name
+    first = min(theirs)
+    for other in ours:
+        for a, b in ((first.removesuffix(other), ""), ("", other.removesuffix(first))):
+            swapped = {b + name.removeprefix(a) for name in theirs if name.startswith(a)}
+            if (a or b) and swapped == set(ours):
+                return lambda name, a=a, b=b: b + name.removeprefix(a)
+    return lambda name: name
+
+
+def _check_route(theirs: State, ours: State) -> None:
+    for key in ("rule", "view"):
+        if theirs[key] != ours[key]:
+            raise ValueError(
+                f"the state was saved with {key} {theirs[key]!r} for {ours['role']}, this optimizer has {ours[key]!r}: "
+                "build it with the preset, overrides and roles of the run that saved the state"
+            )
+
+
+def _completed(group: State, name: str, p: Tensor, state: State) -> State:
+    """Return one parameter's saved state with its count of steps as a tensor.
+
+    Raises: ValueError for a state of another shape, or without what the rule stores.
+    """
+    rule = get_rule(group["rule"])
+    needed = {"exp_avg", "exp_avg_sq"} if rule.elementwise else {"momentum"}
+    needed |= set(rule.state) | ({"step"} if rule.elementwise or rule.state else set())
+    if missing := sorted(needed - set(state)):
+        raise ValueError(f"the state of {name} ({group['role']}, {rule.name}) lacks {missing}: the file is incomplete")
+    for key in ("momentum", "exp_avg", "exp_avg_sq"):
+        if key in state and state[key].shape != p.shape:
+            raise ValueError(f"{name}: its saved {key} is {list(state[key].shape)}, the parameter is {list(p.shape)}")
+    step = state.get("step")
+    if step is None or isinstance(step, Tensor):
+        return dict(state)
+    return {**state, "step": torch.tensor(float(step), dtype=torch.float32)}
+
+
+def _some(names: Sequence[str]) -> str:
+    return "nothing" if not names else ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
