@@ -1,4 +1,4 @@
-"""The floating-point operations of a polar factor, counted."""
+"""Counts of the floating-point operations of a polar factor, from which the cheaper iteration is chosen."""
 
 import torch
 from symlm_kernels.selection import choose
@@ -8,11 +8,21 @@ from symlm.polar.newton_schulz import RESTART
 
 
 def operations(m: int, n: int, steps: int, method: str, halves: bool = False) -> int:
-    """Count the floating-point operations of one (m, n) polar factor; `auto` takes the smaller count.
+    """Count the floating-point operations of the polar factor of one (m, n) matrix.
 
-    With m <= n: Newton–Schulz `steps·(4m²n + 2m³)`; Gram Newton–Schulz 2m²n to form, restart (two) and apply,
-    and at most four m × m products a step. halves: only one triangle of a symmetric result is computed, as Triton's
-    products do: `steps·(3m²n + m³)`, and 6m²n with m³ a product.
+    With m <= n, Newton–Schulz takes `steps·(4m²n + 2m³)`. Gram Newton–Schulz takes 4m²n to form the Gram matrix and to
+    apply the result, twice if it restarts, and 2m³ for each of at most four (m, m) products a step.
+
+    Args:
+        m: Rows of the matrix.
+        n: Its columns.
+        steps: Steps of the iteration.
+        method: "newton_schulz", "gram_newton_schulz", or "auto" for the smaller count of the two.
+        halves: Whether only one triangle of a symmetric product is computed, as by Triton's kernels: then m²n and m³
+            for such a product in place of 2m²n and 2m³.
+
+    Returns:
+        The count of additions and multiplications.
     """
     m, n = min(m, n), max(m, n)
     triangle = 1 if halves else 2
@@ -29,7 +39,17 @@ def operations(m: int, n: int, steps: int, method: str, halves: bool = False) ->
 
 
 def gram_is_cheaper(X: Tensor, dtype: torch.dtype, steps: int, kernels: str) -> bool:
-    """Tell whether the Gram iteration on X, in a dtype in which it keeps its bound, takes fewer operations."""
+    """Decide whether the Gram iteration on X takes fewer operations, in a dtype in which its error bound holds.
+
+    Args:
+        X: The wide orientation of the matrices, (..., m, n).
+        dtype: The dtype of the iteration; in bf16 the bound of the Gram iteration does not hold.
+        steps: Steps of the iteration.
+        kernels: "torch", "triton" or "auto", see `symlm.polar.polar`.
+
+    Returns:
+        True if the Gram iteration is cheaper; False also for tall X and for bf16.
+    """
     m, n = X.shape[-2:]
     if m > n or dtype == torch.bfloat16:
         return False

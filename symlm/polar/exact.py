@@ -1,4 +1,4 @@
-"""Direct polar factors: by SVD, and by dynamically weighted Halley iterations (QDWH)."""
+"""Polar factors to rounding accuracy: by SVD, and by dynamically weighted Halley iterations (QDWH)."""
 
 from math import sqrt
 
@@ -7,17 +7,32 @@ from torch import Tensor
 
 
 def svd_polar(X: Tensor) -> Tensor:
-    """Return `U_r V_rᵀ` of normalized X, dropping singular values at rounding level.  Shapes: (b, m, n) -> same."""
+    """Compute `U_r V_rᵀ` by the thin SVD, without the singular values at rounding level.
+
+    Args:
+        X: Normalized matrices, (b, m, n).
+
+    Returns:
+        The polar factors, same shape; partial isometries where X is rank-deficient.
+    """
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
     cutoff = max(X.shape[-2:]) * torch.finfo(X.dtype).eps * S[..., :1]
     return (U * (cutoff < S).to(X.dtype).unsqueeze(-2)) @ Vh
 
 
 def qdwh_polar(X: Tensor) -> Tensor:
-    """Iterate dynamically weighted Halley on tall, normalized X.  Shapes: (b, m, n), m >= n -> same.
+    """Compute the polar factor by Halley steps, `X <- (b/c)X + (a − b/c) X (I + cXᵀX)^{-1}`, with weights a, b, c.
 
-    `X <- (b/c)X + (a − b/c) X (I + cXᵀX)^{-1}`, by QR while c is large and by Cholesky after. Directions at rounding
-    level end anywhere within the unit ball. Source: Nakatsukasa, Bai, Gygi 2010, eq. (3.5), (5.2).
+    A step is computed by QR while c is large and by Cholesky after.
+
+    Args:
+        X: Normalized matrices, (b, m, n) with m >= n.
+
+    Returns:
+        The polar factors, same shape. Singular values of X at rounding level end anywhere between 0 and 1.
+
+    Source:
+        Nakatsukasa, Bai, Gygi 2010, eq. (3.5), (5.2).
     """
     m, n = X.shape[-2:]
     eps = torch.finfo(X.dtype).eps

@@ -24,30 +24,40 @@ def polar(
     side: str | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    """Return the orthogonal polar factor of each matrix, `U_r V_rᵀ` of its thin SVD.
+    """Compute the orthogonal polar factor of each matrix, `U_r V_rᵀ` of its thin SVD.
 
-    Shapes: (..., m, n) -> same, in M's dtype. Scale-free in M; a zero matrix gives zero, a rank-deficient one a
-    partial isometry (`svd`) or a direction of bounded spectral norm (the iterations). M is never written to.
+    It does not depend on the scale of M, and M is never written to.
 
-    method: `svd`, `qdwh`, `newton_schulz`, `gram_newton_schulz`, or `auto` (the iteration of fewer operations).
-    schedule, steps: coefficients of the iterations, see `symlm.coefficients.SCHEDULES`.
-    compute_dtype: dtype of the iteration, or "auto" (`fastest_dtype`); float64 input stays in float64 unless a
-        `torch.dtype` is given.
-    side: Gram matrix to form, "left" (m × m) or "right" (n × n); by default the smaller.
-    kernels: "torch", "triton", or "auto" for the one that was measured to be faster.
+    Args:
+        M: Real matrices, (..., m, n).
+        method: One of `METHODS`; "auto" is the iteration of fewer operations.
+        schedule: The coefficients of the iterations, a name of `symlm.polar.SCHEDULES`.
+        steps: Steps of the iterations.
+        compute_dtype: The dtype of the iterations, or "auto" for `fastest_dtype`; float64 input stays in float64
+            unless a `torch.dtype` is given.
+        side: The Gram matrix to form, "left" (m, m) or "right" (n, n); by default the smaller one.
+        kernels: "torch", "triton", or "auto" for the one that was measured to be faster.
 
-    Source: Higham 2008, ch. 8; arXiv 2505.16932 (Polar Express); Nakatsukasa & Higham 2013 (QDWH).
-    Raises: ValueError for an unknown method, schedule or side, or for fewer than two axes; TypeError for complex M;
-    RuntimeError where Triton is asked for and not to be had.
+    Returns:
+        The polar factors, same shape and dtype. A zero matrix gives zero; a rank-deficient one gives a partial
+        isometry ("svd") or a direction of bounded spectral norm (the iterations).
+
+    Raises:
+        ValueError: An unknown method, schedule, side or dtype, steps < 1, or M with fewer than two axes.
+        TypeError: M is complex or of integers.
+        RuntimeError: Triton is asked for and cannot run here.
+
+    Source:
+        Higham 2008, ch. 8; arXiv 2505.16932 (Polar Express); Nakatsukasa & Higham 2013 (QDWH).
     """
     if M.ndim < 2:
-        raise ValueError(f"polar wants (..., m, n), got shape {tuple(M.shape)}")
+        raise ValueError(f"polar expects matrices (..., m, n), got shape {tuple(M.shape)}; reshape M")
     if not M.is_floating_point():
-        raise TypeError(f"polar wants a real floating-point matrix, got {M.dtype}")
+        raise TypeError(f"polar expects a real floating-point matrix, got {M.dtype}; convert M, e.g. to torch.float32")
     if method not in METHODS:
         raise ValueError(f"unknown polar method {method!r}; choose one of {METHODS}")
     if side not in (None, "left", "right"):
-        raise ValueError(f"side is 'left', 'right' or None, got {side!r}")
+        raise ValueError(f"side is 'left', 'right' or None, got {side!r}; None forms the smaller Gram matrix")
     if M.numel() == 0:
         return torch.zeros_like(M)
     m, n = M.shape[-2:]
@@ -71,7 +81,7 @@ def polar(
 
 
 def _normalize(X: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
-    """Return X / (bound·‖X‖_F) for each matrix; through the largest entry, so that nothing leaves a dtype's range."""
+    """Scale each matrix to `X / (bound·‖X‖_F)`, by its largest entry first so that no square overflows."""
     wide = X.to(torch.promote_types(torch.promote_types(X.dtype, dtype), torch.float32))
     axes = (-2, -1)
     largest = torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True))

@@ -1,4 +1,4 @@
-"""The inverse square root of a Gram matrix, by the polar iteration."""
+"""The inverse square root of a Gram matrix, by the polar iteration on that matrix alone."""
 
 import torch
 from symlm_kernels.selection import select_products
@@ -8,16 +8,25 @@ from symlm.polar.newton_schulz import collected_polynomial
 from symlm.polar.precision import full_precision
 from symlm.polar.schedules import get_schedule
 
-CUTOFF = 1e-5  # of a Gram matrix's trace: rounding may leave eigenvalues below zero, from where no step returns
+# Relative to a Gram matrix's trace. Rounding may leave eigenvalues below zero, from which the iteration diverges. The
+# value was chosen here; no record.
+CUTOFF = 1e-5
 
 
 def inverse_root(K: Tensor) -> Tensor:
-    """Return nearly `(K/tr K + εI)^{-1/2}`, ε = `CUTOFF`: what makes X with the Gram matrix K semi-orthogonal.
+    """Approximate `(K/tr K + εI)^{-1/2}`, ε = `CUTOFF`, by five steps of Polar Express on the Gram matrix alone.
 
-    Five steps of Polar Express on the Gram matrix alone: each eigenvalue of the result is within 15 % of its value,
-    and bounded. Shapes: (..., n, n), positive semidefinite, fp32 or wider -> same. A polynomial of K, so that
-    rotations of K rotate it; products alone, no factorization.
-    Source: as `gram_newton_schulz`; arXiv 2505.16932 (Polar Express).
+    It makes a matrix with the Gram matrix K nearly semi-orthogonal. It is a polynomial of K, so rotating K rotates
+    the result; it takes products alone, no factorization.
+
+    Args:
+        K: Positive semidefinite matrices, (..., n, n), in fp32 or wider.
+
+    Returns:
+        The roots, same shape; each eigenvalue is bounded and within 15 % of the exact one.
+
+    Source:
+        Zhang, Amsel, Chen, Dao 2026, Gram Newton–Schulz; arXiv 2505.16932 (Polar Express).
     """
     table = get_schedule("polar_express")
     trace = K.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]

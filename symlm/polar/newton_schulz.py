@@ -7,11 +7,22 @@ from torch import Tensor
 
 from symlm.polar.schedules import Triple
 
-RESTART = 2  # the Gram iteration forms X anew before this step: half precision loses definiteness otherwise
+# The Gram iteration forms X anew before this step (Gram Newton–Schulz, the published code: after step 2); without it,
+# the Gram matrix loses definiteness in half precision.
+RESTART = 2
 
 
 def newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:
-    """Iterate `X <- aX + (bA + cA²)X`, `A = XXᵀ`.  Shapes: (b, m, n), normalized -> same."""
+    """Iterate `X <- aX + (bA + cA²)X`, `A = XXᵀ`.
+
+    Args:
+        X: Normalized matrices, (b, m, n), wide or square for the lowest cost.
+        triples: The coefficients `(a, b, c)` of each step.
+        products: The module whose matrix products are called, torch's or Triton's.
+
+    Returns:
+        The approximate polar factors, same shape.
+    """
     for a, b, c in triples:
         A = products.gram(X)
         X = products.apply_polynomial(products.symmetric_product(A, A, A, alpha=c, beta=b), X, a)
@@ -19,10 +30,20 @@ def newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Ten
 
 
 def gram_newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:
-    """Iterate on the Gram matrix alone, `U = QX` with Q of `collected_polynomial`, and again from there at `RESTART`.
+    """Iterate on the Gram matrix alone, `U = QX` with Q of `collected_polynomial`, restarted from U at `RESTART`.
 
-    Shapes: (b, m, n), normalized -> same. Equal to `newton_schulz` in exact arithmetic.
-    Source: Zhang, Amsel, Chen, Dao 2026, Gram Newton–Schulz.
+    In exact arithmetic the result is that of `newton_schulz`.
+
+    Args:
+        X: Normalized matrices, (b, m, n), wide or square for the lowest cost.
+        triples: The coefficients `(a, b, c)` of each step.
+        products: The module whose matrix products are called, torch's or Triton's.
+
+    Returns:
+        The approximate polar factors, same shape.
+
+    Source:
+        Zhang, Amsel, Chen, Dao 2026, Gram Newton–Schulz.
     """
     for chunk in (triples[:RESTART], triples[RESTART:]):
         if chunk:
@@ -31,9 +52,15 @@ def gram_newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -
 
 
 def collected_polynomial(R: Tensor, triples: list[Triple], products: ModuleType) -> Tensor:
-    """Return Q with `U = QX` for `R = XXᵀ`: `Z = bR + cR²`, `Q <- (a+Z)Q`, `R <- (a+Z)R(a+Z)`.
+    """Collect the steps of Newton–Schulz into Q, `U = QX`: `Z = bR + cR²`, `Q <- (a+Z)Q`, `R <- (a+Z)R(a+Z)`.
 
-    Shapes: (b, m, m) -> same.
+    Args:
+        R: The Gram matrices `XXᵀ`, (b, m, m).
+        triples: The coefficients `(a, b, c)` of each step, at least one.
+        products: The module whose matrix products are called, torch's or Triton's.
+
+    Returns:
+        Q, same shape.
     """
     product, Q = products.symmetric_product, None
     for k, (a, b, c) in enumerate(triples):

@@ -1,4 +1,4 @@
-"""The dtype that a polar iteration multiplies in."""
+"""The dtype in which a polar iteration multiplies."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,35 +10,54 @@ from torch import Tensor
 def fastest_dtype(device_type: str, gram: bool = False) -> torch.dtype:
     """Return the dtype in which this device multiplies fastest within the error bound of the iteration.
 
-    bf16 on a GPU, and fp32 on a CPU, any of which then gives the same numbers: bf16 takes a hundred times as long where
-    it is emulated, and was measured to take 1.5 to 3 times as long with AVX-512's own; nobody has measured AMX.
-    gram: of the Gram iteration, which squares the condition, so that bf16's eight bits are too few: fp16 on a GPU.
+    On a CPU it is fp32, so that every CPU gives the same numbers: bf16 takes a hundred times as long where it is
+    emulated, and was measured to take 1.5 to 3 times as long with AVX-512's bf16 instructions; AMX was not measured.
+
+    Args:
+        device_type: "cpu", "cuda", ...
+        gram: Whether it is for the Gram iteration, which squares the condition number, so that bf16's eight bits are
+            too few.
+
+    Returns:
+        fp32 on a CPU; on a GPU fp16 for the Gram iteration and bf16 otherwise.
     """
     if device_type == "cpu":
         return torch.float32
     return torch.float16 if gram else torch.bfloat16
 
 
-def resolve_dtype(M: Tensor, asked: str | torch.dtype, gram: bool = False) -> torch.dtype:
-    """Return the dtype in which M is multiplied.  asked: "auto" (`fastest_dtype`), a name or a `torch.dtype`.
+def resolve_dtype(M: Tensor, compute_dtype: str | torch.dtype, gram: bool = False) -> torch.dtype:
+    """Return the dtype in which M is multiplied.
 
-    float64 stays what it is unless a `torch.dtype` is given. Raises: ValueError for a name that is no floating dtype.
+    Args:
+        M: The matrices; float64 stays float64 unless a `torch.dtype` is given.
+        compute_dtype: "auto" for `fastest_dtype`, the name of a dtype, or a `torch.dtype`.
+        gram: Whether it is for the Gram iteration, see `fastest_dtype`.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ValueError: The name is not a floating-point dtype of torch.
     """
-    if isinstance(asked, torch.dtype):
-        return asked
+    if isinstance(compute_dtype, torch.dtype):
+        return compute_dtype
     if M.dtype == torch.float64:
         return torch.float64
-    if asked == "auto":
+    if compute_dtype == "auto":
         return fastest_dtype(M.device.type, gram)
-    dtype = getattr(torch, asked, None)
+    dtype = getattr(torch, compute_dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"compute_dtype is 'auto' or a floating-point dtype of torch, got {asked!r}")
+        raise ValueError(f"compute_dtype is 'auto' or a floating-point dtype such as 'float32', got {compute_dtype!r}")
     return dtype
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiply fp32 matrices in fp32, also where TF32 is allowed: its ten bits are too few for a squared condition."""
+    """Multiply fp32 matrices in fp32 inside this context, also where TF32 is allowed.
+
+    TF32's ten bits are too few for a Gram matrix, whose condition number is squared.
+    """
     matmul = torch.backends.cuda.matmul
     reduced = matmul.fp32_precision == "tf32"
     if reduced:

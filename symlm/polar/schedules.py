@@ -7,10 +7,13 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Coefficients `(a, b, c)` of `X' = aX + (bA + cA²)X`, `A = XXᵀ`, one triple a step.
+    """List the coefficients `(a, b, c)` of `X' = aX + (bA + cA²)X`, `A = XXᵀ`, one triple a step.
 
-    `bound` is the factor by which ‖X‖_F is enlarged before the first step, so that no singular value passes 1.
-    Steps beyond the table repeat the last triple.
+    Args:
+        triples: The coefficients; steps beyond them repeat the last triple.
+        bound: The factor on ‖X‖_F by which X is divided before the first step, so that no singular value exceeds 1
+            by rounding.
+        source: Where the coefficients are from.
     """
 
     triples: tuple[Triple, ...]
@@ -18,14 +21,24 @@ class Schedule:
     source: str
 
     def steps(self, count: int) -> list[Triple]:
-        """Return the first `count` triples.  Raises: ValueError when count < 1."""
+        """Return the coefficients of the first steps.
+
+        Args:
+            count: The number of steps.
+
+        Returns:
+            `count` triples.
+
+        Raises:
+            ValueError: count < 1.
+        """
         if count < 1:
-            raise ValueError(f"Newton-Schulz needs at least one step, got steps={count}")
+            raise ValueError(f"Newton–Schulz needs at least one step, got steps={count}; the default is 5")
         return [self.triples[min(k, len(self.triples) - 1)] for k in range(count)]
 
 
 def _safe(triples: tuple[Triple, ...], factor: float) -> tuple[Triple, ...]:
-    """Shrink every polynomial's argument by `factor`, except the last one's (Polar Express, section 4.4)."""
+    """Divide every polynomial's argument by `factor`, except the last one's (Polar Express, section 4.4)."""
     *head, last = triples
     return (*((a / factor, b / factor**3, c / factor**5) for a, b, c in head), last)
 
@@ -65,7 +78,17 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def get_schedule(name: str) -> Schedule:
-    """Return the named schedule.  Raises: ValueError, listing the names."""
+    """Return the named schedule.
+
+    Args:
+        name: A key of `SCHEDULES`.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: There is no schedule of that name; the message lists the names.
+    """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {sorted(SCHEDULES)}")
     return SCHEDULES[name]

@@ -1,4 +1,4 @@
-"""What each parameter of a model is: every trainable one gets exactly one role, from structure first, names last."""
+"""Roles of a model's parameters: each trainable one is assigned exactly one, from structure first and names last."""
 
 from symlm.roles.assignment import UnplacedParameters, assign_roles, place
 from symlm.roles.role import Role, Site, whole_shape

@@ -1,4 +1,4 @@
-"""Every trainable parameter of a model gets exactly one role, or an error that names it."""
+"""The assignment of exactly one role to every trainable parameter, or an error that names the parameter."""
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -11,22 +11,42 @@ from symlm.roles.structure import classify
 
 
 class UnplacedParameters(ValueError):
-    """Some trainable parameters fit no role; the message names each, and the way to place it."""
+    """Report trainable parameters that fit no role; the message names each, and how to assign one."""
 
 
 def assign_roles(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, Role]:
-    """Return `{parameter name: Role}` for every trainable parameter, tied ones once, under their first name.
+    """Assign a role to every trainable parameter.
 
-    roles: ordered `{pattern: role}`; a pattern is a shell glob over full names, the first match wins.
+    Args:
+        model: The model.
+        roles: Ordered `{pattern: role}` that comes before the structure; a pattern is a shell glob over full names, and
+            the first match wins.
 
-    Raises: UnplacedParameters, naming each parameter without a role; ValueError for an unknown role or a pattern
-    that matches nothing.
+    Returns:
+        `{parameter name: Role}`; a tied parameter has one entry, under its first name.
+
+    Raises:
+        UnplacedParameters: Parameters fit no role; the message names each.
+        ValueError: An unknown role, a pattern that matches nothing, a tied parameter with two roles, or an embedding
+            with sparse gradients.
     """
     return {site.name: role for site, role in place(model, roles)}
 
 
 def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tuple[Site, Role]]:
-    """Return each trainable parameter's site with its role; `assign_roles` for those who need the site too."""
+    """Assign a role to every trainable parameter, as `assign_roles`, and return the sites too.
+
+    Args:
+        model: The model.
+        roles: Ordered `{pattern: role}`, see `assign_roles`.
+
+    Returns:
+        `(site, role)` of each trainable parameter, a tied one once, at its first site.
+
+    Raises:
+        UnplacedParameters: As `assign_roles`.
+        ValueError: As `assign_roles`.
+    """
     patterns = {pattern: _parse_role(role) for pattern, role in (roles or {}).items()}
     sites = list(_sites(model))
     ends = EndMatrices(model)
@@ -42,24 +62,25 @@ def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tupl
         first, before = placed.setdefault(id(site.parameter), (site, role))
         if before is not role:
             raise ValueError(
-                f"one tensor has two roles: {first} is {before}, {site} is {role}; untie it, or say with roles= "
-                f"what it is, e.g. {{{first.name!r}: 'matrix', {site.name!r}: 'matrix'}}"
+                f"one tensor has two roles: {first} is {before}, {site} is {role}; untie it, or assign one role to "
+                f"both names, e.g. roles={{{first.name!r}: 'matrix', {site.name!r}: 'matrix'}}"
             )
-    dead = [pattern for pattern in patterns if pattern not in used]
-    if dead:
-        like = f"; the names are like {sites[0].name!r}" if sites else ", and the model has no trainable one"
-        raise ValueError(f"roles {dead} place no parameter{like}")
+    unmatched = [pattern for pattern in patterns if pattern not in used]
+    if unmatched:
+        example = f"; names look like {sites[0].name!r}" if sites else ", and the model has no trainable one"
+        raise ValueError(f"the patterns {unmatched} in roles match no trainable parameter{example}")
     if unplaced:
         lines = "\n".join(f"  {site}" for site in unplaced)
         remedy = {site.name: "matrix" if len(site.shape) == 2 else "vector" for site in unplaced[:2]}
         raise UnplacedParameters(
-            f"{len(unplaced)} parameters fit no role:\n{lines}\nPlace them by name or pattern, e.g. roles={remedy}, "
-            f"'vector' for what is no matrix (elementwise AdamW); roles are {[str(role) for role in Role]}"
+            f"{len(unplaced)} parameters fit no role:\n{lines}\nAssign roles by name or pattern, e.g. roles={remedy}, "
+            f"'vector' for what is not a matrix (elementwise AdamW); the roles are {[str(role) for role in Role]}"
         )
     return list(placed.values())
 
 
 def _parse_role(role: str) -> Role:
+    """Return the role of that name, or raise ValueError with the names."""
     try:
         return Role(role)
     except ValueError:
@@ -67,10 +88,10 @@ def _parse_role(role: str) -> Role:
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:
-    """Yield every place of every trainable parameter, a tied one more than once."""
+    """Yield every site of every trainable parameter, of a tied one more than once."""
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        for own, parameter in module.named_parameters(recurse=False):
+        for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                name = f"{path}.{own}" if path else own
+                name = f"{path}.{key}" if path else key
                 yield Site(name, parameter, module, modules.get(path.rpartition(".")[0]) if path else None)

@@ -1,4 +1,4 @@
-"""The token matrices at a model's two ends."""
+"""The token matrices at a model's two ends: embeddings and the head."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,14 @@ HEADS = ("lm_head", "output", "embed_out", "output_projection", "unembed", "head
 
 
 class EndMatrices:
-    """The token matrices at a model's two ends, as the model itself names them or as shapes tell."""
+    """Find the token matrices of a model, by its getters, its modules' classes or their shapes.
+
+    Args:
+        model: The model, wrapped or not.
+
+    Raises:
+        ValueError: A trainable embedding has sparse gradients.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.root = model = unwrapped(model)
@@ -17,7 +24,7 @@ class EndMatrices:
         kinds = (nn.Embedding, nn.EmbeddingBag)
         named = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
         if sparse := [path for path, table in named.items() if table.sparse and table.weight.requires_grad]:
-            raise ValueError(f"{sparse} give sparse gradients, which no rule takes: build them with sparse=False")
+            raise ValueError(f"{sparse} give sparse gradients, which no rule accepts: build them with sparse=False")
         tables = list(named.values())
         self.tables = {id(table.weight) for table in tables}
         linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
@@ -28,9 +35,16 @@ class EndMatrices:
         self.has_softmax = bool(tables) and task not in ("regression", "multi_label_classification")
 
     def role(self, site: Site) -> Role | None:
-        """Return the role of a token matrix; a linear layer at the root that is called a head is one too.
+        """Return the role of a parameter if it is a token matrix.
 
-        Unless the model has no tokens, or its loss is told to be no softmax: only that ignores a shared shift.
+        A linear layer at the root with a name of `HEADS` is one too, unless the model has no embedding or its
+        `config.problem_type` names a loss without a softmax: only a softmax ignores a shared shift.
+
+        Args:
+            site: The parameter's site.
+
+        Returns:
+            The role, or None for any other parameter.
         """
         parameter = site.parameter
         is_input = parameter is self.input or id(parameter) in self.tables
@@ -42,7 +56,14 @@ class EndMatrices:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside of torch.compile's, DataParallel's and DDP's wrappers."""
+    """Return the model inside the wrappers of torch.compile, DataParallel and DDP.
+
+    Args:
+        model: The model, wrapped any number of times or not at all.
+
+    Returns:
+        The innermost model.
+    """
     while True:
         wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         inner = model.module if wrapped else getattr(model, "_orig_mod", None)
@@ -52,6 +73,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _weight(model: nn.Module, getter: str) -> nn.Parameter | None:
+    """Return the weight of the module that a model's getter returns, if there is one."""
     try:
         return getattr(getattr(model, getter)(), "weight", None)
     except (AttributeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""What a parameter is: the roles, and the place in a model where a parameter stands."""
+"""The roles, and the site of a parameter in its model."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Role(StrEnum):
-    """The classes of parameters that differ in symmetry.
+    """Name a class of parameters with a symmetry of its own.
 
-    `attention_qkv` is a projection that fuses several of q, k and v, `lora` a low-rank adapter's factor, and `vector`
-    all that is no matrix.
+    `attention_qkv` is a projection that fuses several of q, k and v, `lora` is a factor of a low-rank adapter, `matrix`
+    is any other dense matrix, and `vector` is what is not a matrix.
     """
 
     EMBEDDING = "embedding"
@@ -32,13 +32,27 @@ class Role(StrEnum):
 
 
 def whole_shape(p: Tensor) -> tuple[int, ...]:
-    """Return a parameter's shape, also of one that ZeRO-3 has emptied: it keeps its shape aside between uses."""
+    """Return the full shape of a parameter, also of one that ZeRO-3 has emptied between uses.
+
+    Args:
+        p: The parameter; ZeRO-3 stores the full shape in `ds_shape`.
+
+    Returns:
+        The shape.
+    """
     return tuple(getattr(p, "ds_shape", p.shape))
 
 
 @dataclass(frozen=True)
 class Site:
-    """A parameter where it stands: its first name, the module that holds it and that module's parent."""
+    """Locate a parameter in its model.
+
+    Args:
+        name: The full name.
+        parameter: The parameter.
+        module: The module that holds it.
+        parent: The module that holds that module; None at the root.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -50,20 +64,21 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The whole parameter's."""
+        """The full shape of the parameter, see `whole_shape`."""
         return whole_shape(self.parameter)
 
     @property
     def leaf(self) -> str:
-        """The name that tells the projection: `q_proj` of `...q_proj.weight`, `down_proj` of `...down_proj`."""
-        *path, own = self.name.split(".")
-        return path[-1] if own in ("weight", "bias") and path else own
+        """The name of the projection: `q_proj` for `...q_proj.weight`, `down_proj` for `...down_proj`."""
+        *path, last = self.name.split(".")
+        return path[-1] if last in ("weight", "bias") and path else last
 
     @property
     def transposed(self) -> bool:
-        """Tell whether the module stores [..., inputs, outputs], as Conv1D and some experts do.
+        """Whether the module stores [..., inputs, outputs], as Conv1D and some experts do.
 
-        Experts tell by their shapes: gate and up's last axis is down's middle one, the width, unless they are.
+        Of experts the shapes decide: stored [..., outputs, inputs], the last axis of gate and up and the middle one of
+        down are both the model's width.
         """
         into, out = (getattr(self.module, leaf, None) for leaf in ("gate_up_proj", "down_proj"))
         if isinstance(into, Tensor) and isinstance(out, Tensor) and len(whole_shape(into)) == 3:
@@ -72,7 +87,7 @@ class Site:
 
     @property
     def fused(self) -> str | None:
-        """The order in which the parent's own code lays q, k and v in this projection, if it is a known one."""
+        """The order of q, k and v in this fused projection, if the parent's class is in `FUSED_ATTENTION`."""
         order = FUSED_ATTENTION.get((type(self.parent).__name__, self.leaf))
         return "k v" if order == "q k v" and getattr(self.parent, "is_cross_attention", False) else order
 

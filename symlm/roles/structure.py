@@ -1,4 +1,4 @@
-"""The role of one parameter, from the structure around it first and from names last."""
+"""The role of one parameter, from the structure around it first and from its name last."""
 
 from torch import nn
 
@@ -34,7 +34,15 @@ ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
 
 def classify(site: Site, ends: EndMatrices) -> Role | None:
-    """Place one parameter, or return None; the order of the questions is the order of trust."""
+    """Find the role of one parameter; the order of the tests is the order of trust.
+
+    Args:
+        site: The parameter's site.
+        ends: The token matrices of its model.
+
+    Returns:
+        The role, or None if the structure does not show one.
+    """
     shape, owner = site.shape, type(site.module).__name__
     if role := ends.role(site):
         return role
@@ -52,7 +60,7 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
 
 
 def _classify_linear(site: Site) -> Role | None:
-    """Place a dense projection by its block: attention, MLP, or neither."""
+    """Find the role of a dense projection by its block: attention, MLP, or neither."""
     if site.fused:
         return Role.ATTENTION_QKV
     if site.leaf in FUSED_LEAVES:
@@ -66,6 +74,7 @@ def _classify_linear(site: Site) -> Role | None:
 
 
 def _is_router(site: Site, owner: str) -> bool:
+    """Decide by the class of the module or its parent, or by experts beside a linear layer named gate or router."""
     if owner.lower().endswith("router") or type(site.parent).__name__.lower().endswith("router"):
         return True
     return isinstance(site.module, nn.Linear) and hasattr(site.parent, "experts") and site.leaf in ("gate", "router")

@@ -1,4 +1,4 @@
-"""Rules by elements, which keep no rotation: the baselines and the negative controls."""
+"""Rules by elements, which preserve no rotation: the baselines and the negative controls."""
 
 import torch
 from symlm_kernels.reference import unit_rows
@@ -10,25 +10,59 @@ from symlm.rules.rule import ELEMENTS, rule
 
 @rule(ELEMENTS)
 def sign(M: Tensor) -> Tensor:
-    """Return the sign of every entry: the negative control that Adam stands for."""
+    """Return the sign of every entry, the negative control of the rotation tests.
+
+    Args:
+        M: The momentum, (..., m, n).
+
+    Returns:
+        The directions, same shape, of -1, 0 and 1.
+
+    Source:
+        Scion's sign norm, arXiv 2502.07529; Adam without its means.
+    """
     return M.sign()
 
 
 def brake(X: Tensor) -> Tensor:
-    """Return `√(mean cosh²X)` of each matrix: `1 + γ²/2N` to first order for N entries of `γM/|M|_F`."""
+    """Return AuON's divisor `√(mean cosh²X)` of each matrix, `1 + γ²/2N` to first order for N entries of `γM/|M|_F`.
+
+    Args:
+        X: Matrices, (..., m, n).
+
+    Returns:
+        The divisors, (..., 1, 1).
+
+    Source:
+        arXiv 2509.24320.
+    """
     return X.cosh().square().mean(dim=(-2, -1), keepdim=True).sqrt()
 
 
 def unit_matrix(M: Tensor) -> Tensor:
-    """Return `M/|M|_F`; a zero matrix stays zero.  Shapes: (..., m, n) -> same."""
+    """Scale each matrix to Frobenius norm 1, `M/|M|_F`.
+
+    Args:
+        M: Matrices, (..., m, n).
+
+    Returns:
+        The scaled matrices, same shape; a zero matrix stays zero.
+    """
     return unit_rows(M.flatten(-2)).reshape(M.shape)
 
 
 @rule(ELEMENTS)
 def auon(M: Tensor) -> Tensor:
-    """Return `X/√(mean cosh²X)`, `X = M/|M|_F`: the momentum's own direction, of Frobenius norm near 1.
+    """Return `X/√(mean cosh²X)`, `X = M/|M|_F`: the direction of the momentum itself, of Frobenius norm near 1.
 
-    Source: arXiv 2509.24320, the paper's rule.
+    Args:
+        M: The momentum, (..., m, n).
+
+    Returns:
+        The directions, same shape.
+
+    Source:
+        arXiv 2509.24320, the paper's rule.
     """
     X = unit_matrix(M)
     return X / brake(X)
@@ -36,23 +70,54 @@ def auon(M: Tensor) -> Tensor:
 
 @rule(ELEMENTS, degree=1)
 def auon_unnormalized(M: Tensor) -> Tensor:
-    """Return `M/√(mean cosh²(γM/|M|_F))`, γ = 1.5: not normalized.  Source: arXiv 2509.24320, the code."""
+    """Return `M/√(mean cosh²(γM/|M|_F))`, γ = 1.5, which is not normalized.
+
+    Args:
+        M: The momentum, (..., m, n).
+
+    Returns:
+        The directions, same shape, in the units of M.
+
+    Source:
+        arXiv 2509.24320, the published code, γ as there.
+    """
     return M / brake(1.5 * unit_matrix(M))
 
 
 @rule(ELEMENTS)
 def hybrid_auon(M: Tensor) -> Tensor:
-    """Return `Y/√(mean cosh²Y)`, Y one Newton–Schulz step of `M/|M|_F`.  Source: arXiv 2509.24320, the hybrid."""
+    """Return `Y/√(mean cosh²Y)`, where Y is `M/|M|_F` after one Newton–Schulz step.
+
+    Args:
+        M: The momentum, (..., m, n).
+
+    Returns:
+        The directions, same shape.
+
+    Source:
+        arXiv 2509.24320, the hybrid of the paper.
+    """
     return _hybrid(M, steps=1)
 
 
 @rule(ELEMENTS)
 def hybrid_auon_five(M: Tensor) -> Tensor:
-    """Return the same of five steps, nearly the polar factor, as the code does.  Source: arXiv 2509.24320, the code."""
+    """Return `Y/√(mean cosh²Y)`, where Y is `M/|M|_F` after five Newton–Schulz steps, nearly the polar factor.
+
+    Args:
+        M: The momentum, (..., m, n).
+
+    Returns:
+        The directions, same shape.
+
+    Source:
+        arXiv 2509.24320, the hybrid of the published code.
+    """
     return _hybrid(M, steps=5)
 
 
 def _hybrid(M: Tensor, steps: int) -> Tensor:
+    """Return `Y/√(mean cosh²Y)`, where Y is `M/|M|_F` after `steps` steps with Muon's coefficients."""
     tall = M.shape[-2] > M.shape[-1]
     Y = unit_matrix(M.mT if tall else M)
     for a, b, c in get_schedule("muon").steps(steps):
@@ -63,8 +128,15 @@ def _hybrid(M: Tensor, steps: int) -> Tensor:
 
 @rule(ELEMENTS, elementwise=True)
 def adamw(M: Tensor) -> Tensor:
-    """Return AdamW's first direction from zero state, `M / |M|` entrywise; the optimizer runs torch's own, with state.
+    """Return AdamW's first direction from zero state, `M / |M|` by entries; the optimizer runs torch's AdamW instead.
 
-    Source: Loshchilov & Hutter, arXiv 1711.05101; degree 0 up to its absolute eps.
+    Args:
+        M: The gradient, (..., m, n).
+
+    Returns:
+        The directions, same shape; a zero entry stays zero. AdamW has degree 0 only up to its absolute eps.
+
+    Source:
+        Loshchilov & Hutter, arXiv 1711.05101.
     """
     return M / torch.where(M == 0, 1.0, M.abs())

@@ -1,7 +1,10 @@
-"""ARO: a base rule in coordinates that are rotated anew each step, from the momentum and the base rule itself.
+"""ARO: a base rule f in rotated coordinates; the rotation R is refreshed each step, from the momentum and from f.
 
 `R <- QR(M f(RᵀM)ᵀ + εR)`, `U = R f(RᵀM)`, scaled to an RMS of 1. The rows are the residual stream's dimensions. R is
-state: under M -> QM it moves along, R -> QR, or the map is not equivariant. Source: arXiv 2602.09006.
+state: under M -> QM it has to be moved along, R -> QR, or the map is not equivariant. The term εR is added here.
+
+Source:
+    arXiv 2602.09006.
 """
 
 from collections.abc import Callable
@@ -14,20 +17,38 @@ from torch import Tensor
 from symlm.rules.rule import A_ROTATION, ROTATED_SQUARES, rule
 from symlm.symmetry import Symmetry, rotations, signed_permutations
 
-RETAINED = 1e-3  # ε, relative to the other term: where M says nothing, the old rotation stays, and no QR is singular
+# ε, relative to the other term: where M has no component the old rotation stays, so that no QR is of a singular matrix.
+# The value was chosen here; no record.
+RETAINED = 1e-3
 ROTATED = Symmetry(left=rotations, right=signed_permutations)
 Base = Callable[[Tensor], Tensor]
 
 
 def sinkhorn(M: Tensor, rounds: int = 5) -> Tensor:
-    """Return M after `rounds` of unit rows, then unit columns; whether they take turns is told both ways."""
+    """Scale rows to unit length, then columns, `rounds` times.
+
+    Args:
+        M: Matrices, (..., m, n).
+        rounds: How often; 5 in ARO.
+
+    Returns:
+        The scaled matrices, same shape. Re-implementations differ in whether rows and columns alternate, as here, or
+        are scaled at once.
+    """
     for _ in range(rounds):
         M = unit_rows(unit_rows(M).mT).mT
     return M
 
 
 def pull(base: Base) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `(M, R) -> M f(RᵀM)ᵀ` at M's direction alone, which draws R; of matrices that share one, the pulls add."""
+    """Return the function `(M, R) -> M f(RᵀM)ᵀ`, M at an RMS of 1: the next R is the orthogonal factor of its value.
+
+    Args:
+        base: The base rule f, of matrices (..., m, n).
+
+    Returns:
+        A function of M, (..., m, n), and R, (..., m, m), with values (..., m, m); of matrices that share R they add.
+    """
 
     def pulled(M: Tensor, rotation: Tensor) -> Tensor:
         X = _wide(M)
@@ -37,13 +58,30 @@ def pull(base: Base) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def next_rotation(A: Tensor, R: Tensor, qr: Base | None = None) -> Tensor:
-    """Return `QR(A + εR)`, by `cholesky_qr`, or by `orthonormal`.  Shapes: (..., m, m) twice -> same."""
+    """Compute the next rotation, `QR(A + ε|A|R)` with |A| the RMS singular value of A and ε = `RETAINED`.
+
+    Args:
+        A: The pulls, (..., m, m).
+        R: The rotations before, same shape.
+        qr: The orthogonal factor of a matrix, `cholesky_qr` if None.
+
+    Returns:
+        The rotations, same shape.
+    """
     size = torch.linalg.matrix_norm(A, keepdim=True) / sqrt(A.shape[-1])
     return (qr or cholesky_qr)(A + RETAINED * size * R.to(A.dtype))
 
 
 def refresh(base: Base, qr: Base | None = None) -> Callable[..., dict[str, Tensor]]:
-    """Return `(M, R) -> QR(M f(RᵀM)ᵀ + εR)` for a base f; a rotation that the layer shares is taken as it is."""
+    """Return the function `(M, R) -> QR(M f(RᵀM)ᵀ + εR)`, the `Rule.refresh` of a base rule f.
+
+    Args:
+        base: The base rule f, of matrices (..., m, n).
+        qr: The orthogonal factor of a matrix, `cholesky_qr` if None.
+
+    Returns:
+        A function of M and the rotation with the refreshed state; a `shared_rotation` is returned as it is.
+    """
 
     def refreshed(M: Tensor, rotation: Tensor, shared_rotation: Tensor | None = None) -> dict[str, Tensor]:
         if shared_rotation is not None:
@@ -54,7 +92,16 @@ def refresh(base: Base, qr: Base | None = None) -> Callable[..., dict[str, Tenso
 
 
 def rotate(M: Tensor, R: Tensor, base: Base) -> Tensor:
-    """Return `R f(RᵀM)` at an RMS of 1.  Shapes: M (..., m, n), R (..., m, m) -> as M."""
+    """Compute ARO's direction, `R f(RᵀM)` scaled to an RMS of 1.
+
+    Args:
+        M: The momentum, (..., m, n).
+        R: The rotations, (..., m, m).
+        base: The base rule f.
+
+    Returns:
+        The directions, shape and dtype of M.
+    """
     X = _wide(M)
     R = R.to(X.dtype)
     return unit_rms(R @ base(R.mT @ X)).to(M.dtype)
@@ -62,13 +109,29 @@ def rotate(M: Tensor, R: Tensor, base: Base) -> Tensor:
 
 @rule(ROTATED, state={"rotation": A_ROTATION}, refresh=refresh(sinkhorn), pull=pull(sinkhorn))
 def aro_sinkhorn(M: Tensor, rotation: Tensor) -> Tensor:
-    """Return ARO's direction with rows and columns of unit length as its base."""
+    """Return ARO's direction with `sinkhorn` as its base, the recommended one.
+
+    Args:
+        M: The momentum, (..., m, n).
+        rotation: The refreshed rotation, (..., m, m).
+
+    Returns:
+        The directions, same shape as M, at an RMS of 1.
+    """
     return rotate(M, rotation, sinkhorn)
 
 
 @rule(ROTATED, state={"rotation": A_ROTATION}, refresh=refresh(torch.sign), pull=pull(torch.sign))
 def aro_sign(M: Tensor, rotation: Tensor) -> Tensor:
-    """Return ARO's direction with the sign of each entry as its base."""
+    """Return ARO's direction with the sign of each entry as its base.
+
+    Args:
+        M: The momentum, (..., m, n).
+        rotation: The refreshed rotation, (..., m, m).
+
+    Returns:
+        The directions, same shape as M, at an RMS of 1.
+    """
     return rotate(M, rotation, torch.sign)
 
 
@@ -79,11 +142,20 @@ def aro_sign(M: Tensor, rotation: Tensor) -> Tensor:
     pull=pull(unit_rows),
 )
 def aro_rows(M: Tensor, rotation: Tensor) -> Tensor:
-    """Return ARO's direction with unit rows as its base; a constant M makes it polar(M)."""
+    """Return ARO's direction with unit rows as its base; for a constant M it converges to `polar(M)` at an RMS of 1.
+
+    Args:
+        M: The momentum, (..., m, n).
+        rotation: The refreshed rotation, (..., m, m).
+
+    Returns:
+        The directions, same shape as M, at an RMS of 1.
+    """
     return rotate(M, rotation, unit_rows)
 
 
 def _pull_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> Tensor:
+    """Return the pull of `aro_adam`, whose base divides by the mean square of the old rotation's coordinates."""
     V = squares.to(_wide(M).dtype)
     return pull(lambda Y: over_root(Y, V.lerp(Y.square(), 1 - beta2)))(M, rotation)
 
@@ -91,6 +163,7 @@ def _pull_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> Te
 def _refresh_adam(
     M: Tensor, rotation: Tensor, squares: Tensor, beta2: float, shared_rotation: Tensor | None = None
 ) -> dict[str, Tensor]:
+    """Return the next rotation, and the mean square of the coordinates in it."""
     X = _wide(M)
     R = next_rotation(_pull_adam(M, rotation, squares, beta2), rotation) if shared_rotation is None else shared_rotation
     return {"rotation": R, "squares": squares.to(X.dtype).lerp((R.to(X.dtype).mT @ X).square(), 1 - beta2)}
@@ -98,12 +171,21 @@ def _refresh_adam(
 
 @rule(ROTATED, state={"rotation": A_ROTATION, "squares": ROTATED_SQUARES}, refresh=_refresh_adam, pull=_pull_adam)
 def aro_adam(M: Tensor, rotation: Tensor, squares: Tensor) -> Tensor:
-    """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²`."""
+    """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²`.
+
+    Args:
+        M: The momentum, (..., m, n).
+        rotation: The refreshed rotation R, (..., m, m).
+        squares: The refreshed V, (..., m, n).
+
+    Returns:
+        The directions, same shape as M, at an RMS of 1.
+    """
     return rotate(M, rotation, lambda Y: over_root(Y, squares.to(Y.dtype)))
 
 
 def over_root(X: Tensor, V: Tensor) -> Tensor:
-    """Return `X/√V`, and 0 where V is."""
+    """Return `X/√V` by entries, 0 where V is 0."""
     return X * V.rsqrt().nan_to_num(posinf=0.0)
 
 
@@ -113,21 +195,45 @@ def _wide(M: Tensor) -> Tensor:
 
 
 def unit_rms(M: Tensor) -> Tensor:
-    """Return M scaled to an RMS of 1 over its entries; a zero matrix stays zero.  Shapes: (..., m, n) -> same."""
+    """Scale each matrix to an RMS of 1 over its entries, `√(mn)·M/|M|_F`.
+
+    Args:
+        M: Matrices, (..., m, n).
+
+    Returns:
+        The scaled matrices, same shape; a zero matrix stays zero.
+    """
     return sqrt(M.shape[-2] * M.shape[-1]) * unit_rows(M.flatten(-2)).reshape(M.shape)
 
 
 def orthonormal(A: Tensor) -> Tensor:
-    """Return the Q of Householder's QR with a positive diagonal of R.  Shapes: (..., m, m) -> same."""
+    """Compute the Q of Householder's QR with a positive diagonal of R.
+
+    Args:
+        A: Square matrices, (..., m, m).
+
+    Returns:
+        The orthogonal factors, same shape.
+    """
     Q, R = torch.linalg.qr(A)
     signs = R.diagonal(dim1=-2, dim2=-1).sign()
     return Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
 
 
 def cholesky_qr(A: Tensor) -> Tensor:
-    """Return the same by `K = AᵀA + εI = LLᵀ`, `Q = A L^{-T}`, `Q(3I − QᵀQ)/2`; by Householder where that fails.
+    """Compute the Q of a QR by Cholesky, `K = AᵀA + εI = LLᵀ`, `Q = A L^{-T}`, then one Newton step `Q(3I − QᵀQ)/2`.
 
-    Shapes: (..., m, m) -> same. Fails for a singular A: then K's smallest eigenvalue is the shift. Reads the device.
+    It is inaccurate for a singular A, where K's smallest eigenvalue is the shift ε; there Householder's QR is taken.
+    That choice waits for the device.
+
+    Args:
+        A: Square matrices, (..., m, m).
+
+    Returns:
+        The orthogonal factors, same shape.
+
+    Source:
+        arXiv 2602.09006, shifted Cholesky QR; with `A L^{-T}`, since `A L^{-1}` of some public code is not orthogonal.
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A = A / A.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)

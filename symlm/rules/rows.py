@@ -1,4 +1,4 @@
-"""Rules by rows: what a row's length, of this step or in the mean of steps, makes of the row; and the rows' spread."""
+"""Rules by rows: rows are divided by their length, of this step or in the mean of steps, and may be whitened."""
 
 from math import sqrt
 
@@ -12,32 +12,68 @@ Rows = tuple[Tensor, dict[str, Tensor]]
 
 
 def over_norm(X: Tensor, norm: Tensor) -> Rows:
-    """Return `X_i/|X_i|`, zero rows staying zero.  Shapes: X (..., m, n), norm (..., m, 1)."""
+    """Divide rows by their norms, `X_i/|X_i|`.
+
+    Args:
+        X: Rows, (..., m, n).
+        norm: Their norms, (..., m, 1).
+
+    Returns:
+        The directions, same shape as X, zero rows staying zero; and no state.
+    """
     return X / normal(norm), {}
 
 
 def _bias(beta2: float, step: Tensor | int, X: Tensor) -> Tensor | float:
-    """Return `1 − β₂^t`, what a mean that began at zero has seen of t steps, in the dtype of X."""
+    """Return `1 − β₂^t`, the total weight of t steps in a mean that began at zero, in the dtype of X."""
     return 1 - beta2 ** (step.to(X.dtype) if isinstance(step, Tensor) else step)
 
 
 def over_mean(X: Tensor, norm: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Rows:
-    """Return rows over their mean norms, and these, refreshed."""
+    """Divide rows by their norms in the mean of steps, `X_i·√(1−β₂^t)/r_i`, `r² <- β₂r² + (1−β₂)|X_i|²`.
+
+    Args:
+        X: Rows, (..., m, n).
+        norm: Their norms, (..., m, 1).
+        row_rms: The mean norms r before this step, (..., m, 1).
+        step: The step t, from 1.
+        beta2: The decay β₂ of the mean.
+
+    Returns:
+        The directions, same shape as X; and the state with r refreshed.
+    """
     refreshed = mean_norms(norm, row_rms, beta2)
     return over_rms(X, refreshed, _bias(beta2, step, X)), {"row_rms": refreshed}
 
 
 @rule(ROWS, row_map=over_norm, fused=True)
 def row_norm(M: Tensor) -> Tensor:
-    """Scale each row to unit length, `U_i = M_i / |M_i|`.  Source: arXiv 2605.18106, section 3.3."""
+    """Scale each row to unit length, `U_i = M_i / |M_i|`.
+
+    Args:
+        M: The momentum, (..., m, n).
+
+    Returns:
+        The directions, same shape. A zero row stays zero.
+
+    Source:
+        arXiv 2605.18106, section 3.3.
+    """
     return unit_rows(M)
 
 
 @rule(CENTERED_ROWS, row_map=over_norm, fused=True)
 def centered_row_norm(M: Tensor) -> Tensor:
-    """Return `C D C M`: center, scale rows to unit length, center again.  Rows have length near 1, `1ᵀU = 0`.
+    """Center, scale each row to unit length, and center again, `C D C M`: a softmax ignores a shared shift of all rows.
 
-    Source: arXiv 2605.18106, section 3.4; a shared shift of all rows is invisible to a softmax.
+    Args:
+        M: The momentum, (..., m, n).
+
+    Returns:
+        The directions, same shape, with `1ᵀU = 0`; rows have length near 1.
+
+    Source:
+        arXiv 2605.18106, section 3.4.
     """
     return center(unit_rows(center(M)))
 
@@ -50,10 +86,22 @@ def centered_row_norm(M: Tensor) -> Tensor:
     refresh=lambda M, row_rms, beta2: {"row_rms": mean_norms(row_norms(M), row_rms, beta2)},
 )
 def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
-    """Scale each row by its length in the mean of steps, `U_i = M_i·√(1−β₂^t)/r_i`, `r² <- β₂r² + (1−β₂)|M_i|²`.
+    """Divide each row by its length in the mean of steps, `U_i = M_i·√(1−β₂^t)/r_i`, `r² <- β₂r² + (1−β₂)|M_i|²`.
 
-    Adam's second moment, one number a row, which rotations of the columns leave alone: a token that was not seen lately
-    makes a short step. Source: rows as blocks of one second moment, Adam-mini, Zhang et al., arXiv 2406.16793.
+    It is Adam's second moment with one number a row, which rotations of the columns do not change: a token that did
+    not occur lately makes a short step.
+
+    Args:
+        M: The momentum, (..., m, n).
+        row_rms: The refreshed r, (..., m, 1).
+        step: The step t, from 1.
+        beta2: The decay β₂ of the mean.
+
+    Returns:
+        The directions, same shape as M. A zero row stays zero.
+
+    Source:
+        Adam-mini, arXiv 2406.16793, for one second moment a block.
     """
     return over_rms(M, row_rms, _bias(beta2, step, M))
 
@@ -66,22 +114,41 @@ def row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Te
     refresh=lambda M, row_rms, beta2: {"row_rms": mean_norms(row_norms(center(M)), row_rms, beta2)},
 )
 def centered_row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Tensor:
-    """Do the same on the centered M, and center again: a shared shift of all rows is invisible to a softmax."""
+    """Do `row_adam` on the centered M, and center the result: a softmax ignores a shared shift of all rows.
+
+    Args:
+        M: The momentum, (..., m, n).
+        row_rms: The refreshed mean norms of the rows of the centered M, (..., m, 1).
+        step: The step t, from 1.
+        beta2: The decay β₂ of the mean.
+
+    Returns:
+        The directions, same shape as M, with `1ᵀU = 0`.
+    """
     return center(over_rms(center(M), row_rms, _bias(beta2, step, M)))
 
 
 def whitener(gram: Tensor, rows: int) -> Tensor:
-    """Return nearly `(min(m, n)·K/tr K)^{-1/2}`: rows of unit length and Gram matrix K keep it in the mean."""
+    """Approximate `(min(m, n)·K/tr K)^{-1/2}`; rows of unit length with the Gram matrix K stay near it in the mean.
+
+    Args:
+        gram: The Gram matrices K, (..., n, n).
+        rows: The number m of rows.
+
+    Returns:
+        The roots, (..., n, n), by which the rows are multiplied from the right.
+    """
     return inverse_root(gram) / sqrt(min(rows, gram.shape[-1]))
 
 
 def _spread(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> dict[str, Tensor]:
-    """Return the state that the rows of X leave of a whitened rule."""
-    D, kept = over_mean(X, row_norms(X), row_rms, step, beta2)
-    return {**kept, "gram": gram.lerp(D.mT @ D / X.shape[-2], 1 - beta2)}
+    """Return the refreshed state of a whitened rule: mean norms, and the mean Gram matrix of the rows over these."""
+    D, mean_state = over_mean(X, row_norms(X), row_rms, step, beta2)
+    return {**mean_state, "gram": gram.lerp(D.mT @ D / X.shape[-2], 1 - beta2)}
 
 
 def _whitened(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
+    """Return the rows over their mean norms, times the whitener."""
     return over_rms(X, row_rms, _bias(beta2, step, X)) @ whitener(gram, X.shape[-2])
 
 
@@ -93,11 +160,24 @@ def _whitened(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta
     refresh=_spread,
 )
 def whitened_row_adam(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
-    """Return `D (min(m, n)·K/tr K)^{-1/2}`, D the rows of `row_adam`, `K <- β₂K + (1−β₂)DᵀD/m`.
+    """Whiten the rows D of `row_adam`, `D (min(m, n)·K/tr K)^{-1/2}`, `K <- β₂K + (1−β₂)DᵀD/m`.
 
-    The rows of a head's gradient lie along a few directions, the mean hidden state first; the right Gram matrix in the
-    mean of steps gives the others an equal say. With one step it is `√max(1, m/n)` times `row_then_polar`.
-    Source: the hybrid of arXiv 2605.18106, section 3.6, with Adam's and Shampoo's memory (arXiv 1802.09568).
+    The rows of a head's gradient are concentrated in a few directions, the mean hidden state first; the right Gram
+    matrix in the mean of steps gives the others equal weight. At the first step it is `√max(1, m/n)` times
+    `row_then_polar`.
+
+    Args:
+        M: The momentum, (..., m, n).
+        row_rms: The refreshed r of `row_adam`, (..., m, 1).
+        gram: The refreshed K, (..., n, n).
+        step: The step t, from 1.
+        beta2: The decay β₂ of both means.
+
+    Returns:
+        The directions, same shape as M. A zero row stays zero.
+
+    Source:
+        The hybrid of arXiv 2605.18106, section 3.6, with the means of Adam and of Shampoo (arXiv 1802.09568).
     """
     return _whitened(M, row_rms, gram, step, beta2)
 
@@ -110,5 +190,16 @@ def whitened_row_adam(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | i
     refresh=lambda M, row_rms, gram, step, beta2: _spread(center(M), row_rms, gram, step, beta2),
 )
 def centered_whitened_row_adam(M: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> Tensor:
-    """Do the same on the centered M, and center again: a shared shift of all rows is invisible to a softmax."""
+    """Do `whitened_row_adam` on the centered M, and center the result: a softmax ignores a shared shift of all rows.
+
+    Args:
+        M: The momentum, (..., m, n).
+        row_rms: The refreshed mean norms of the rows of the centered M, (..., m, 1).
+        gram: The refreshed K, (..., n, n).
+        step: The step t, from 1.
+        beta2: The decay β₂ of both means.
+
+    Returns:
+        The directions, same shape as M, with `1ᵀU = 0`.
+    """
     return center(_whitened(center(M), row_rms, gram, step, beta2))

@@ -1,4 +1,4 @@
-"""What an update rule is: a map from a stack of matrices to directions, with the symmetry that it claims."""
+"""The type of an update rule: a map from a stack of matrices to directions, with the symmetry that it claims."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,10 +20,13 @@ ELEMENTS = Symmetry(left=signed_permutations, right=signed_permutations)
 
 @dataclass(frozen=True)
 class State:
-    """One tensor that a rule keeps of a matrix: how it begins for M, and how `M -> L M Rᵀ` moves it.
+    """Describe one state tensor that a rule stores for a matrix: its first value, and how `M -> L M Rᵀ` moves it.
 
-    side: "left" or "right", the factor that moves it; act: from the tensor and that factor; rotations: whether any
-    rotation does, or signed permutations alone.
+    Args:
+        start: Maps matrices (..., m, n) to the state before the first step.
+        side: The factor that moves the state, "left" for L or "right" for R.
+        act: Maps the state and that factor to the moved state.
+        rotations: Whether every rotation can move the state, or signed permutations alone.
     """
 
     start: Callable[[Tensor], Tensor]
@@ -48,10 +51,24 @@ ROTATED_SQUARES = State(torch.zeros_like, "right", lambda V, R: V @ R.abs().mT, 
 
 @dataclass(frozen=True)
 class Rule:
-    """A map (..., m, n) -> (..., m, n) with the symmetry it claims and its degree, `U(cM) = c^degree U(M)`.
+    """Map matrices to directions, `U(M)`, with a claimed symmetry and a degree, `U(cM) = c^degree U(M)` for c > 0.
 
     Call it as `rule(M)`, or `rule(M, polar=f)` to choose how polar factors are computed. A rule with a state s is a map
-    `U(M, s)`, where first `s <- refresh(M, s)`; it keeps the symmetry if s is moved along. `rule(M)` is its first step.
+    `U(M, s)` after `s <- refresh(M, s)`; it preserves its symmetry if s is moved along. `rule(M)` is its first step.
+
+    Args:
+        name: The key in `RULES`.
+        function: Maps M, and what it names of `polar`, `step`, `beta2` and the state, to directions.
+        symmetry: The claim, to which the tests hold the rule.
+        degree: The exponent of a positive factor of M in the result.
+        state: The state tensors by name, empty for a rule without state.
+        refresh: Maps M and the state to the next state.
+        pull: Maps M and the state to the matrix that the next rotation is the orthogonal factor of; None for a rule
+            without a rotation.
+        row_map: Maps rows and their norms to directions, the part of the rule between its centerings; None where rows
+            mix.
+        fused: Whether one Triton kernel does the whole step of a row rule.
+        elementwise: Whether the optimizer runs torch's AdamW in the rule's place, on a tensor of any shape.
     """
 
     name: str
@@ -60,18 +77,37 @@ class Rule:
     degree: int = 0
     state: Mapping[str, State] = field(default_factory=dict)
     refresh: Callable[..., dict[str, Tensor]] | None = None
-    pull: Callable[..., Tensor] | None = None  # what draws a rotation: that of matrices which share one is their sum
-    row_map: Callable[..., Any] | None = None  # the rule, between its centerings, where rows do not mix
-    fused: bool = False  # a row rule whose whole step a Triton kernel does
-    elementwise: bool = False  # torch's own AdamW, which the optimizer runs on whatever shape
+    pull: Callable[..., Tensor] | None = None  # of matrices that share a rotation, the pulls add
+    row_map: Callable[..., Any] | None = None
+    fused: bool = False
+    elementwise: bool = False
 
     def __call__(self, M: Tensor, *, polar: Polar = polar_factor) -> Tensor:
+        """Compute the direction of the first step, `U(M, refresh(M, start(M)))`.
+
+        Args:
+            M: The rule's input, (..., m, n).
+            polar: How polar factors are computed.
+
+        Returns:
+            The directions, same shape.
+
+        Raises:
+            ValueError: M has fewer than two axes.
+        """
         if M.ndim < 2:
-            raise ValueError(f"rule {self.name!r} wants (..., m, n), got shape {tuple(M.shape)}")
+            raise ValueError(f"rule {self.name!r} expects matrices (..., m, n), got shape {tuple(M.shape)}; reshape M")
         return self.direction(M, self.refreshed(M, self.start(M)), polar=polar)
 
     def start(self, M: Tensor) -> dict[str, Tensor]:
-        """Return the state of a matrix that no step has reached."""
+        """Return the state before the first step.
+
+        Args:
+            M: Matrices, (..., m, n); their values do not matter.
+
+        Returns:
+            The state tensors by name.
+        """
         return {key: state.start(M) for key, state in self.state.items()}
 
     def refreshed(
@@ -82,51 +118,86 @@ class Rule:
         shared_rotation: Tensor | None = None,
         step: Any = 1,
     ) -> dict[str, Tensor]:
-        """Return the state that M leaves.
+        """Return the state after a step of M, `refresh(M, s)`.
 
-        beta2: of means over the steps, where the state is one; shared_rotation: the one of its layer, if there is one;
-        step: how often the state was refreshed, this time included.
+        Args:
+            M: The rule's input, (..., m, n).
+            state: The state before the step.
+            beta2: The decay β₂ of the means over steps, where the state is one.
+            shared_rotation: The next rotation, where the matrices of a layer share one.
+            step: How often the state was refreshed, this time included.
+
+        Returns:
+            The state tensors by name; empty for a rule without state.
         """
-        told = {"beta2": beta2, "shared_rotation": shared_rotation, "step": step, **state}
-        return _call(self.refresh, M, told) if self.refresh else {}
+        arguments = {"beta2": beta2, "shared_rotation": shared_rotation, "step": step, **state}
+        return _call(self.refresh, M, arguments) if self.refresh else {}
 
     def pulled(self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95) -> Tensor:
-        """Return what draws the rotation of M.  Shapes: (..., m, n) -> (..., m, m)."""
+        """Return the matrix that the next rotation of M is the orthogonal factor of, up to the share of the old one.
+
+        Args:
+            M: The rule's input, (..., m, n).
+            state: The state before the step.
+            beta2: The decay β₂ of the means over steps, where the state has one.
+
+        Returns:
+            The pulls, (..., m, m); those of matrices that share a rotation add.
+        """
         assert self.pull is not None
         return _call(self.pull, M, {"beta2": beta2, **state})
 
     def direction(
         self, M: Tensor, state: Mapping[str, Tensor], *, polar: Polar = polar_factor, step: Any = 1, beta2: float = 0.95
     ) -> Tensor:
-        """Return `U(M, s)`.  step: how often the state was refreshed, this time included."""
+        """Compute `U(M, s)` for a state s that is refreshed already.
+
+        Args:
+            M: The rule's input, (..., m, n).
+            state: The state after `refreshed`.
+            polar: How polar factors are computed.
+            step: How often the state was refreshed, this time included.
+            beta2: The decay β₂ of the means over steps.
+
+        Returns:
+            The directions, same shape as M.
+        """
         return _call(self.function, M, {"polar": polar, "step": step, "beta2": beta2, **state})
 
     @property
     def row_state_keys(self) -> set[str]:
-        """Return what of the state is a number a row, and lies where the rows do."""
+        """Return the names of the state tensors that have one number a row; they are sharded as the rows are."""
         return {key for key, kind in self.state.items() if self.row_map and kind.side == "left"}
 
     @property
     def whitens(self) -> bool:
-        """Tell whether rows, once mapped, are shared_rotation by their Gram matrix, which is the rest of the state."""
+        """Whether mapped rows are multiplied by the inverse root of their Gram matrix, which is stored as `gram`."""
         return "gram" in self.state
 
     @property
     def spectral(self) -> bool:
-        """Tell whether the rule computes a polar factor."""
+        """Whether the rule computes a polar factor."""
         return "polar" in signature(self.function).parameters
 
 
-def _call(function: Callable[..., Any], M: Tensor, told: Mapping[str, Any]) -> Any:
-    """Call a function of M with what it names of the rest."""
-    return function(M, **{key: value for key, value in told.items() if key in signature(function).parameters})
+def _call(function: Callable[..., Any], M: Tensor, arguments: Mapping[str, Any]) -> Any:
+    """Call a function of M with those of the arguments that are parameters of it."""
+    return function(M, **{key: value for key, value in arguments.items() if key in signature(function).parameters})
 
 
 RULES: dict[str, Rule] = {}
 
 
 def rule(symmetry: Symmetry, **properties: Any) -> Callable[[Callable[..., Any]], Rule]:
-    """Register the decorated function in `RULES` under its own name."""
+    """Register the decorated function in `RULES` under its name.
+
+    Args:
+        symmetry: The claim of the rule.
+        properties: Further fields of `Rule`.
+
+    Returns:
+        The decorator, which replaces the function by its `Rule`.
+    """
 
     def register(function: Callable[..., Any]) -> Rule:
         RULES[function.__name__] = Rule(function.__name__, function, symmetry, **properties)
@@ -136,7 +207,17 @@ def rule(symmetry: Symmetry, **properties: Any) -> Callable[[Callable[..., Any]]
 
 
 def get_rule(name: str) -> Rule:
-    """Return the named rule.  Raises: ValueError, listing the names."""
+    """Return the named rule.
+
+    Args:
+        name: A key of `RULES`.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: There is no rule of that name; the message lists the names.
+    """
     if name not in RULES:
         raise ValueError(f"unknown rule {name!r}; choose one of {sorted(RULES)}")
     return RULES[name]

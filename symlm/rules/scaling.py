@@ -1,4 +1,7 @@
-"""From a direction to a step: the factor that a direction of shape (m, n) is multiplied by."""
+"""The factor by which a direction is multiplied, of its shape alone: m rows (outputs) and n columns (inputs).
+
+`SCALES` has them by name. Each takes `(m, n)` and returns the factor.
+"""
 
 from collections.abc import Callable
 from math import sqrt
@@ -7,32 +10,44 @@ from torch import Tensor
 
 
 def unit(m: int, n: int) -> float:
-    """Return 1: the rule's own size."""
+    """Return 1, which leaves the size that the rule gives."""
     return 1.0
 
 
 def rms_to_rms(m: int, n: int) -> float:
-    """Return `√(m/n)`, which gives a semi-orthogonal update RMS-to-RMS operator norm 1 (arXiv 2310.17813)."""
+    """Return `√(m/n)`, which gives a semi-orthogonal update the RMS-to-RMS operator norm 1.
+
+    Source:
+        arXiv 2310.17813.
+    """
     return sqrt(m / n)
 
 
 def match_adamw_rms(m: int, n: int) -> float:
-    """Return `0.2·√max(m, n)`, which gives a semi-orthogonal update AdamW's RMS 0.2 (arXiv 2502.16982, eq. 4)."""
+    """Return `0.2·√max(m, n)`, which gives a semi-orthogonal update AdamW's RMS, 0.2.
+
+    Source:
+        arXiv 2502.16982, eq. 4.
+    """
     return 0.2 * sqrt(max(m, n))
 
 
 def keller(m: int, n: int) -> float:
-    """Return `√max(1, m/n)` for m outputs and n inputs (Jordan et al. 2024, Muon)."""
+    """Return `√max(1, m/n)`, Muon's factor for m outputs and n inputs.
+
+    Source:
+        Jordan et al. 2024, Muon.
+    """
     return sqrt(max(1.0, m / n))
 
 
 def row_rms(m: int, n: int) -> float:
-    """Return `√n`, which gives a row of unit length RMS 1: a token's vector moves alike at every width."""
+    """Return `√n`, which gives a row of unit length RMS 1, so that a token's vector moves alike at every width."""
     return sqrt(n)
 
 
 def inverse_row_rms(m: int, n: int) -> float:
-    """Return `1/√n`: a unit row, so scaled, changes a logit of inputs with RMS 1 by at most 1 at every width."""
+    """Return `1/√n`: a unit row, so scaled, changes a logit by at most 1 for inputs of RMS 1, at every width."""
     return 1 / sqrt(n)
 
 
@@ -47,12 +62,20 @@ def match_adamw_rms_of_matrix(m: int, n: int) -> float:
 
 
 def adamw_rms(m: int, n: int) -> float:
-    """Return 0.2, which gives a direction of RMS 1 AdamW's RMS (arXiv 2602.09006)."""
+    """Return 0.2, which gives a direction of RMS 1 AdamW's RMS.
+
+    Source:
+        arXiv 2602.09006.
+    """
     return 0.2
 
 
 def inverse_inputs(m: int, n: int) -> float:
-    """Return `1/n`, Scion's size of a sign update of n inputs (arXiv 2502.07529, table 3)."""
+    """Return `1/n`, Scion's factor of a sign update for n inputs.
+
+    Source:
+        arXiv 2502.07529, table 3.
+    """
     return 1 / n
 
 
@@ -74,9 +97,17 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 def nuclear_norm(M: Tensor, U: Tensor, alpha: float = 1.0) -> Tensor:
-    """Scale a polar factor to `ν^α U`, `ν = ⟨M, U⟩`, one ν a matrix (PolarGrad, arXiv 2505.21799, eq. 5).
+    """Scale a polar factor by the nuclear norm, `ν^α U`, `ν = ⟨M, U⟩`, one ν a matrix.
 
-    Shapes: (..., m, n) twice -> (..., m, n). Degree α in M; ν is taken in M's units and may overflow only where
-    the update itself does.
+    Args:
+        M: Matrices, (..., m, n).
+        U: Their polar factors, same shape.
+        alpha: The exponent, which is the degree of the result in M.
+
+    Returns:
+        The scaled factors, same shape. ν overflows only where the result does.
+
+    Source:
+        PolarGrad, arXiv 2505.21799, eq. 5.
     """
     return (M * U).sum(dim=(-2, -1), keepdim=True).clamp(min=0) ** alpha * U

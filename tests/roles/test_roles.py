@@ -66,7 +66,7 @@ def test_the_unplaced_are_named_with_the_remedy():
 def test_bad_overrides_are_refused():
     with pytest.raises(ValueError, match="unknown role 'matrx'"):
         symlm.assign_roles(Odd(), {"mix": "matrx"})
-    with pytest.raises(ValueError, match=r"\['mxi'\] place no parameter"):
+    with pytest.raises(ValueError, match=r"\['mxi'\] in roles match no trainable parameter"):
         symlm.assign_roles(Odd(), {"mxi": "matrix", "mix": "matrix"})
 
 

@@ -212,5 +212,5 @@ def test_rule_survives_fp32_extremes(rule, factor):
 
 
 def test_rule_refuses_a_vector():
-    with pytest.raises(ValueError, match=r"wants \(\.\.\., m, n\)"):
+    with pytest.raises(ValueError, match=r"expects matrices \(\.\.\., m, n\)"):
         RULES["row_norm"](torch.ones(3))
