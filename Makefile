@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: pretrain test lint types setup clean
+.PHONY: pretrain test lint types docs setup clean
 
 pretrain: setup  ## pretrain the embedded default: no network, no GPU
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/pretrain.py
@@ -18,6 +18,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: setup  ## the site, with the API reference, in site/
+	$(BIN)/mkdocs build --strict
 
 setup: $(READY)
 
