@@ -1,4 +1,4 @@
-"""From roles to parameter groups: the table, its presets, a user's overrides, and a description of the result."""
+"""From roles to parameter groups: the default table, presets, a user's overrides, and a description of the result."""
 
 from symlm.routing.describe import describe_routing
 from symlm.routing.param_groups import param_groups

@@ -1,4 +1,4 @@
-"""Routing told: which update each parameter gets, and why."""
+"""A description of the routing: which update each parameter gets, and why."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,20 @@ from symlm.views.storage import view_of
 
 @dataclass(frozen=True)
 class RoutedParameter:
-    """One line of `describe_routing`: what a parameter is and what updates it."""
+    """Describe one parameter, in `describe_routing`.
+
+    Args:
+        name: The parameter's name.
+        role: The role it is assigned.
+        shape: Its full shape.
+        view: The view as text, see `symlm.views.MatrixView`.
+        rule: The name of the rule.
+        scale: The name of the scale.
+        lr_multiplier: Its rate over the dial.
+        products: Whose matrix products or fused rows its update takes, "torch", "triton" or "triton, fused"; "" for
+            neither.
+        why: The reason for the route.
+    """
 
     name: str
     role: str
@@ -35,7 +48,7 @@ class RoutedParameter:
 
 
 class Routing(list[RoutedParameter]):
-    """The routed parameters, a list; printed, one line for each role and view."""
+    """List the routed parameters; `str` is a table with one line for each role and view."""
 
     def __str__(self) -> str:
         lines: dict[tuple[str, ...], list[int]] = {}
@@ -66,11 +79,22 @@ def describe_routing(
     lr: float = 0.02,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Routing:
-    """Return which update each parameter gets, and why; print it for the table.
+    """Describe which update each parameter gets, and why; print the result for a table.
 
-    preset, roles, lr, overrides: as `param_groups`, so that what is told is what is done; kernels: as
-    `symlm.polar.polar`; `products` tells whose matrix products or fused rows that means on the model's device.
-    Raises: as `param_groups`, and RuntimeError where Triton's are asked for in vain.
+    Args:
+        model: The model.
+        preset: As for `param_groups`.
+        roles: As for `param_groups`.
+        kernels: As for `symlm.polar.polar`; it decides `products` on the model's device.
+        lr: As for `param_groups`; it matters only beside absolute rates in `overrides`.
+        overrides: As for `param_groups`.
+
+    Returns:
+        One `RoutedParameter` for each trainable parameter, in agreement with `param_groups` of the same arguments.
+
+    Raises:
+        ValueError: As `param_groups`, for the arguments that they share.
+        RuntimeError: Triton is asked for and cannot run here.
     """
     settings = check_overrides(overrides or {})
     table = overridden(get_preset(preset), settings)
@@ -91,7 +115,7 @@ def describe_routing(
 
 
 def _products(site: Site, role: Role, route: Route, settings: Mapping[str, Any]) -> str:
-    """Name whose products a rule's polar factor is multiplied with, or whose fused step a row rule takes, if any."""
+    """Name whose matrix products a polar factor takes, or whose fused step a row rule takes, if any."""
     _, m, n = view_of(site, role, route.view).shape(site.shape)
     device, kernels = site.parameter.device.type, settings["kernels"]
     if get_rule(route.rule).fused and n <= LARGEST_ROW and site.parameter.dtype == torch.float32:

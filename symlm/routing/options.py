@@ -1,4 +1,4 @@
-"""What a parameter group holds: options with their defaults, the checks of their values, and names."""
+"""The options of a parameter group: their defaults, the checks of their values, and parameters' names."""
 
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
@@ -37,14 +37,23 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-UNCOMPARED = ("params", "param_names", "skipped", "step")  # what is no part of the ranks' common plan
+UNCOMPARED = ("params", "param_names", "skipped", "step")  # not part of the plan on which ranks must agree
 
 
 ROUTED = ("role", "view", "rule", "scale", "outputs", "lr")
 
 
 def refuse_unknown(what: str, key: str, known: Collection[str]) -> None:
-    """Raises: ValueError for a key that is not known, with the one that was meant."""
+    """Refuse a key that is not known.
+
+    Args:
+        what: What the key is, for the message.
+        key: The key.
+        known: The allowed keys.
+
+    Raises:
+        ValueError: The key is not among them; the message has the nearest one, or else all.
+    """
     if key not in known:
         near = get_close_matches(key, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {sorted(known)}"
@@ -52,13 +61,21 @@ def refuse_unknown(what: str, key: str, known: Collection[str]) -> None:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raises: ValueError for a value that no step can use, naming the group."""
+    """Refuse a group with a value that no step can use.
+
+    Args:
+        group: A parameter group with every option.
+
+    Raises:
+        ValueError: A value is unknown or out of range, the rule's state has no place in the view, or a parameter has a
+            dtype that cannot be trained. The message names the group.
+    """
     role, rule, view = group["role"], get_rule(group["rule"]), MatrixView.parse(group["view"])
     if rule.state and (view != WHOLE if rule.row_map else view.unequal):
         needed = "view 'whole'" if rule.row_map else "a view of equal matrices"
         raise ValueError(
-            f"group {role}: rule {rule.name!r} keeps a state, which needs {needed}; it has {view}; give "
-            f"the role another rule, overrides={{{role!r}: {{'rule': 'row_norm'}}}} for one"
+            f"group {role}: rule {rule.name!r} has a state, which needs {needed}, and its view is {view}; set "
+            f"another rule, e.g. overrides={{{role!r}: {{'rule': 'row_norm'}}}}"
         )
     get_schedule(group["schedule"]).steps(group["steps"])
     choices = {
@@ -76,9 +93,15 @@ def check_group(group: dict[str, Any]) -> None:
         if group[key] not in allowed:
             raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
     if group["lr"] < 0 or not 0 <= group["momentum"] < 1 or group["weight_decay"] < 0:
-        raise ValueError(f"group {role}: lr and weight_decay are not negative, 0 <= momentum < 1")
+        raise ValueError(
+            f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
+            f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
+        )
     if not all(0 <= beta < 1 for beta in group["betas"]) or group["eps"] < 0:
-        raise ValueError(f"group {role}: 0 <= beta < 1 and eps is not negative, got {group['betas']}, {group['eps']}")
+        raise ValueError(
+            f"group {role}: betas must have 0 <= beta < 1 and eps must not be negative, "
+            f"got {group['betas']}, {group['eps']}"
+        )
     resolve_dtype(torch.empty(0), group["compute_dtype"])
     for name, p in named_parameters(group):
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
@@ -86,13 +109,20 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a group's parameters with their names, or with the role's where they have none."""
+    """Yield a group's parameters with their names.
+
+    Args:
+        group: A parameter group.
+
+    Returns:
+        `(name, parameter)`; without names `role[k]` stands for the k-th.
+    """
     names = group.get("param_names", ())
-    if len(names) != len(group["params"]):  # none were given, or one partition stands for many parameters
+    if len(names) != len(group["params"]):  # groups without names, or one partition for many parameters
         names = [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
     return zip(names, group["params"], strict=True)
 
 
 def key_of(group: dict[str, Any]) -> tuple[str, str]:
-    """Return what tells a group from the others of a model."""
+    """Return the key that is unique to a group among those of a model, `(role, view)`."""
     return group["role"], group["view"]

@@ -1,4 +1,4 @@
-"""From a model to parameter groups: roles, the table and a user's overrides together."""
+"""From a model to parameter groups: its roles, the table and a user's overrides together."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ from symlm.views.storage import view_of
 
 
 class PlacedParameters(list[tuple[str, nn.Parameter]]):
-    """A group's named parameters, and in `holders` the module that holds each: DeepSpeed puts others in their place."""
+    """List a group's named parameters; `holders` has the module of each, in which DeepSpeed may replace it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,13 +36,22 @@ def param_groups(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     roles: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for `SymOptimizer`, one for each role and view, all metadata plain values.
+    """Make the parameter groups of a model for `SymOptimizer`, one for each role and view, with plain values.
 
-    lr: the one dial; a group's rate is `lr` times its route's multiplier.
-    overrides: `{role: {key: value}}`, absolute values for the groups of a role, e.g. `{"lm_head": {"lr": 5e-3}}`.
-    roles: ordered `{pattern: role}` for parameters that the structure does not tell, see `assign_roles`.
+    Args:
+        model: The model.
+        lr: The one dial; a group's rate is `lr` times the multiple of its route.
+        preset: The table, a name of `symlm.PRESETS`.
+        overrides: `{role: {key: value}}`, absolute values for the groups of a role, e.g. `{"lm_head": {"lr": 5e-3}}`.
+        roles: Ordered `{pattern: role}` for parameters whose role the structure does not show, see `assign_roles`.
 
-    Raises: ValueError for lr <= 0, complex parameters, an unknown preset, role, rule, scale or view.
+    Returns:
+        The groups.
+
+    Raises:
+        ValueError: lr <= 0, complex parameters, no trainable parameter, or an unknown preset, role, key, rule, scale
+            or view.
+        UnplacedParameters: Parameters fit no role.
     """
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
@@ -51,23 +60,33 @@ def param_groups(
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for site, role in place(model, roles):
         if site.parameter.is_complex():
-            raise ValueError(f"{site}: complex parameters have no route")
+            raise ValueError(f"{site}: complex parameters have no route; store real and imaginary parts, or freeze it")
         view = str(view_of(site, role, table[role].view))
         group = groups.setdefault((role, view), _group(role, view, table[role], lr, settings.get(role, {})))
         group["params"].add(site)
     if not groups:
-        raise ValueError("the model has no trainable parameter")
+        raise ValueError("the model has no trainable parameter; set requires_grad on those to train")
     return list(groups.values())
 
 
 ROUTE_KEYS = ("rule", "view", "scale")
 
 
-OVERRIDABLE = {*DEFAULTS, *ROUTED} - {"nonfinite"}  # what a bad gradient does is the optimizer's to say
+OVERRIDABLE = {*DEFAULTS, *ROUTED} - {"nonfinite"}  # a non-finite gradient skips the step for all roles together
 
 
 def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, dict[str, Any]]:
-    """Return overrides by role.  Raises: ValueError for a role, key, rule, scale, view or rate that is none."""
+    """Check overrides and return them by role.
+
+    Args:
+        overrides: `{role: {key: value}}`, as for `param_groups`.
+
+    Returns:
+        The same, with roles as keys.
+
+    Raises:
+        ValueError: An unknown role, key, rule, scale or view, or a rate that is not positive.
+    """
     names = [str(role) for role in Role]
     for role, values in overrides.items():
         if role not in names:
@@ -85,19 +104,28 @@ def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, di
 
 
 def overridden(table: Table, settings: Mapping[Role, Mapping[str, Any]]) -> dict[Role, Route]:
-    """Return the table with the rules, views and scales that a user set."""
-    own = {role: {k: v for k, v in values.items() if k in ROUTE_KEYS} for role, values in settings.items()}
-    return {role: _changed_route(route, own.get(role, {})) for role, route in table.items()}
+    """Return a table with the rules, views and scales that a user set.
+
+    Args:
+        table: The route of every role.
+        settings: The overrides by role, of which the keys in `ROUTE_KEYS` count.
+
+    Returns:
+        The changed table.
+    """
+    changes = {role: {k: v for k, v in values.items() if k in ROUTE_KEYS} for role, values in settings.items()}
+    return {role: _changed_route(route, changes.get(role, {})) for role, route in table.items()}
 
 
 def _changed_route(route: Route, changes: Mapping[str, Any]) -> Route:
-    """Change a route; what becomes elementwise leaves the rates behind that its scale gave a meaning."""
+    """Change a route; one that becomes elementwise takes `ADAMW`'s rates, as its own were for another scale."""
     becomes = get_rule(changes.get("rule", route.rule)).elementwise and not get_rule(route.rule).elementwise
     return replace(replace(ADAMW, view=route.view) if becomes else route, **changes)
 
 
 def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    free = {key: value for key, value in settings.items() if key not in ROUTE_KEYS}
+    """Return a parameter group without parameters: the route's values, then those that the user set."""
+    options = {key: value for key, value in settings.items() if key not in ROUTE_KEYS}
     return {
         "params": PlacedParameters(),
         "lr": lr * route.lr,
@@ -106,7 +134,7 @@ def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: di
         "outputs": "columns" if route.view == "transposed" else "rows",
         "rule": route.rule,
         "scale": route.scale,
-        "weight_decay_multiplier": 1.0 if "weight_decay" in free else route.weight_decay,
+        "weight_decay_multiplier": 1.0 if "weight_decay" in options else route.weight_decay,
         **route.options,
-        **free,
+        **options,
     }

@@ -1,4 +1,8 @@
-"""THE table: which view, rule, scale and rate each role gets. A row that claims too much is refused at import."""
+"""The default table: the view, rule, scale and rate of each role. A route that claims too much is refused at import.
+
+Rates are multiples of the one dial, which is 0.02 by default. "LOG" is recipes/LOG.md, by the date of an entry; the
+runs that chose these numbers have width 128 and 300 or 400 steps, and the scales carry the rates to other widths.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +21,7 @@ SYMMETRIES: dict[Role, Symmetry] = {
     Role.TIED_EMBEDDING: Symmetry(permutations, rotations),
     Role.LM_HEAD: Symmetry(permutations, rotations, shift=True),
     Role.ROUTER: Symmetry(permutations, rotations, shift=True),
-    # RoPE leaves q and k only one rotation per frequency pair; the group here is that of the head without it.
+    # RoPE leaves q and k only one rotation per frequency pair; the group here is that of a head without RoPE.
     Role.ATTENTION_Q: Symmetry(rotations, rotations),
     Role.ATTENTION_K: Symmetry(rotations, rotations),
     Role.ATTENTION_V: Symmetry(rotations, rotations),
@@ -36,9 +40,16 @@ SYMMETRIES: dict[Role, Symmetry] = {
 
 @dataclass(frozen=True)
 class Route:
-    """One row of the table: `lr` and `weight_decay` multiply the optimizer's own; `why` is for the reader.
+    """Describe what updates the parameters of a role.
 
-    `options` are the optimizer's own, as this route wants them; what the user gives comes first.
+    Args:
+        rule: A name of `symlm.rules.RULES`.
+        view: The split into matrices, one of `GRANULARITIES`.
+        scale: The factor on the direction, a name of `symlm.rules.scaling.SCALES`.
+        lr: The multiple of the optimizer's rate.
+        weight_decay: The multiple of the optimizer's weight decay.
+        why: The reason, for the reader of `describe_routing`.
+        options: Options of the optimizer for this role; those that the user sets come first.
     """
 
     rule: str
@@ -56,33 +67,44 @@ Table = Mapping[Role, Route]
 def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Role, Route]:
     """Check a table and return it.
 
-    Raises: ValueError for a missing role, an unknown view or scale, or a rule whose claim does not cover the role's
-    symmetry. A `baseline` breaks symmetry on purpose (Adam is one) and skips that last question alone.
+    Args:
+        routes: The route of every role.
+        baseline: Whether the table breaks symmetries on purpose, as Adam's does; this skips only the last check.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: A role is missing, a rule, view or scale is unknown, or a role's symmetry is larger than the claim
+            of its rule.
     """
     missing = [str(role) for role in Role if role not in routes]
     if missing:
-        raise ValueError(f"the table has no route for {missing}")
+        raise ValueError(f"the table has no route for {missing}; give one for every role")
     for role, route in routes.items():
         claim = get_rule(route.rule).symmetry
-        if route.view not in GRANULARITIES or route.scale not in SCALES:
-            raise ValueError(
-                f"route of {role}: view {route.view!r} is one of {GRANULARITIES}, "
-                f"scale {route.scale!r} of {list(SCALES)}"
-            )
+        for key, name, allowed in (("view", route.view, GRANULARITIES), ("scale", route.scale, list(SCALES))):
+            if name not in allowed:
+                raise ValueError(f"route of {role}: unknown {key} {name!r}; choose one of {allowed}")
         if not baseline and not SYMMETRIES[role] <= claim:
             raise ValueError(
-                f"route of {role}: its symmetry {SYMMETRIES[role]} is larger than what {route.rule!r} keeps, {claim}"
+                f"route of {role}: its symmetry {SYMMETRIES[role]} is larger than what {route.rule!r} preserves, "
+                f"{claim}; choose a rule that claims more, or baseline=True"
             )
     return dict(routes)
 
 
-# Rates, momenta and Nesterov's look-ahead were chosen at width 128 (recipes/LOG.md); rows' scales carry them to others.
+# Nesterov momentum for every role with momentum: LOG 2026-11-21, "the embedded default", 14 trials.
 NESTEROV = {"nesterov": True}
 
 
+# 0.85 for attention and MLP: LOG 2026-11-22, "seventeen dials in twenty-four runs" (before: 0.9, LOG 2026-11-21, "rows
+# with a second moment"). LORA and MATRIX have the same value without a run of their own.
 _INNER_MEAN = {"nesterov": True, "momentum": 0.85}
 
 
+# 0.5 for all inner matrices, 0.01 at the dial 0.02: LOG 2026-11-21, "the embedded default". The seventeen-dial
+# screening (LOG 2026-11-22) found that one inner rate does not matter within a factor of two, and v and o are better whole.
 HEADS_APART = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_INNER_MEAN)
 
 
@@ -95,11 +117,16 @@ _IN = Route("left_spectral", lr=0.5, why="rows are neurons", options=_INNER_MEAN
 _OUT = replace(_IN, view="transposed", why="rows are neurons, permuted with gate and up")
 
 
+# 0.75 (an RMS of 0.015 an entry at the dial 0.02) and momentum 0.7: LOG 2026-11-22, "seventeen dials in twenty-four
+# runs", the bold line. No weight decay of embedding, head and router: as in the README of the paper's code; LOG
+# 2026-11-21, "twenty more tries", has one run with it for the embedding, which is worse.
 _TOKENS = Route(
     "row_adam", "whole", "row_rms", 0.75, 0.0, "a row is a token, rare or frequent", {"nesterov": True, "momentum": 0.7}
 )
 
 
+# 15.0 (1.3 times the rate before), momentum 0.8 and β₂ 0.98: LOG 2026-11-22, "seventeen dials in twenty-four runs". β₁
+# of `betas` is not used by this rule. The whitened rule: LOG 2026-11-22, "a whitened head is the default".
 _LOGITS = Route(
     "centered_whitened_row_adam",
     "whole",
@@ -111,15 +138,20 @@ _LOGITS = Route(
 )
 
 
+# 5.6 was the head's rate, a row length of 0.01 at the dial 0.02 and width 128: LOG 2026-11-21, "the embedded default".
+# No run chose it for the router; the MoE bench (LOG 2026-11-22, "bench small, MoE") ran at it. Momentum: 0.95.
 _EXPERTS = Route("centered_row_norm", "whole", "inverse_row_rms", 5.6, 0.0, "top-k softmax ignores it too", NESTEROV)
 
 
-ADAMW = Route("adamw", scale="unit", lr=0.5, weight_decay=0.0, why="no matrix: elementwise")
+# 0.5 is a rate of 0.01 for gains and biases: LOG 2026-11-22, "a whitened head is the default" (twice the rate before).
+# No weight decay: chosen here; no record.
+ADAMW = Route("adamw", scale="unit", lr=0.5, weight_decay=0.0, why="not a matrix: elementwise")
 
 
 ROUTES: dict[Role, Route] = make_table(
     {
         Role.EMBEDDING: _TOKENS,
+        # The head's options: LOG 2026-11-22, 4.066 whitened and 3.901 with the screened options, on one seed each.
         Role.TIED_EMBEDDING: replace(
             _LOGITS, rule="whitened_row_adam", why="a row is a token; tied, so no shared shift"
         ),
@@ -132,6 +164,7 @@ ROUTES: dict[Role, Route] = make_table(
         Role.MLP_OUT: _OUT,
         Role.EXPERT_IN: replace(_IN, why="rows are neurons, one matrix an expert"),
         Role.EXPERT_OUT: replace(_OUT, why="rows are neurons, one matrix an expert"),
+        # 0.5 as for the other inner matrices; no run of these roles is recorded.
         Role.LORA: Route("polar", lr=0.5, why="a low-rank adapter's factor", options=_INNER_MEAN),
         Role.MATRIX: Route("polar", lr=0.5, why="a dense matrix", options=_INNER_MEAN),
         Role.VECTOR: ADAMW,

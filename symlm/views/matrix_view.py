@@ -1,4 +1,4 @@
-"""MatrixView: a stored tensor as stacks of matrices (b, m, n), by a pattern that is also its exact inverse."""
+"""MatrixView: a stored tensor as a stack of matrices (b, m, n), by a pattern that also gives the exact inverse."""
 
 import re
 from dataclasses import dataclass, field
@@ -19,12 +19,16 @@ def _axes(side: str) -> list[Axis]:
 
 @dataclass(frozen=True)
 class MatrixView:
-    """A rearrangement `"stored -> b m n"` in the notation of einops, without a copy where strides allow.
+    """Rearrange a stored tensor into matrices, `"stored -> b m n"` as einops writes it, with no copy if strides allow.
 
-    Axes in parentheses are merged, row-major; a `1` on the right is a new axis. `sizes` gives those that the
-    stored shape does not tell. A size that is a sum names an axis of unequal blocks, each a stack of its own
-    (`sections`): fused q, k and v. Blocks that stack differently have a right side each, set apart by `|`.
-    `str(view)` is plain text for a parameter group; `MatrixView.parse` reads it.
+    Axes in parentheses are merged, row-major; a `1` on the right is a new axis. An axis of several sizes is one of
+    unequal blocks, as of fused q, k and v; each block is a stack of its own (`sections`). Blocks that stack differently
+    have one right side each, separated by `|`. `str(view)` is plain text for a parameter group, which
+    `MatrixView.parse` reads.
+
+    Args:
+        pattern: The axes of the stored tensor and of the stack.
+        sizes: The lengths that the stored shape does not determine, by axis; several lengths for unequal blocks.
 
     >>> str(MatrixView("(h m) n -> h m n", {"h": (16,)}))
     '(h m) n -> h m n, h=16'
@@ -40,10 +44,20 @@ class MatrixView:
     @classmethod
     @lru_cache(maxsize=4096)
     def parse(cls, text: str) -> "MatrixView":
-        """Read the form that `str` writes.  Raises: ValueError for any other text."""
+        """Read the text that `str` writes.
+
+        Args:
+            text: `"pattern, axis=size, axis=size+size"`.
+
+        Returns:
+            The view.
+
+        Raises:
+            ValueError: The text has another form.
+        """
         pattern, *sizes = (part.strip() for part in text.split(","))
         if pattern.count("->") != 1:
-            raise ValueError(f"a view reads 'stored -> b m n, axis=size', got {text!r}")
+            raise ValueError(f"a view has the form 'stored -> b m n, axis=size', got {text!r}")
         named = (size.split("=") for size in sizes)
         return cls(pattern, {key: tuple(int(part) for part in value.split("+")) for key, value in named})
 
@@ -53,32 +67,34 @@ class MatrixView:
 
     @cached_property
     def _sides(self) -> tuple[list[Axis], list[Axis]]:
-        """Return the axes of the stored tensor and of the stack; of the first block's, if there are several."""
+        """Return the axes of the stored tensor and of the stack, of the first block's stack if there are several."""
         left, right = self.pattern.split("->")
         stored, stacks = _axes(left), [_axes(stack) for stack in right.split("|")]
         flat = sorted(name for axis in stored for name in axis)
         for stack in stacks:
             if flat != sorted(n for axis in stack for n in axis if n != "1") or len(stack) != 3:
-                raise ValueError(f"{self.pattern!r} is no rearrangement into three axes b m n")
+                raise ValueError(
+                    f"{self.pattern!r} is not a rearrangement into three axes b m n; each side needs all axes"
+                )
         if len(stacks) not in (1, *(len(self.sizes[key]) for key in self.unequal)):
-            raise ValueError(f"view {self} has {len(stacks)} right sides for another number of blocks")
+            raise ValueError(f"view {self} has {len(stacks)} right sides; give one, or one for each unequal block")
         return stored, stacks[0]
 
     @property
     def axes(self) -> int:
-        """Return how many axes the stored tensor has."""
+        """The number of axes of the stored tensor."""
         return len(self._sides[0])
 
     @property
     def unequal(self) -> list[str]:
-        """Return the axes that are cut in blocks of unequal size."""
+        """The axes that are split into blocks of unequal size."""
         return [key for key, size in self.sizes.items() if len(size) > 1]
 
     def _lengths(self, shape: tuple[int, ...]) -> dict[str, int]:
-        """Solve for every axis length of a stored tensor of this shape."""
+        """Return the length of every axis for a stored tensor of this shape."""
         stored, _ = self._sides
         if len(stored) != len(shape):
-            raise ValueError(f"view {self} wants a tensor of {len(stored)} axes, got shape {tuple(shape)}")
+            raise ValueError(f"view {self} expects a tensor of {len(stored)} axes, got shape {tuple(shape)}")
         lengths = {"1": 1, **{key: sum(size) for key, size in self.sizes.items()}}
         for axis, length in zip(stored, shape, strict=True):
             known = prod(lengths[name] for name in axis if name in lengths)
@@ -89,12 +105,33 @@ class MatrixView:
         return lengths
 
     def shape(self, stored_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Return (b, m, n) for a stored shape.  Raises: ValueError when the sizes do not divide it."""
-        self._lengths(stored_shape)  # of one tensor alone
+        """Return the shape of the stack.
+
+        Args:
+            stored_shape: The shape of one stored tensor.
+
+        Returns:
+            `(b, m, n)`.
+
+        Raises:
+            ValueError: The sizes do not divide the shape, or it has another number of axes.
+        """
+        self._lengths(stored_shape)  # refuses the extra axis in front that `_rearrangement` accepts
         return _rearrangement(self, tuple(stored_shape)).stack
 
     def sections(self, stored: Tensor) -> list[tuple["MatrixView", Tensor]]:
-        """Return the blocks of unequal size, each a view of the stored tensor with the MatrixView that reads it."""
+        """Split a stored tensor into its blocks of unequal size.
+
+        Args:
+            stored: One stored tensor, or several of one shape with one more axis in front.
+
+        Returns:
+            `(view, block)` of each block: a torch view of `stored`, and the MatrixView that reads it. A view without
+            unequal blocks gives itself and `stored`.
+
+        Raises:
+            ValueError: The sizes do not divide the shape.
+        """
         if not self.unequal:
             return [(self, stored)]
         left, _ = self._sides
@@ -108,11 +145,20 @@ class MatrixView:
         stacks = self.pattern.split("->")[1].split("|")
         each = stacks if len(stacks) > 1 else stacks * len(blocks)
         return [
-            (MatrixView(f"{' '.join(names)} -> {own.strip()}"), part) for own, part in zip(each, blocks, strict=True)
+            (MatrixView(f"{' '.join(names)} -> {stack.strip()}"), part)
+            for stack, part in zip(each, blocks, strict=True)
         ]
 
     def of_interval(self, shape: tuple[int, ...], intervals: tuple[tuple[int, int], ...]) -> "MatrixView | None":
-        """Return the view of one part of the flat stored tensor, if every part holds whole matrices; else None."""
+        """Return the view of one part of the flat stored tensor, if every part holds whole matrices.
+
+        Args:
+            shape: The shape of the stored tensor.
+            intervals: `(start, stop)` of each part in the flat tensor.
+
+        Returns:
+            The view that reads a part with any number of whole matrices; None if some part splits a matrix.
+        """
         if all(edge in (0, prod(shape)) for interval in intervals for edge in interval):
             return self
         left, right = self._sides
@@ -127,21 +173,46 @@ class MatrixView:
         return MatrixView(self.pattern, {**sizes, **inner})
 
     def to_matrices(self, stored: Tensor) -> Tensor:
-        """Return the stack (b, m, n) of a stored tensor; a view of it where strides allow.
+        """Return the stack of a stored tensor, a torch view of it where strides allow.
 
-        stored: also many of one shape, with an axis more in front: their stacks one behind the other.
+        Args:
+            stored: One stored tensor, or k of one shape with one more axis in front.
+
+        Returns:
+            The stack, (b, m, n); of k tensors their stacks one after the other, (k·b, m, n).
+
+        Raises:
+            ValueError: The sizes do not divide the shape, or it has another number of axes.
         """
-        found = _rearrangement(self, tuple(stored.shape))
-        return stored.reshape(found.split).permute(found.order).reshape(found.stack)
+        split, order, stack, _ = _rearrangement(self, tuple(stored.shape))
+        return stored.reshape(split).permute(order).reshape(stack)
 
     def from_matrices(self, stack: Tensor, stored_shape: tuple[int, ...]) -> Tensor:
-        """Invert `to_matrices`: (b, m, n) -> a tensor of `stored_shape`."""
-        found = _rearrangement(self, tuple(stored_shape))
-        return stack.reshape([found.split[k] for k in found.order]).permute(found.back).reshape(stored_shape)
+        """Return the stored tensor of a stack, the exact inverse of `to_matrices`.
+
+        Args:
+            stack: The matrices, (b, m, n).
+            stored_shape: The shape that `to_matrices` was given.
+
+        Returns:
+            A tensor of that shape.
+
+        Raises:
+            ValueError: The sizes do not divide the shape, or it has another number of axes.
+        """
+        split, order, _, back = _rearrangement(self, tuple(stored_shape))
+        return stack.reshape([split[k] for k in order]).permute(back).reshape(stored_shape)
 
 
 class Rearrangement(NamedTuple):
-    """A view of one stored shape: its axes split, their order in the stack, the stack's shape, and the order back."""
+    """Hold a view of one stored shape.
+
+    Args:
+        split: The stored shape with merged axes split.
+        order: The permutation of these axes to the stack's order.
+        stack: The stack's shape, (b, m, n).
+        back: The inverse permutation.
+    """
 
     split: list[int]
     order: list[int]
@@ -149,12 +220,13 @@ class Rearrangement(NamedTuple):
     back: list[int]
 
 
-@lru_cache(maxsize=4096)  # of every batch of every step
+@lru_cache(maxsize=4096)  # it is asked for every batch of every step
 def _rearrangement(view: MatrixView, shape: tuple[int, ...]) -> Rearrangement:
+    """Return the rearrangement of one stored shape, or of several tensors of it with one more axis in front."""
     left, right = view._sides
     first = max(0, len(shape) - len(left))
     if first > 1:
-        raise ValueError(f"view {view} wants tensors of {len(left)} axes, or many with one in front, got shape {shape}")
+        raise ValueError(f"view {view} expects {len(left)} axes, or many with one in front, got shape {shape}")
     many, lengths = shape[:first], view._lengths(shape[first:])
     source = [name for axis in left for name in axis]
     target = [name for axis in right for name in axis if name != "1"]

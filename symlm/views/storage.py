@@ -1,4 +1,4 @@
-"""How a parameter is stored where it stands, and the view that its route asks for."""
+"""The view of a parameter: its storage from its module, its split into matrices from its route."""
 
 from symlm.roles.role import Role, Site
 from symlm.views.matrix_view import MatrixView
@@ -19,30 +19,62 @@ TRANSPOSED_STACK = MatrixView("b n m -> b m n")
 
 
 def row_heads(heads: int, transposed: bool = False) -> MatrixView:
-    """q, k, v, stored `[h·head_dim, d]` (or its transpose), as one (head_dim, d) matrix a head."""
+    """Return the view of q, k or v, stored `[h·head_dim, d]`, as one (head_dim, d) matrix a head.
+
+    Args:
+        heads: The number h of heads.
+        transposed: Whether it is stored `[d, h·head_dim]`.
+
+    Returns:
+        The view.
+    """
     return MatrixView(_stored("(h m)", "n", transposed) + " -> h m n", {"h": (heads,)})
 
 
 def column_heads(heads: int, transposed: bool = False) -> MatrixView:
-    """o, stored `[d, h·head_dim]` (or its transpose), as one (d, head_dim) matrix a head."""
+    """Return the view of o, stored `[d, h·head_dim]`, as one (d, head_dim) matrix a head.
+
+    Args:
+        heads: The number h of heads.
+        transposed: Whether it is stored `[h·head_dim, d]`.
+
+    Returns:
+        The view.
+    """
     return MatrixView(_stored("m", "(h n)", transposed) + " -> h m n", {"h": (heads,)})
 
 
 def gate_up(transposed: bool, concatenated: bool, paired: bool) -> MatrixView:
-    """Experts' fused gate and up: separate (r, d) matrices, or one (r, 2d) matrix whose row is a neuron's pair.
+    """Return the view of the fused gate and up of E experts, stored `[E, 2r, d]`.
 
-    `transposed` stores `[E, d, 2r]`, else `[E, 2r, d]`; `concatenated` puts all gates first, else they alternate.
+    Args:
+        transposed: Whether they are stored `[E, d, 2r]`.
+        concatenated: Whether all gate neurons come first; else gate and up alternate.
+        paired: Whether a matrix is (r, 2d), each row the gate and the up weights of one neuron; else gate and up are
+            separate (r, d) matrices.
+
+    Returns:
+        The view.
     """
     stored = _stored("(p m)" if concatenated else "(m p)", "n", transposed)
     return MatrixView(f"b {stored} -> {'b m (p n)' if paired else '(b p) m n'}", {"p": (2,)})
 
 
 def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
-    """Return the view of a parameter where it stands: its storage from its module, its split from the route.
+    """Return the view of a parameter: its storage from its module, its split from the route.
 
-    granularity: "whole", "heads" (attention), "qk_heads" (those of q and k; v and o whole), "transposed" (neurons of a
-    down projection as rows) or "pair" (gate and up of a neuron in one row).
-    Raises: ValueError when head counts do not divide the projection.
+    Args:
+        site: The parameter's site.
+        role: Its role.
+        granularity: The split: "whole"; "heads", one matrix a head for attention; "qk_heads", heads of q and k, v and o
+            whole; "transposed", the neurons of a down projection as rows; or "pair", gate and up of a neuron in one
+            row.
+
+    Returns:
+        The view.
+
+    Raises:
+        ValueError: The module has no head dimension, or it does not divide the projection.
     """
     axes = len(site.shape)
     if role is Role.VECTOR or axes < 2:
@@ -62,10 +94,12 @@ def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
 
 
 def _stored(outputs: str, inputs: str, transposed: bool) -> str:
+    """Return the two axes in the order in which they are stored."""
     return f"{inputs} {outputs}" if transposed else f"{outputs} {inputs}"
 
 
 def _rows_as_vectors(ndim: int) -> MatrixView:
+    """Return the view of a vector that is stored with several axes, as one row."""
     axes = [f"a{k}" for k in range(ndim)]
     return MatrixView(f"{' '.join(axes)} -> 1 1 ({' '.join(axes)})")
 
@@ -80,41 +114,51 @@ HEAD_COUNTS = ("num_heads", "n_head", "n_heads", "num_attention_heads")
 
 
 def head_dim(site: Site, role: Role) -> int:
-    """Return the width of a head as its attention module tells it, or as its number of heads cuts the stream.
+    """Return the width of a head, from its attention module's head dimension or else its number of heads.
 
-    Raises: ValueError when it tells neither.
+    Args:
+        site: The site of an attention projection.
+        role: Its role.
+
+    Returns:
+        The width.
+
+    Raises:
+        ValueError: The module has neither.
     """
     owners = (site.parent, site.module)
-    told = [getattr(owner, name, None) for owner in owners for name in HEAD_DIMS.get(role, ("head_dim", "head_size"))]
+    names = HEAD_DIMS.get(role, ("head_dim", "head_size"))
+    candidates = [getattr(owner, name, None) for owner in owners for name in names]
     stream = site.shape[int((role is not Role.ATTENTION_O) != site.transposed)]
     counts = [getattr(owner, name, None) for owner in owners for name in HEAD_COUNTS]
-    told += [stream // count for count in counts if isinstance(count, int) and count > 0 and stream % count == 0]
-    for value in told:
+    candidates += [stream // count for count in counts if isinstance(count, int) and count > 0 and stream % count == 0]
+    for value in candidates:
         if isinstance(value, int):
             return value
     raise ValueError(
-        f"{site}: {type(site.parent).__name__} tells no head_dim and no num_heads; set one of them on the module, or "
-        f"give this parameter the role 'matrix', which is one matrix: roles={{{site.name!r}: 'matrix'}}"
+        f"{site}: {type(site.parent).__name__} has neither head_dim nor num_heads; set one of them on the module, or "
+        f"assign this parameter the role 'matrix', which is one matrix: roles={{{site.name!r}: 'matrix'}}"
     )
 
 
 def _head_view(site: Site, role: Role) -> MatrixView:
+    """Return the view of an attention projection as one matrix a head."""
     columns, width = role is Role.ATTENTION_O, head_dim(site, role)
     channels = site.shape[int(columns != site.transposed)]
     if channels % width:
-        raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
+        raise ValueError(f"{site}: head_dim {width} does not divide its {channels} channels; set the module's head_dim")
     return (column_heads if columns else row_heads)(channels // width, site.transposed)
 
 
 def _fused_view(site: Site, granularity: str) -> MatrixView:
-    """Split a fused projection in the order that `site.fused` names: into heads, or q, k and v one after the other."""
+    """Return the view of a fused projection, in the order of `site.fused`: its heads, or q, k and v in sequence."""
     if site.fused == "heads of k v":
         stacks = {"heads": "h m n", "qk_heads": "h m n | 1 (h m) n"}.get(granularity, "1 (h m) n")
         sizes = {"h": _sizes(site, "num_heads"), "m": _sizes(site, "qk_nope_head_dim", "v_head_dim")}
         return MatrixView(f"(h m) n -> {stacks}", sizes)
     channels, width = site.shape[int(site.transposed)], head_dim(site, Role.ATTENTION_QKV)
     if channels % width:
-        raise ValueError(f"{site}: head_dim {width} does not divide its {channels} head channels")
+        raise ValueError(f"{site}: head_dim {width} does not divide its {channels} channels; set the module's head_dim")
     if site.fused == "heads of q k v":
         stacks = {"heads": "(h p) m n", "qk_heads": "(h p) m n | p (h m) n"}.get(granularity, "p (h m) n")
         sizes = {"p": (2, 1) if granularity == "qk_heads" else (3,), "m": (width,)}
@@ -122,11 +166,13 @@ def _fused_view(site: Site, granularity: str) -> MatrixView:
     heads = channels // width
     if granularity == "heads":
         return row_heads(heads, site.transposed)
-    # Query heads for each head of k and v; a cross-attention has its queries apart.
+    # Query heads for each head of k and v; a cross-attention has its queries in another projection.
     groups = 0 if site.fused == "k v" else getattr(site.parent, "num_key_value_groups", 1)
     kv_heads = heads // (groups + 2)
     if kv_heads * (groups + 2) != heads:
-        raise ValueError(f"{site}: {channels} channels are no q, k, v with {groups} query heads for one of k and v")
+        raise ValueError(
+            f"{site}: {channels} channels do not split into q, k, v with {groups} query heads for one of k and v"
+        )
     if granularity == "qk_heads":
         stacks, sizes = "h m n | 1 (h m) n", {"h": (heads - kv_heads, kv_heads)}
         return MatrixView(f"{_stored('(h m)', 'n', site.transposed)} -> {stacks}", sizes)
@@ -135,10 +181,12 @@ def _fused_view(site: Site, granularity: str) -> MatrixView:
 
 
 def _sizes(site: Site, *names: str) -> tuple[int, ...]:
+    """Return the sizes that the parent module has under these names."""
     return tuple(int(getattr(site.parent, name)) for name in names)
 
 
 def _expert_view(site: Site, role: Role, granularity: str) -> MatrixView:
+    """Return the view of a parameter that stacks the matrices of all experts."""
     if role is Role.EXPERT_IN and site.leaf == "gate_up_proj" and granularity != "transposed":
         concatenated = bool(getattr(site.module, "is_concatenated", True))
         return gate_up(site.transposed, concatenated, paired=granularity == "pair")

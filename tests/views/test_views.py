@@ -69,9 +69,9 @@ def test_blocks_are_where_the_models_put_them():
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="does not divide"):
         row_heads(4).shape((6, 4))
-    with pytest.raises(ValueError, match="wants a tensor of 2 axes"):
+    with pytest.raises(ValueError, match="expects a tensor of 2 axes"):
         WHOLE.shape((6,))
-    with pytest.raises(ValueError, match="no rearrangement"):
+    with pytest.raises(ValueError, match="not a rearrangement"):
         MatrixView("m n -> 1 m k").shape((6, 4))
     with pytest.raises(ValueError, match="2 right sides"):
         MatrixView("(h m) n -> h m n | 1 (h m) n", {"h": (3,)}).shape((6, 4))
