@@ -1,1 +1,4 @@
-"""What moves between ranks: ownership, layouts, exchanges, ZeRO partitions. Nothing else imports torch.distributed."""
+"""Everything that is exchanged between ranks: ownership, layouts, exchanges, and the partitions of DeepSpeed's ZeRO.
+
+No other package imports torch.distributed.
+"""

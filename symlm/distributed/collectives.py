@@ -1,4 +1,4 @@
-"""What all ranks sum, agree on and compare."""
+"""Collectives over the ranks: sums, flags, and the check that all ranks run the same plan."""
 
 import hashlib
 
@@ -10,26 +10,48 @@ from symlm.distributed.layout import Layout, is_initialized
 
 
 def summed(x: Tensor, layout: Layout) -> Tensor:
-    """Return the sum of x over the shards of a parameter."""
+    """Sum x over the shards of a parameter, in place.
+
+    Args:
+        x: This rank's summand, any shape; the sum replaces it.
+        layout: The parameter's layout; without shards nothing is exchanged.
+
+    Returns:
+        x.
+    """
     if layout.shards is not None:
         dist.all_reduce(x, group=layout.shards)
     return x
 
 
 def summed_everywhere(x: Tensor) -> Tensor:
-    """Return the sum of x over all ranks."""
+    """Sum x over all ranks, in place.
+
+    Args:
+        x: This rank's summand, any shape; the sum replaces it.
+
+    Returns:
+        x.
+    """
     if is_initialized():
         dist.all_reduce(x)
     return x
 
 
 def world_size() -> int:
-    """Return how many ranks there are, one without a process group."""
+    """Return the number of ranks, one without a process group."""
     return dist.get_world_size() if is_initialized() else 1
 
 
 def anywhere(flags: Tensor) -> Tensor:
-    """Return which flags any rank has up."""
+    """Reduce flags by "or" over all ranks.
+
+    Args:
+        flags: This rank's flags, bool, any shape.
+
+    Returns:
+        The flags that are set on any rank, same shape.
+    """
     if world_size() == 1:
         return flags
     agreed = flags.to(torch.int32)
@@ -38,16 +60,25 @@ def anywhere(flags: Tensor) -> Tensor:
 
 
 def check_agreement(plan: str, device: torch.device) -> None:
-    """Compare a digest of the plan over all ranks.  Raises: RuntimeError on every rank, with the digests."""
+    """Compare a digest of the plan over all ranks; all ranks call this together.
+
+    Args:
+        plan: A text of all that must be the same on all ranks.
+        device: The device of the exchange.
+
+    Raises:
+        RuntimeError: The digests differ. Every rank raises, with the digests of all.
+    """
     if world_size() == 1:
         return
     digest = int.from_bytes(hashlib.sha256(plan.encode()).digest()[:7], "big")
-    own = torch.tensor([digest], device=device)
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, own)
-    digests = [f"{int(x):014x}" for x in found]
+    mine = torch.tensor([digest], device=device)
+    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, mine)
+    digests = [f"{int(x):014x}" for x in of_ranks]
     if len(set(digests)) > 1:
         raise RuntimeError(
             f"the ranks disagree on model, table or options: rank {dist.get_rank()} has plan {digest:014x}, all have "
-            f"{digests}; build them alike, or pass shared=False where plain parameters are a rank's own"
+            f"{digests}; build the same model and optimizer on all ranks, or pass shared=False where plain parameters "
+            "belong to one rank"
         )

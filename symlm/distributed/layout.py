@@ -1,4 +1,4 @@
-"""Where the ranks' parts of a parameter are: every rank holds a flat interval of the row-major whole."""
+"""Where the ranks' parts of a parameter are: every rank stores a flat interval of the row-major whole."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,14 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the ranks' parts of a parameter lie.
+    """Describe how a parameter is sharded and replicated over the ranks.
 
-    shape: of the whole; intervals: each shard's [start, stop) of the flat whole; shards, copies: the process groups
-    over which it is cut and repeated, None for one rank; gathered: its placement is no interval, each rank does it all.
+    Args:
+        shape: The shape of the whole parameter.
+        intervals: [start, stop) of each shard in the flat whole.
+        shards: The process group over which it is sharded; None for one rank.
+        copies: The process group over which it is replicated; None for one rank.
+        gathered: Whether its placement is not an interval, so that every rank gathers and computes all of it.
     """
 
     shape: tuple[int, ...]
@@ -26,32 +30,32 @@ class Layout:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """This process among the copies, and among the shards."""
+        """The rank of this process among the copies, and among the shards."""
         return rank_in(self.copies), rank_in(self.shards)
 
     @property
     def size(self) -> tuple[int, int]:
-        """How many copies, and how many shards."""
+        """The numbers of copies and of shards."""
         return group_size(self.copies), group_size(self.shards)
 
     @property
     def interval(self) -> tuple[int, int]:
-        """This process's own part."""
+        """[start, stop) of this process's part in the flat whole."""
         return self.intervals[self.rank[1]]
 
     @property
     def whole(self) -> bool:
-        """Tell whether every rank holds all of it."""
+        """Whether every rank stores all of it."""
         return self.size[1] == 1 and not self.gathered
 
     @property
     def matrices(self) -> int:
-        """How many lie one behind the other, as experts do; any other parameter is one."""
+        """The number of matrices, stored one after the other as experts are; one unless there are three axes."""
         return self.shape[0] if len(self.shape) == 3 and not self.gathered else 1
 
     @property
     def pieces(self) -> list[int]:
-        """The lengths into which the borders of its matrices cut this process's own part."""
+        """The lengths of this process's part of each matrix of which it stores any."""
         start, stop = self.interval
         size = prod(self.shape) // max(1, self.matrices)
         edges = [start, *range(start // size * size + size, stop, size), stop] if stop > start else []
@@ -59,44 +63,58 @@ class Layout:
 
 
 def layout_of(p: Any, shared: bool = True) -> Layout:
-    """Return a parameter's layout: of a DTensor by its placements, of a plain tensor as repeated on every rank.
+    """Return the layout of a parameter: of a DTensor by its placements, of a plain tensor as replicated on all ranks.
 
-    shared: False says that plain tensors are this rank's alone.
+    Args:
+        p: The parameter.
+        shared: Whether all ranks have the same plain tensors; if False, they belong to this rank alone.
+
+    Returns:
+        The layout; `gathered` for placements other than one sharding by rows and one replication.
     """
     shape = tuple(p.shape)
     alone = ((0, p.numel()),)
     if not hasattr(p, "placements"):
         world = dist.group.WORLD if shared and is_initialized() else None
         return Layout(shape, alone, copies=world if group_size(world) > 1 else None)
-    mesh, cut, repeated = p.device_mesh, [], []
+    mesh, sharded, replicated = p.device_mesh, [], []
     for axis, placement in enumerate(p.placements):
         if placement.is_replicate():
-            repeated.append(axis)
+            replicated.append(axis)
         elif type(placement).__name__ == "Shard" and placement.dim == 0:
-            cut.append(axis)
+            sharded.append(axis)
         else:
             return Layout(shape, alone, gathered=True)
-    if len(cut) > 1 or len(repeated) > 1:
+    if len(sharded) > 1 or len(replicated) > 1:
         return Layout(shape, alone, gathered=True)
-    shards, copies = ([mesh.get_group(axis) for axis in axes] or [None] for axes in (cut, repeated))
+    shards, copies = ([mesh.get_group(axis) for axis in axes] or [None] for axes in (sharded, replicated))
     return Layout(shape, _row_intervals(shape, group_size(shards[0])), shards[0], copies[0])
 
 
 def layout_of_shards(shape: tuple[int, ...], shards: int, copies: int) -> Layout:
-    """Return the layout of a parameter cut by rows over ranks that need not exist: a plan, which only counts."""
-    over, repeated = (AbsentGroup(size) if size > 1 else None for size in (shards, copies))
-    return Layout(shape, _row_intervals(shape, shards), over, repeated)
+    """Return the layout of a parameter sharded by rows over ranks that need not exist, for a plan that only counts.
+
+    Args:
+        shape: The shape of the whole parameter.
+        shards: The number of ranks over which it is sharded.
+        copies: The number of ranks over which each shard is replicated.
+
+    Returns:
+        The layout, with an `AbsentGroup` for each process group of more than one rank.
+    """
+    sharded, replicated = (AbsentGroup(size) if size > 1 else None for size in (shards, copies))
+    return Layout(shape, _row_intervals(shape, shards), sharded, replicated)
 
 
 @dataclass(frozen=True)
 class AbsentGroup:
-    """Stands for a process group of this size in a plan."""
+    """Stand for a process group of this size in a plan; this process has rank 0 in it."""
 
     size: int
 
 
 def _row_intervals(shape: tuple[int, ...], parts: int) -> tuple[tuple[int, int], ...]:
-    """Cut rows as DTensor does: equal parts of ⌈m/parts⌉ rows, the last ones shorter or empty."""
+    """Split rows as DTensor does: equal parts of ⌈m/parts⌉ rows, the last ones shorter or empty."""
     if parts == 1:
         return ((0, prod(shape)),)
     row, step = prod(shape[1:]), -(-shape[0] // parts)
@@ -104,39 +122,50 @@ def _row_intervals(shape: tuple[int, ...], parts: int) -> tuple[tuple[int, int],
 
 
 def intervals_of_all(
-    own: Sequence[tuple[int, int]], group: Any, device: torch.device
+    local: Sequence[tuple[int, int]], group: Any, device: torch.device
 ) -> list[tuple[tuple[int, int], ...]]:
-    """Return for each parameter the intervals that all ranks of a group hold, from this rank's own, one a parameter."""
+    """Gather each parameter's intervals from all ranks of a group; its ranks call this together.
+
+    Args:
+        local: This rank's [start, stop) of each parameter.
+        group: The process group.
+        device: The device of the exchange.
+
+    Returns:
+        For each parameter the intervals of all ranks, in their order.
+    """
     if group_size(group) == 1:
-        return [(interval,) for interval in own]
-    told = torch.tensor(own, dtype=torch.int64, device=device).reshape(-1, 2)
-    found = [torch.empty_like(told) for _ in range(group_size(group))]
-    dist.all_gather(found, told, group=group)
-    return [tuple((start, stop) for start, stop in each) for each in torch.stack(found, dim=1).tolist()]
+        return [(interval,) for interval in local]
+    mine = torch.tensor(local, dtype=torch.int64, device=device).reshape(-1, 2)
+    of_ranks = [torch.empty_like(mine) for _ in range(group_size(group))]
+    dist.all_gather(of_ranks, mine, group=group)
+    return [tuple((start, stop) for start, stop in each) for each in torch.stack(of_ranks, dim=1).tolist()]
 
 
 def is_initialized() -> bool:
+    """Return whether torch has a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def group_size(group: Any) -> int:
+    """Return the number of ranks of a process group, of an `AbsentGroup`, or 1 for None."""
     if isinstance(group, AbsentGroup):
         return group.size
     return 1 if group is None else dist.get_world_size(group)
 
 
 def rank_in(group: Any) -> int:
-    """Return this process's place in a group; 0 where there is none."""
+    """Return the rank of this process in a process group, or 0 for an `AbsentGroup` or None."""
     return 0 if group is None or isinstance(group, AbsentGroup) else dist.get_rank(group)
 
 
 def cut_rows(layout: Layout) -> list[int]:
-    """Return the rows inside of which any rank's part begins or ends."""
+    """Return the indices of the rows that are split between ranks."""
     n = layout.shape[-1]
     return sorted({edge // n for interval in layout.intervals for edge in interval if edge % n})
 
 
 def rows_held(layout: Layout) -> tuple[int, int]:
-    """Return [first, last) of the rows of which this rank holds a piece."""
+    """Return [first, last) of the rows of which this rank stores at least a piece."""
     (start, stop), n = layout.interval, layout.shape[-1]
     return start // n, start // n if start == stop else -(-stop // n)

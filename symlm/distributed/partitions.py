@@ -1,7 +1,7 @@
-"""The flat partitions that DeepSpeed's ZeRO cuts a model into, read as parts of its parameters.
+"""The flat partitions of DeepSpeed's ZeRO, read as parts of a model's parameters.
 
 Under ZeRO-1, 2 and 3 an optimizer is given 1-D tensors that hold this rank's parts of many parameters, end to end.
-Where each part lies is known to the parameters themselves, which ZeRO marks. Some settings of ZeRO are refused.
+ZeRO records on each parameter where its part is. Some settings of ZeRO are refused.
 """
 
 import sys
@@ -18,13 +18,14 @@ from symlm.roles.role import whole_shape
 
 
 def refuse_settings() -> None:
-    """Look at the DeepSpeed configuration of accelerate, if there is one.
+    """Check the DeepSpeed configuration of accelerate, if there is one.
 
-    Raises: ValueError where it would not run symlm: accelerate puts DeepSpeed's own Adam in the place of an optimizer
-    that is offloaded, without a word; and where nobody knows whether it would.
+    Raises:
+        ValueError: The configuration offloads the optimizer, which accelerate then replaces silently by DeepSpeed's own
+            Adam; or it has a setting that symlm was never run with.
     """
     accelerate: Any = sys.modules.get("accelerate")
-    # Read, not asked: AcceleratorState() writes the process's own type over FSDP's in what all of them share.
+    # The shared state is read directly: AcceleratorState() would overwrite FSDP's distributed type in it.
     shared = accelerate.state.AcceleratorState._shared_state if accelerate else {}
     if shared.get("distributed_type") != "DEEPSPEED":
         return
@@ -34,7 +35,8 @@ def refuse_settings() -> None:
     if device not in ("none", None):
         raise ValueError(
             f"DeepSpeed's configuration offloads the optimizer to {device!r}, where its own Adam takes symlm's place: "
-            'remove "offload_optimizer" (offload_optimizer_device: none in accelerate\'s yaml); ZeRO cuts the state'
+            'remove "offload_optimizer" (offload_optimizer_device: none in accelerate\'s yaml); ZeRO partitions the '
+            "state already"
         )
     device = (zero.get("offload_param") or {}).get("device", "none")
     if device not in ("none", None):
@@ -46,7 +48,14 @@ def refuse_settings() -> None:
 
 @dataclass(frozen=True)
 class Fragment:
-    """One parameter's part of a flat partition: `flat[start:stop]`, which lies in the whole as `layout` says."""
+    """Describe one parameter's part of a flat partition, `flat[start:stop]`.
+
+    Args:
+        name: The parameter's name.
+        start: Where the part begins in the partition.
+        stop: Where it ends.
+        layout: The layout of the whole parameter over the ranks.
+    """
 
     name: str
     start: int
@@ -55,40 +64,63 @@ class Fragment:
 
     @property
     def rows(self) -> int:
-        """How many rows of the parameter this part has any of."""
+        """The number of rows of the parameter of which this part has at least a piece."""
         first, last = rows_held(self.layout)
         return last - first
 
     def of(self, flat: Tensor) -> Tensor:
-        """Return this part of the partition, or of a state shaped like it: in rows where no rank's part cuts one."""
+        """Return this part of the partition, or of a state tensor of its shape.
+
+        Args:
+            flat: The partition or the state tensor, 1-D.
+
+        Returns:
+            A view: rows of the parameter, or flat if any rank's part splits a row.
+        """
         part, row = flat[self.start : self.stop], self.layout.shape[1:]
-        cut = any(edge % prod(row) for interval in self.layout.intervals for edge in interval)
-        return part if cut else part.view(-1, *row)
+        splits_row = any(edge % prod(row) for interval in self.layout.intervals for edge in interval)
+        return part if splits_row else part.view(-1, *row)
 
 
 def is_partition(p: Tensor, original: nn.Parameter) -> bool:
-    """Tell whether p is a partition of ZeRO's that holds a part of this parameter, or of others like it."""
+    """Return whether p is a partition of ZeRO that can hold a part of this parameter.
+
+    Args:
+        p: What the optimizer is given.
+        original: A parameter of the model.
+
+    Returns:
+        False if they are one tensor, or if the parameter has no marks of ZeRO.
+    """
     return p is not original and (hasattr(original, "_hp_mapping") or hasattr(original, "ds_tensor"))
 
 
 def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> list[Fragment]:
-    """Return the fragments of a partition, in the model's order, the empty ones too; all ranks call this together.
+    """Return the fragments of a partition; all ranks call this together.
 
-    Raises: RuntimeError for a partition that lies on another device than the parameters (offload).
+    Args:
+        flat: The partition, 1-D.
+        named: Names and parameters of the model that may have a part in it, in the model's order.
+
+    Returns:
+        The fragments in the model's order, the empty ones too.
+
+    Raises:
+        RuntimeError: The partition is on another device than the parameters (offload).
     """
     device = named[0][1].device
     if flat.device.type != device.type:
         raise RuntimeError(
-            f"DeepSpeed keeps the optimizer's partition on {flat.device} and the model on {device}: symlm does not run "
+            f"DeepSpeed stores the optimizer's partition on {flat.device} and the model on {device}: symlm does not run "
             'offloaded; remove "offload_optimizer" from the DeepSpeed configuration'
         )
-    third = hasattr(named[0][1], "ds_tensor")
-    found = [(name, p, *part) for name, p in named if (part := _part_of_3(p, flat) if third else _part_of_1_and_2(p))]
-    group = _group_of(found[0][1]) if found else None
-    everywhere = intervals_of_all([interval for *_, interval, _ in found], group, flat.device)
+    stage_3 = hasattr(named[0][1], "ds_tensor")
+    parts = [(name, p, *part) for name, p in named if (part := _part_of_3(p, flat) if stage_3 else _part_of_1_and_2(p))]
+    group = _group_of(parts[0][1]) if parts else None
+    of_ranks = intervals_of_all([interval for *_, interval, _ in parts], group, flat.device)
     return [
         Fragment(name, offset, offset + stop - start, Layout(whole_shape(p), intervals, shards=group))
-        for (name, p, (start, stop), offset), intervals in zip(found, everywhere, strict=True)
+        for (name, p, (start, stop), offset), intervals in zip(parts, of_ranks, strict=True)
     ]
 
 
@@ -96,14 +128,15 @@ Part = tuple[tuple[int, int], int]  # [start, stop) of the flat parameter, and w
 
 
 def _part_of_1_and_2(p: Any) -> Part:
+    """Return this rank's part under ZeRO-1 and 2, empty for a parameter without one."""
     if p._hp_mapping is None:
         return (0, 0), 0
-    whole, own = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
-    return (whole.start, whole.start + whole.numel), own.start
+    in_parameter, in_partition = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+    return (in_parameter.start, in_parameter.start + in_parameter.numel), in_partition.start
 
 
 def _part_of_3(p: Any, flat: Tensor) -> Part | None:
-    """Return this rank's slice, ⌈numel / world⌉ elements without padding; None if another sub-group holds it."""
+    """Return this rank's part under ZeRO-3, ⌈numel / world⌉ elements without padding; None in another sub-group."""
     zero = p._z3_optimizer
     subgroup, offset, size = zero.grad_position[zero.get_param_id(p)]
     if zero.fp32_partitioned_groups_flat[subgroup] is not flat:
@@ -113,4 +146,5 @@ def _part_of_3(p: Any, flat: Tensor) -> Part | None:
 
 
 def _group_of(p: Any) -> Any:
+    """Return the process group over which ZeRO partitions a parameter."""
     return p.ds_process_group if hasattr(p, "ds_tensor") else p._dp_group

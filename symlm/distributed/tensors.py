@@ -1,4 +1,4 @@
-"""DTensors and plain tensors alike: this rank's part, the whole, and the way between them."""
+"""DTensors and plain tensors behind the same functions: this rank's part, the whole, and the conversions."""
 
 from typing import Any
 
@@ -6,17 +6,25 @@ from torch import Tensor
 
 
 def local(x: Any) -> Tensor:
-    """Return the part of a DTensor that this rank holds, sharing its memory; a plain tensor as it is."""
+    """Return this rank's part of a DTensor, sharing its memory; a plain tensor unchanged."""
     return x.to_local() if hasattr(x, "placements") else x
 
 
 def gathered(x: Any) -> Tensor:
-    """Return a DTensor of any placement whole."""
+    """Gather a DTensor of any placement as a whole; a plain tensor is returned unchanged."""
     return x.full_tensor() if hasattr(x, "placements") else x
 
 
 def regrouped(part: Tensor, like: Any) -> Tensor:
-    """Return the DTensor, placed as another one, of which every rank has this part; the part, if that is no DTensor."""
+    """Combine the ranks' parts to a DTensor with another one's mesh, placements and shape.
+
+    Args:
+        part: This rank's part, the shape of `like`'s local tensor.
+        like: The DTensor, or a plain tensor.
+
+    Returns:
+        The DTensor; `part` if `like` is a plain tensor.
+    """
     if not hasattr(like, "placements"):
         return part
     from torch.distributed.tensor import DTensor
@@ -25,7 +33,15 @@ def regrouped(part: Tensor, like: Any) -> Tensor:
 
 
 def repeated_like(whole: Tensor, p: Any) -> Any:
-    """Return a tensor that every rank has whole as a DTensor on p's mesh, so that checkpoints know it is one."""
+    """Mark a tensor that every rank has whole as replicated, so that checkpoints store it once.
+
+    Args:
+        whole: The tensor, the same on every rank.
+        p: The parameter whose mesh is used.
+
+    Returns:
+        A replicated DTensor on p's mesh; `whole` if p is a plain tensor.
+    """
     if not hasattr(p, "placements"):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
@@ -34,14 +50,30 @@ def repeated_like(whole: Tensor, p: Any) -> Any:
 
 
 def placed_like(whole: Tensor, x: Any) -> Tensor:
-    """Return this rank's part of a whole tensor that every rank has, cut as the DTensor x."""
+    """Return this rank's part of a whole tensor, sharded as the DTensor x.
+
+    Args:
+        whole: The tensor, the same on every rank.
+        x: The DTensor with the mesh and placements.
+
+    Returns:
+        The local part; nothing is exchanged.
+    """
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None).to_local()
 
 
 def aligned(gradient: Any, p: Any) -> Tensor:
-    """Return the local part of a gradient, moved first to its parameter's placement where they differ."""
+    """Return this rank's part of a gradient, redistributed first if its placements are not its parameter's.
+
+    Args:
+        gradient: The gradient, a DTensor or a plain tensor.
+        p: Its parameter.
+
+    Returns:
+        The local part.
+    """
     if hasattr(p, "placements") and gradient.placements != p.placements:
         gradient = gradient.redistribute(placements=p.placements)
     return local(gradient)

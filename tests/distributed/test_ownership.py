@@ -37,7 +37,7 @@ def test_the_longest_goes_first_and_loads_go_on():
 def test_bad_worlds_are_refused():
     with pytest.raises(ValueError, match="at least one rank"):
         assign_owners([1.0], 0)
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         assign_owners([-1.0], 1)
     with pytest.raises(ValueError, match="1 loads for a world of 2"):
         assign_owners([1.0], 2, loads=[0.0])
