@@ -104,7 +104,8 @@ _INNER_MEAN = {"nesterov": True, "momentum": 0.85}
 
 
 # 0.5 for all inner matrices, 0.01 at the dial 0.02: LOG 2026-11-21, "the embedded default". The seventeen-dial
-# screening (LOG 2026-11-22) found that one inner rate does not matter within a factor of two, and v and o are better whole.
+# screening (LOG 2026-11-22) found that one inner rate does not matter within a factor of two, and that v and o are
+# better whole.
 HEADS_APART = Route("polar", view="heads", lr=0.5, why="each head is a matrix of its own", options=_INNER_MEAN)
 
 
