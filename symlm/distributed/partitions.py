@@ -111,8 +111,8 @@ def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> lis
     device = named[0][1].device
     if flat.device.type != device.type:
         raise RuntimeError(
-            f"DeepSpeed stores the optimizer's partition on {flat.device} and the model on {device}: symlm does not run "
-            'offloaded; remove "offload_optimizer" from the DeepSpeed configuration'
+            f"DeepSpeed stores the optimizer's partition on {flat.device} and the model on {device}: symlm does not "
+            'run offloaded; remove "offload_optimizer" from the DeepSpeed configuration'
         )
     stage_3 = hasattr(named[0][1], "ds_tensor")
     parts = [(name, p, *part) for name, p in named if (part := _part_of_3(p, flat) if stage_3 else _part_of_1_and_2(p))]

@@ -1,4 +1,4 @@
-"""From whole momenta to directions `s·U(M)`, all of one shape as one stack, and what that costs."""
+"""From whole momenta to directions `s·U(M)`, all of one shape as one stack, and the cost of that."""
 
 from typing import Any
 
@@ -13,17 +13,25 @@ from symlm.rules import get_rule
 from symlm.rules.scaling import SCALES
 from symlm.views.matrix_view import MatrixView
 
-States = list[dict[str, Tensor]]  # what the rule keeps, of each parameter
+States = list[dict[str, Tensor]]  # the rule's state of each parameter
 
 
 def rule_state(group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the part of a parameter's state that is its rule's, and the number of the step."""
+    """Return the part of a parameter's state that its rule stores, and the number of the step.
+
+    Args:
+        group: The parameter group.
+        state: The parameter's state.
+
+    Returns:
+        This rank's parts by name; empty for a rule without state.
+    """
     keys = get_rule(group["rule"]).state
     return {key: local(state[key]) for key in (*keys, "step")} if keys else {}
 
 
 def shares_layer_rotation(group: dict[str, Any]) -> bool:
-    """Tell whether the rule's rotation is one for all matrices of a layer, computed before their directions."""
+    """Return whether all matrices of a layer share one rotation, which is computed before their directions."""
     return group["rotation"] == "layer" and get_rule(group["rule"]).pull is not None
 
 
@@ -34,42 +42,51 @@ def whole_directions(
     states: States | None = None,
     refresh: bool = True,
 ) -> tuple[Tensor, States]:
-    """Return `s·rule(M)` of whole momenta of one shape, all of a section as one stack, and the rule's next states.
+    """Compute `s·U(M)` of whole momenta of one shape, those of a section as one stack, and the rule's next states.
 
-    momenta: (k, *shape); states: as `rule_state` gives them; without them, those of a rule's first step. refresh:
-    False to compute again what a step did, from the states that it left.
+    Args:
+        group: The parameter group.
+        momenta: The rule's inputs, (k, *shape).
+        view: How a parameter is a stack of matrices; the group's view if None.
+        states: The `rule_state` of each parameter; those before a first step if None.
+        refresh: Whether the states are refreshed; False to repeat a step from the states after it.
+
+    Returns:
+        The directions, (k, *shape), fp32 or float64, and the states of the k parameters after the step.
     """
     view = view or MatrixView.parse(group["view"])
     parts = view.sections(wide(momenta))
     if len(parts) == 1:
         return _stack_directions(group, view, wide(momenta), states, refresh)
     result = torch.empty_like(wide(momenta), memory_format=torch.contiguous_format)
-    for (section_view, part), (_, own) in zip(parts, view.sections(result), strict=True):
-        own.copy_(_stack_directions(group, section_view, part)[0])
+    for (section_view, part), (_, target) in zip(parts, view.sections(result), strict=True):
+        target.copy_(_stack_directions(group, section_view, part)[0])
     return result, [{} for _ in momenta]
 
 
 def _stack_directions(
     group: dict[str, Any], view: MatrixView, momenta: Tensor, states: States | None = None, refresh: bool = True
 ) -> tuple[Tensor, States]:
+    """Return the directions of one section, and the rule's next states."""
     rule, stack, shape = get_rule(group["rule"]), view.to_matrices(momenta), tuple(momenta.shape)
     count = len(stack) // len(momenta)
-    told: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
+    settings: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
     if rule.state and states:
         parts = {key: [state[key].view(count, -1, state[key].shape[-1]) for state in states] for key in rule.state}
-        kept = {key: torch.cat(part) for key, part in parts.items()}
-        told["step"] = torch.cat([state["step"].expand(count) for state in states]).view(-1, 1, 1)
+        stacked = {key: torch.cat(part) for key, part in parts.items()}
+        settings["step"] = torch.cat([state["step"].expand(count) for state in states]).view(-1, 1, 1)
     else:
-        kept = rule.start(stack)
+        stacked = rule.start(stack)
     if refresh:
-        shared_rotation = kept["rotation"] if shares_layer_rotation(group) else None
-        kept = rule.refreshed(stack, kept, told["beta2"], shared_rotation, told.get("step", 1))
-    U = rule.direction(stack, kept, **told).mul_(scale_of(group, view, shape[1:]))
-    own = [{key: value[k * count : (k + 1) * count] for key, value in kept.items()} for k in range(len(momenta))]
-    return view.from_matrices(U, shape), own
+        shared_rotation = stacked["rotation"] if shares_layer_rotation(group) else None
+        stacked = rule.refreshed(stack, stacked, settings["beta2"], shared_rotation, settings.get("step", 1))
+    U = rule.direction(stack, stacked, **settings).mul_(scale_of(group, view, shape[1:]))
+    after = [{key: value[k * count : (k + 1) * count] for key, value in stacked.items()} for k in range(len(momenta))]
+    return view.from_matrices(U, shape), after
 
 
 def _polar(group: dict[str, Any], X: Tensor) -> Tensor:
+    """Return the polar factors with the group's settings."""
     return polar(
         X,
         group["polar_method"],
@@ -81,19 +98,36 @@ def _polar(group: dict[str, Any], X: Tensor) -> Tensor:
 
 
 def scale_of(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> float:
-    """Return the scale s of a stored shape: the route's view tells which side of its matrices the outputs are."""
+    """Return the scale s of the directions of one parameter.
+
+    Args:
+        group: The parameter group; its `outputs` is the side of a matrix that has the outputs, "rows" or "columns".
+        view: How the parameter is a stack of matrices.
+        shape: The parameter's shape.
+
+    Returns:
+        The factor s of a unit direction.
+    """
     _, m, n = view.shape(shape)
     outputs, inputs = (n, m) if group["outputs"] == "columns" else (m, n)
     return SCALES[group["scale"]](outputs, inputs)
 
 
 def wide(M: Tensor) -> Tensor:
-    """Return M in fp32, or in float64 if that is what it is."""
+    """Return M in fp32, or unchanged if it is float64."""
     return M if M.dtype == torch.float64 else M.float()
 
 
 def cost_of(group: dict[str, Any], layout: Layout) -> float:
-    """Count the operations of one whole parameter's direction."""
+    """Count the operations of the polar factors of one whole parameter.
+
+    Args:
+        group: The parameter group.
+        layout: The parameter's layout.
+
+    Returns:
+        The count, by which matrices are assigned to owners.
+    """
     total = 0.0
     view = MatrixView.parse(group["view"])
     for part_view, part in view.sections(torch.empty(layout.shape, device="meta")):

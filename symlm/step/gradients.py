@@ -1,7 +1,8 @@
-"""What a step asks of its gradients before anything moves: are all of them finite, and which matrices got none?
+"""The checks of the gradients before a step: whether all are finite, and which matrices have no gradient.
 
-A direction that forgets its momentum's size would go on at full length for hundreds of steps after the last gradient
-of an expert that no token reaches, or of a tower that no batch uses. Such a matrix may_skip until there is one.
+A direction of degree 0 does not depend on its momentum's size. An expert that no token reaches, or a tower that no
+batch uses, would be updated at full length for hundreds of steps after its last gradient. Such a matrix is skipped
+until it has a gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,36 +18,45 @@ from symlm.step.member import Member
 
 
 def examine(members: Sequence[Member], skippable: Sequence[bool], common: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """Return whether all gradients are finite on all ranks, and tell members which of their matrices got any.
+    """Check on all ranks whether all gradients are finite, and mark the matrices that have a gradient.
 
-    skippable: of each member, whether its matrices get no update without a gradient; their `active` is set, on a CPU
-    only if one is skipped. common: names and shapes of those that several ranks hold, the same on all, with a gradient here or not. One
-    pass over the gradients and one exchange of flags, no wait for a device. All ranks call this together.
+    It takes one pass over the gradients and one exchange of flags, and does not wait for a device. All ranks call this
+    together.
+
+    Args:
+        members: The members of the step.
+        skippable: Of each member, whether its matrices get no update without a gradient. Their `active` is set, on a
+            CPU only if one of them is skipped.
+        common: Names and shapes of the skippable parameters that several ranks store, the same on all ranks, with a
+            gradient on this rank or not.
+
+    Returns:
+        A bool of one element: all gradients are finite on all ranks.
     """
     device = members[0].gradient.device
     pieces = [_matrices_of(member) for member in members]
-    sizes = _largest([piece for own in pieces for piece in own], device)
-    counts = [len(own) for own in pieces]
+    sizes = _largest([piece for part in pieces for piece in part], device)
+    counts = [len(part) for part in pieces]
     places, total = {}, 1
     for name, shape in common.items():
         places[name], total = total, total + (shape[0] if len(shape) == 3 else 1)
     flags = torch.zeros(total, dtype=torch.bool, device=device)
     flags[0] = ~sizes.isfinite().all()
-    for member, found in zip(members, (sizes != 0).split(counts), strict=True):
-        if member.name in places and len(found):
-            flags[_here(member, places[member.name])] = found
+    for member, nonzero in zip(members, (sizes != 0).split(counts), strict=True):
+        if member.name in places and len(nonzero):
+            flags[_flags_of(member, places[member.name])] = nonzero
     flags = anywhere(flags)
     finite = ~flags[0]
-    shared, own = ((x & finite).float() for x in (flags, sizes != 0))
-    for member, may_skip, found in zip(members, skippable, own.split(counts), strict=True):
-        active = shared[_here(member, places[member.name])] if member.name in places else found
+    shared, local = ((x & finite).float() for x in (flags, sizes != 0))
+    for member, may_skip, nonzero in zip(members, skippable, local.split(counts), strict=True):
+        active = shared[_flags_of(member, places[member.name])] if member.name in places else nonzero
         if may_skip and not (device.type == "cpu" and active.all()):
             member.active = active.to(member.parameter.device)
     return finite
 
 
-def _here(member: Member, place: int) -> slice:
-    """Return which flags are those of this rank's part; of a parameter that is one matrix the only one."""
+def _flags_of(member: Member, place: int) -> slice:
+    """Return the places of the flags of this rank's part, where the parameter's flags begin at `place`."""
     layout = member.layout
     if layout.matrices == 1:
         return slice(place, place + 1)
@@ -55,7 +65,7 @@ def _here(member: Member, place: int) -> slice:
 
 
 def _matrices_of(member: Member) -> list[Tensor]:
-    """Cut this rank's part of a gradient where matrices begin; nothing of an empty part."""
+    """Split this rank's part of a gradient into its matrices; an empty part has none."""
     G = member.gradient
     if member.layout.matrices == 1:
         return [G] if G.numel() else []
@@ -63,10 +73,10 @@ def _matrices_of(member: Member) -> list[Tensor]:
 
 
 def _largest(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Return each tensor's largest absolute entry, not finite where one is not: one pass over them, few launches."""
+    """Return each tensor's largest absolute entry, not finite if any entry is not; one pass, few launches."""
     if not tensors:
         return torch.zeros(0, device=device)
-    if device.type == "cpu":  # where norms are ten times slower
+    if device.type == "cpu":  # norms are ten times slower there
         extremes = [torch.maximum(high, -low) for low, high in map(torch.aminmax, tensors)]
     else:
         extremes = list(torch._foreach_norm(tensors, torch.inf))
@@ -74,6 +84,6 @@ def _largest(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 def skips_without_gradient(group: dict[str, Any]) -> bool:
-    """Tell whether a group's matrices get no update without a gradient: their direction forgets the momentum's size."""
+    """Return whether a group's matrices are skipped without a gradient, by their direction's degree 0."""
     rule = get_rule(group["rule"])
     return rule.row_map is None and not rule.elementwise and group["momentum_of"] == "gradients"

@@ -13,19 +13,28 @@ from symlm.distributed.layout import Layout
 from symlm.distributed.tensors import gathered, local, regrouped
 from symlm.step.rows.blocks import ALL
 
-BATCH_ELEMENTS = 2**26  # a batch of equal shapes holds at most this many, so that temporaries stay bounded
+BATCH_ELEMENTS = 2**26  # a batch of equal shapes has at most this many, which bounds the temporary memory
 
 
 @dataclass
 class Member:
-    """This rank's part of one parameter in a step, and where the part lies in the whole."""
+    """Store this rank's part of one parameter during a step.
+
+    Args:
+        name: The parameter's name.
+        parameter: This rank's part of it.
+        gradient: This rank's part of the gradient, same shape.
+        state: The parameter's state.
+        layout: Where the part is in the whole.
+        active: 1 or 0 for each of its matrices on this rank, or for its only one: it is updated or skipped. If None,
+            all are updated if the step happens.
+    """
 
     name: str
     parameter: Tensor
     gradient: Tensor
     state: dict[str, Any]
     layout: Layout
-    # 1 or 0 for each of its matrices here, or for its only one: it steps or rests. None: all step where `finite` is.
     active: Tensor | None = None
 
     @property
@@ -35,35 +44,66 @@ class Member:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the update is done in, fp32 or wider."""
+        """The dtype of the update, fp32 or wider."""
         return torch.promote_types(self.parameter.dtype, torch.float32)
 
     @cached_property
     def master(self) -> Tensor:
-        """What is updated: the parameter itself where it is wide enough, else a wide copy, made when asked for."""
+        """The tensor that is updated: the parameter if it is wide enough, else a wide copy, made at the first use."""
         if self.parameter.dtype == self.dtype:
             return self.parameter
         wide = self.parameter.to(self.dtype)
         return wide + local(self.state["compensation"]) if "compensation" in self.state else wide
 
     def whole(self, M: Tensor) -> Tensor:
-        """Return on every rank the whole matrix of which M, seen by the rule, is this rank's part."""
+        """Gather a rule's input on every rank.
+
+        Args:
+            M: This rank's part.
+
+        Returns:
+            The whole, of the parameter's shape.
+        """
         return gathered(regrouped(M, self.state["momentum"]))
 
     def store_state(self, state: dict[str, Tensor], finite: Tensor, rows: slice = ALL.rows) -> None:
-        """Take over the next state of a rule, or of these rows of it, where the step happens."""
+        """Store the next state of a rule if the step happens.
+
+        Args:
+            state: The state tensors by name, of the rows or whole.
+            finite: Whether the step happens, a bool of one element; it is true on a CPU.
+            rows: The rows that the state is of, all by default.
+        """
         for key, value in state.items():
-            own = local(self.state[key])[rows]
-            own.copy_(value if own.device.type == "cpu" else torch.where(finite, value, own))
+            stored = local(self.state[key])[rows]
+            stored.copy_(value if stored.device.type == "cpu" else torch.where(finite, value, stored))
 
 
 def member_of(name: str, p: Tensor, gradient: Tensor, state: dict[str, Any], layout: Layout) -> Member:
-    """Gather what a step needs of a parameter."""
+    """Make the `Member` of a parameter.
+
+    Args:
+        name: The parameter's name.
+        p: The parameter, a DTensor or a plain tensor.
+        gradient: This rank's part of its gradient.
+        state: Its state.
+        layout: Its layout.
+
+    Returns:
+        The member, whose parameter shares p's memory.
+    """
     return Member(name, local(p.detach()), gradient, state, layout)
 
 
 def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Put members of one layout, dtype and device in batches, each within BATCH_ELEMENTS."""
+    """Put members of one layout, dtype and device in batches.
+
+    Args:
+        members: The members; empty parameters are left out.
+
+    Yields:
+        Batches of one member or more, each of at most `BATCH_ELEMENTS` elements unless it is of one member.
+    """
     alike: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         if prod(member.layout.shape):

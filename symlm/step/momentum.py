@@ -1,4 +1,4 @@
-"""Phase 1: momentum, and what the rule sees of it."""
+"""Phase 1: the momentum, and the rule's input that is made from it."""
 
 from typing import Any
 
@@ -11,7 +11,16 @@ from symlm.step.rows.blocks import ALL, Block
 
 
 def update_momentum(group: dict[str, Any], member: Member, finite: Tensor) -> Tensor:
-    """Phase 1: `M <- βM + (1−β)G`, nothing yet where the momentum is of directions; return G, or M in its place."""
+    """Update the momentum, `M <- βM + (1−β)G`; one of directions is updated in phase 3 instead.
+
+    Args:
+        group: The parameter group.
+        member: The parameter.
+        finite: Whether the step happens, a bool of one element.
+
+    Returns:
+        G in M's dtype; on a device whose step does not happen M, so that M stays as it was.
+    """
     M, G = member.momentum, masked(member.gradient, member.momentum, finite)
     if group["momentum_of"] == "gradients":
         M.lerp_(G, 1 - group["momentum"])
@@ -19,26 +28,53 @@ def update_momentum(group: dict[str, Any], member: Member, finite: Tensor) -> Te
 
 
 def rule_input_of_block(group: dict[str, Any], member: Member, finite: Tensor, block: Block = ALL) -> Tensor:
-    """Return what the rule sees of these rows of an updated momentum."""
+    """Return the rule's input for a block of an updated momentum.
+
+    Args:
+        group: The parameter group.
+        member: The parameter.
+        finite: Whether the step happens, a bool of one element.
+        block: The rows, all by default.
+
+    Returns:
+        `rule_input` of the block.
+    """
     M = block.of(member.momentum)
     return rule_input(group, M, masked(block.of(member.gradient), M, finite))
 
 
 def rule_input(group: dict[str, Any], M: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return in fp32 the momentum, its Nesterov look-ahead `(1−β)G + βM`, or G where the momentum is of directions.
+    """Return the rule's input: M, with Nesterov momentum `(1−β)G + βM`, or G if the momentum is of directions.
 
-    out: where it is written, if there is such a place.
+    Args:
+        group: The parameter group.
+        M: The updated momentum.
+        G: The gradient, same shape and dtype.
+        out: Where the result is written; a new tensor if None.
+
+    Returns:
+        The input in fp32 or wider; M or G themselves where nothing is computed and `out` is None.
     """
-    seen = G if group["momentum_of"] == "directions" else M
-    if seen is M and group["nesterov"]:
+    X = G if group["momentum_of"] == "directions" else M
+    if X is M and group["nesterov"]:
         into = out if out is not None and out.dtype == M.dtype else None
-        seen = torch.lerp(G, M, group["momentum"], out=into)
-    if out is None or seen is out:
-        return wide(seen)
-    return out.copy_(seen)
+        X = torch.lerp(G, M, group["momentum"], out=into)
+    if out is None or X is out:
+        return wide(X)
+    return out.copy_(X)
 
 
 def masked(G: Tensor, M: Tensor, finite: Tensor) -> Tensor:
-    """Return the gradient, or M on a device whose step must not happen; a CPU has not come here with a bad one."""
+    """Return the gradient if the step happens, else M.
+
+    Args:
+        G: The gradient, or the direction that takes its place.
+        M: The momentum, same shape.
+        finite: Whether the step happens, a bool of one element. A CPU does not begin a step that must not happen, so
+            there it is not read.
+
+    Returns:
+        G in M's dtype, or M.
+    """
     G = G.to(M.dtype)
     return G if G.device.type == "cpu" else torch.where(finite, G, M)

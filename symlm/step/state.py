@@ -1,4 +1,4 @@
-"""What the optimizer keeps of a parameter: momentum, what the rule keeps, and what rounding lost."""
+"""The optimizer's state of a parameter: the momentum, the rule's state, and the rounding error."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,17 +14,27 @@ from symlm.views.matrix_view import MatrixView
 
 
 def new_state(group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragment]) -> dict[str, Tensor]:
-    """Return the state of a parameter that no step has reached, fp32 or wider, and sharded as the parameter is.
+    """Make the state of a parameter before its first step, sharded as the parameter is.
 
-    fragments: what a partition of ZeRO's holds, nothing for a parameter that is its own.
-    Raises: RuntimeError for a rule whose state a partition cannot hold.
+    Args:
+        group: The parameter group.
+        name: The parameter's name.
+        p: The parameter, or a flat partition of ZeRO.
+        fragments: The parts of parameters in a partition; empty for a parameter.
+
+    Returns:
+        The state tensors by name, in fp32 or wider, except for the momentum if its dtype is set, and for the
+        compensation, which has the parameter's.
+
+    Raises:
+        RuntimeError: The rule stores whole matrices, and p is a partition.
     """
     rule, dtype = get_rule(group["rule"]), torch.promote_types(p.dtype, torch.float32)
     momentum_dtype = getattr(torch, group["momentum_dtype"]) if dtype == torch.float32 else dtype
-    kept = dict.fromkeys(("exp_avg", "exp_avg_sq"), dtype) if rule.elementwise else {"momentum": momentum_dtype}
-    state = {key: torch.zeros_like(p, dtype=of, memory_format=torch.preserve_format) for key, of in kept.items()}
+    dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq"), dtype) if rule.elementwise else {"momentum": momentum_dtype}
+    state = {key: torch.zeros_like(p, dtype=of, memory_format=torch.preserve_format) for key, of in dtypes.items()}
     if rule.state:
-        state |= _of_rule(group, name, p, fragments, dtype)
+        state |= _state_of_rule(group, name, p, fragments, dtype)
     if rule.elementwise or rule.state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
     if p.dtype != dtype and group["rounding"] == "compensated":
@@ -35,38 +45,47 @@ def new_state(group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragm
 def of_fragments(
     group: dict[str, Any], state: dict[str, Tensor], fragments: list[Fragment]
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the state of each fragment of a partition of ZeRO's, all of it views of the partition's."""
+    """Yield the state of each fragment of a partition of ZeRO, as views of the partition's state.
+
+    Args:
+        group: The parameter group.
+        state: The state of the partition, from `new_state`.
+        fragments: The fragments of the partition, in its order.
+
+    Yields:
+        The state tensors of one fragment by name.
+    """
     rule, row, entry = get_rule(group["rule"]), 0, 0
     for fragment in fragments:
-        own = {key: fragment.of(x) for key, x in state.items() if key not in (*rule.state, "step")}
+        views = {key: fragment.of(x) for key, x in state.items() if key not in (*rule.state, "step")}
         rows, n = fragment.rows, fragment.layout.shape[-1]
         for key in rule.state:
             if key in rule.row_state_keys:
-                own[key] = state[key][row : row + rows]
+                views[key] = state[key][row : row + rows]
             else:
-                own[key] = state[key][entry : entry + n * n].view(n, n)
+                views[key] = state[key][entry : entry + n * n].view(n, n)
         if rule.state:
-            own["step"] = state["step"]
+            views["step"] = state["step"]
         row, entry = row + rows, entry + n * n
-        yield own
+        yield views
 
 
-def _of_rule(
+def _state_of_rule(
     group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragment], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return what the rule keeps: numbers by rows lie as the rows do, matrices are whole on every rank."""
+    """Return the rule's state before a first step: row states sharded as the rows are, matrices replicated."""
     rule, view = get_rule(group["rule"]), MatrixView.parse(group["view"])
-    if rule.row_map and fragments:  # matrices lie flat, one after the other
+    if rule.row_map and fragments:  # matrices are stored flat, one after the other
         rows, entries = sum(part.rows for part in fragments), sum(part.layout.shape[-1] ** 2 for part in fragments)
         shapes = {key: (rows, 1) if key in rule.row_state_keys else (entries,) for key in rule.state}
         return {key: torch.zeros(shape, dtype=dtype, device=p.device) for key, shape in shapes.items()}
     if fragments:
         raise RuntimeError(
-            f"{name}: rule {rule.name!r} keeps whole matrices, for which DeepSpeed's partitions have no place; "
+            f"{name}: rule {rule.name!r} stores whole matrices, for which DeepSpeed's partitions have no place; "
             "train it with DDP or FSDP2"
         )
     by_rows = set() if layout_of(p).gathered else rule.row_state_keys
-    lying = {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in by_rows}
+    sharded = {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in by_rows}
     M = torch.zeros((), dtype=dtype, device=p.device).expand(view.shape(tuple(p.shape)))
-    whole = {key: kind.start(M) for key, kind in rule.state.items() if key not in lying}
-    return lying | {key: repeated_like(value[0] if rule.row_map else value, p) for key, value in whole.items()}
+    whole = {key: kind.start(M) for key, kind in rule.state.items() if key not in sharded}
+    return sharded | {key: repeated_like(value[0] if rule.row_map else value, p) for key, value in whole.items()}

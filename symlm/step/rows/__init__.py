@@ -1,1 +1,1 @@
-"""Row rules where the rows are, block by block or in fused kernels."""
+"""Row rules on the rank that stores the rows, block by block or in fused kernels."""

@@ -1,4 +1,4 @@
-"""Row rules in Triton passes, momentum, direction and update together, where a kernel serves and is asked for."""
+"""Row rules in Triton kernels: momentum, direction and update in one pass, where a kernel exists and is chosen."""
 
 from typing import Any
 
@@ -13,15 +13,27 @@ from symlm.rules import get_rule
 from symlm.rules.rows import whitener
 from symlm.step.rows.row_step import product
 
-ROWS_AT_A_TIME = 2**15  # of a vocabulary's directions are turned and stepped, so that few are alive twice
+ROWS_AT_A_TIME = 2**15  # of a vocabulary's whitened directions, which bounds their temporary memory
 
 
 def serves(group: dict[str, Any], layout: Layout, W: Tensor) -> bool:
-    """Tell whether a kernel does this group's step on rows (m, n) that lie here.
+    """Return whether a kernel can run this group's step on the rows that this rank stores.
 
-    All ranks must answer alike: by the layout, not by how many rows each holds. Not with a momentum of directions, on
-    cut rows, on rows in several shards whose mean or Gram matrix the rule wants, nor on parameters that are updated
-    in a wide copy.
+    It cannot with a momentum of directions, on split rows, on sharded rows if the rule needs their mean or Gram matrix,
+    or on parameters that are updated in a wide copy. All ranks must return the same, so that it depends on the layout
+    and not on how many rows a rank stores.
+
+    Args:
+        group: The parameter group.
+        layout: The parameter's layout.
+        W: This rank's part of the parameter, (m, n).
+
+    Returns:
+        Whether `step` can be called.
+
+    Raises:
+        ValueError: The group's `kernels` is unknown.
+        RuntimeError: The group's `kernels` is "triton", and Triton cannot run here.
     """
     rule = get_rule(group["rule"])
     if not rule.fused or group["momentum_of"] != "gradients":
@@ -36,23 +48,33 @@ def serves(group: dict[str, Any], layout: Layout, W: Tensor) -> bool:
 def step(
     group: dict[str, Any], W: Tensor, G: Tensor, M: Tensor, state: dict[str, Tensor], scale: float, finite: Tensor
 ) -> None:
-    """Do `M <- βM + (1−β)G`, `W <- (1 − ηλ)W − η·s·U(M)` and refresh what the rule keeps, in place."""
+    """Compute `M <- βM + (1−β)G`, `W <- (1 − ηλ)W − η·s·U(M)` and the rule's next state, in place.
+
+    Args:
+        group: The parameter group.
+        W: This rank's rows of the parameter, (m, n), fp32.
+        G: Their gradient, (m, n).
+        M: Their momentum, (m, n).
+        state: The rule's state, see `rule_state`.
+        scale: The scale s.
+        finite: Whether the step happens, a bool of one element; nothing changes if not.
+    """
     from symlm_kernels import rows
 
     if not W.numel():
         return
-    # A rate that lies on the CPU is not copied, which a graph could not capture.
+    # A rate on the CPU is not copied to the device: a graph could not capture that.
     lr = group["lr"] * torch.ones((), device=W.device)
-    keep = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
+    decay_factor = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
     mean = None
     if state:
         beta2 = group["betas"][1]
         mean = MeanNorms(state["row_rms"], 1 - beta2 ** state["step"], beta2)
-    rule, told = get_rule(group["rule"]), (lr * scale, keep, finite.float())
+    rule, factors = get_rule(group["rule"]), (lr * scale, decay_factor, finite.float())
     if rule.whitens:
-        return _whitened_step(group, W, G.contiguous(), M, state["gram"], told, mean)
+        return _whitened_step(group, W, G.contiguous(), M, state["gram"], factors, mean)
     one_pass = rows.centered_row_norm_step if rule.symmetry.shift else rows.row_norm_step
-    one_pass(G.contiguous(), M, W, group["momentum"], *told, group["nesterov"], mean)
+    one_pass(G.contiguous(), M, W, group["momentum"], *factors, group["nesterov"], mean)
 
 
 def _whitened_step(
@@ -61,22 +83,19 @@ def _whitened_step(
     G: Tensor,
     M: Tensor,
     gram: Tensor,
-    told: tuple[Tensor, Tensor, Tensor],
+    factors: tuple[Tensor, Tensor, Tensor],
     mean: MeanNorms | None,
 ) -> None:
-    """Do the step of directions that are turned by their Gram matrix, in half precision on a GPU.
-
-    told: the size of the step, what is kept of the weights, and whether it happens, one element each.
-    """
+    """Run the step of a whitened rule; `factors` are the step's size, the decay factor, and whether it happens."""
     from symlm_kernels import rows
 
     centered, beta2 = get_rule(group["rule"]).symmetry.shift, group["betas"][1]
-    dtype, finite = resolve_dtype(W, group["compute_dtype"]), told[-1]
+    dtype, finite = resolve_dtype(W, group["compute_dtype"]), factors[-1]
     dtype = dtype if dtype.itemsize == 2 else W.dtype
     D, row = rows.row_directions(G, M, group["momentum"], finite, group["nesterov"], mean, centered, dtype)
-    seen = gram.lerp(product(D.mT, D, dtype) / len(D), 1 - beta2)
-    gram.copy_(torch.where(finite > 0, seen, gram))
-    turn = whitener(gram, len(D))
-    row, turn = row @ turn if centered else torch.zeros_like(row), turn.to(dtype)
+    refreshed = gram.lerp(product(D.mT, D, dtype) / len(D), 1 - beta2)
+    gram.copy_(torch.where(finite > 0, refreshed, gram))
+    root = whitener(gram, len(D))
+    row, root = row @ root if centered else torch.zeros_like(row), root.to(dtype)
     for some, weights in zip(D.split(ROWS_AT_A_TIME), W.split(ROWS_AT_A_TIME), strict=True):
-        rows.step_by_directions(some @ turn, row, weights, *told)
+        rows.step_by_directions(some @ root, row, weights, *factors)

@@ -1,4 +1,4 @@
-"""Row rules where the rows are: block by block, and no row travels but those that ZeRO cuts."""
+"""Row rules on the rank that stores the rows, block by block; only rows that ZeRO splits are exchanged."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,24 +17,46 @@ from symlm.step.rows.blocks import Block, blocks_of
 
 
 def entries_to_sum(rule: Rule, layout: Layout) -> int:
-    """Count the numbers that a step sums over the shards: the rows that are cut, two mean rows, a Gram matrix."""
+    """Count the elements that a step reduces over the shards: split rows, two mean rows, and a Gram matrix.
+
+    Args:
+        rule: A row rule.
+        layout: The parameter's layout.
+
+    Returns:
+        The number of elements.
+    """
     centered, n = rule.symmetry.shift, layout.shape[-1]
     means = centered + (1 + n * rule.whitens) * (centered or rule.whitens)
     return (len(cut_rows(layout)) + means) * n
 
 
 def operations_of(rule: Rule, shape: tuple[int, ...]) -> int:
-    """Count the floating-point operations of products of whole rows: a Gram matrix, and what turns by it."""
+    """Count the floating-point operations of a whitened rule's products, `4mn²`: a Gram matrix, and its inverse root.
+
+    Args:
+        rule: A row rule.
+        shape: The shape (m, n) of the whole.
+
+    Returns:
+        The count; 0 for a rule without such products.
+    """
     m, n = shape
     return 4 * m * n * n if rule.whitens else 0
 
 
 @dataclass
 class RowStep:
-    """One row rule on this rank's part of a matrix.
+    """Run one row rule on this rank's part of a matrix.
 
-    part: where the rule's input lies, for its dtype and device; look: what the rule sees of a block; state: what it
-    keeps of the rows held, and of the whole; settings: what else its map takes; compute_dtype: of products on a GPU.
+    Args:
+        rule: The row rule.
+        layout: The parameter's layout.
+        part: This rank's part of the momentum, of which the dtype and device are used.
+        rule_input: Maps a block to the rule's input.
+        state: The rule's state of this rank's rows, and of the whole.
+        settings: Further arguments of the row map, and the β₂ of the Gram matrix.
+        compute_dtype: The dtype of products on a GPU.
     """
 
     rule: Rule
@@ -46,44 +68,51 @@ class RowStep:
     compute_dtype: str | torch.dtype = "auto"
 
     def directions(self, elements: int) -> Iterator[tuple[Block, Tensor, dict[str, Tensor]]]:
-        """Yield each block, its direction and its rows' next state; all ranks call this together.
+        """Yield the directions of each block; all ranks call this together.
 
-        A centered rule passes over the part twice more, for the two means; the second pass is also a whitened rule's,
-        whose Gram matrix is in `kept` from the first block on.
+        A centered rule passes over the part twice more, for the two means; a whitened rule uses the second of these
+        passes for its Gram matrix, which is in `matrix_state` from the first block on.
+
+        Args:
+            elements: The size of a block, in elements.
+
+        Yields:
+            The block, its directions, and the next state of its rows.
         """
         blocks = blocks_of(self.layout, elements)
         self.matrix_state: dict[str, Tensor] = {}
         self.cut_rows = self._cut_rows(blocks) if cut_rows(self.layout) else {}
         centered, whitened = self.rule.symmetry.shift, self.rule.whitens
         self.shift = self._means(blocks, self._input)[-1] if centered else None
-        mean = turn = None
+        mean = root = None
         if centered or whitened:
             means = self._means(blocks, lambda block: self._mapped(block)[0], whitened)
-            turn = self._whitener(means[:-1]) if whitened else None
-            mean = (means[-1] if turn is None else means[-1] @ turn) if centered else None
+            root = self._whitener(means[:-1]) if whitened else None
+            mean = (means[-1] if root is None else means[-1] @ root) if centered else None
         for block in blocks:
             U, state = self._mapped(block)
-            U = U if turn is None else self._product(U, turn)
+            U = U if root is None else self._product(U, root)
             yield block, (U if mean is None else U.sub_(mean))[:, block.columns], state
 
     def _mapped(self, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the row map's directions of a block, and the next state of its rows."""
         assert self.rule.row_map is not None
         X = self._input(block) if self.shift is None else self._input(block) - self.shift
-        own = {key: value[block.rows] for key, value in self.state.items() if key in self.rule.row_state_keys}
-        return self.rule.row_map(X, row_norms(X), **own, **self.settings)
+        row_state = {key: value[block.rows] for key, value in self.state.items() if key in self.rule.row_state_keys}
+        return self.rule.row_map(X, row_norms(X), **row_state, **self.settings)
 
     def _input(self, block: Block) -> Tensor:
-        """Return what the rule sees of the block's rows, those whole of which it is a piece."""
+        """Return the rule's input for a block; for a piece of a row, that of the whole row."""
         row = self.cut_rows.get(block.rows.start)
         return self.rule_input(block) if row is None else row
 
     def _means(self, blocks: list[Block], rows: Callable[[Block], Tensor], square: bool = False) -> Tensor:
-        """Return the mean row, and above it `XᵀX/m` if asked for, in one sum over the shards."""
+        """Return the mean row, below `XᵀX/m` if `square`, reduced over the shards at once."""
         m, n = self.layout.shape
         total = self._zeros(n * square + 1, n)
         for block in blocks:
             if block.columns.start:
-                continue  # a cut row counts where it begins
+                continue  # a split row is counted on the rank where it begins
             X = rows(block)
             total[-1] += X.sum(dim=0)
             if square:
@@ -91,15 +120,16 @@ class RowStep:
         return summed(total, self.layout) / m
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return `A B` in the compute dtype."""
         return product(A, B, resolve_dtype(A, self.compute_dtype))
 
     def _whitener(self, square: Tensor) -> Tensor:
-        """Return what turns the row map's columns, by the Gram matrix in the mean of steps, which is kept."""
+        """Return the whitener of the Gram matrix in the mean of steps, and store that mean."""
         self.matrix_state["gram"] = self.state["gram"].lerp(square, 1 - self.settings["beta2"])
         return whitener(self.matrix_state["gram"], self.layout.shape[0])
 
     def _cut_rows(self, blocks: list[Block]) -> dict[int, Tensor]:
-        """Return, by their places here, the whole rows of which this rank holds a piece."""
+        """Return the whole rows of which this rank stores a piece, by their places among this rank's rows."""
         rows, first = cut_rows(self.layout), rows_held(self.layout)[0]
         pieces = [(block, rows.index(first + block.rows.start)) for block in blocks if first + block.rows.start in rows]
         whole = self._zeros(len(rows), self.layout.shape[-1])
@@ -109,11 +139,21 @@ class RowStep:
         return {block.rows.start: whole[place : place + 1] for block, place in pieces}
 
     def _zeros(self, *shape: int) -> Tensor:
+        """Return zeros in the accumulation dtype, on the part's device."""
         return torch.zeros(shape, dtype=accumulation_dtype(self.part.dtype), device=self.part.device)
 
 
 def product(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A B in fp32 or wider, on a GPU of half-precision factors, summed in fp32: a Gram matrix stays one."""
+    """Compute `A B`, accumulated in fp32 or wider, so that a Gram matrix stays positive semidefinite to rounding.
+
+    Args:
+        A: The left factor, (m, k).
+        B: The right factor, (k, n).
+        dtype: The dtype of the factors on a GPU, if it has 16 bits; elsewhere they are fp32 or wider.
+
+    Returns:
+        The product, (m, n), in the accumulation dtype.
+    """
     wide = accumulation_dtype(A.dtype)
     if not A.is_cuda or dtype.itemsize > 2 or wide != torch.float32:
         return A.to(wide) @ B.to(wide)
@@ -121,4 +161,5 @@ def product(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32, or the dtype if it is wider."""
     return torch.promote_types(dtype, torch.float32)
