@@ -1,8 +1,11 @@
-"""Symmetry teleportation: move a model along the group that leaves its loss unchanged, to where the gradient is large.
+"""Symmetry teleportation: move a model along a group that preserves its loss, to where the gradient is large.
 
 A group acts on a weight as `W' = L W R^{-1}`. The loss is the same there, so its gradient, and any mean of gradients in
-an optimizer's state, moves as the covector `G' = L^{-T} G R^T`: the search needs one gradient and no further look at
-the model. Source: Zhao, Dehmamy, Walters & Yu, NeurIPS 2022; the transformer's groups are derived.
+an optimizer's state, moves as the covector `G' = L^{-T} G R^T`: the search needs one gradient, and does not evaluate
+the model again.
+
+Source:
+    Zhao, Dehmamy, Walters & Yu, NeurIPS 2022; the transformer's groups are derived here.
 """
 
 from symlm.teleport.actions import (

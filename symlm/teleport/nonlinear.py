@@ -7,9 +7,18 @@ from torch import Tensor
 
 
 def act_on_quadratic(A: Tensor, R: Tensor, w: Tensor) -> Tensor:
-    """Let a rotation R act on the w of `wᵀAw`: `A^{-1/2} R A^{1/2} w`.  Shapes: (n, n), (n, n), (n) -> (n).
+    """Let a rotation R act on the w of `wᵀAw`, `w' = A^{-1/2} R A^{1/2} w`.
 
-    A: symmetric and positive definite. Source: Zhao et al., NeurIPS 2022.
+    Args:
+        A: A symmetric positive definite matrix, (n, n).
+        R: An orthogonal matrix, (n, n).
+        w: A vector, (n).
+
+    Returns:
+        w', (n), at which the quadratic has the same value.
+
+    Source:
+        Zhao et al., NeurIPS 2022.
     """
     values, vectors = torch.linalg.eigh(A)
     return vectors @ ((vectors.mT @ (R @ (vectors @ (values.sqrt() * (vectors.mT @ w))))) / values.sqrt())
@@ -23,27 +32,48 @@ def act_on_mlp(
     activation: Callable[[Tensor], Tensor],
     inverse: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """Let g of GL(k) act on the outputs h of a layer of `h_m = σ(W_m h_{m-1})`, exactly, for the data X.
+    """Let g of GL(k) act on the outputs of a layer of `h_m = σ(W_m h_{m-1})`, exactly, for the data X.
 
-    `W_m' = σ^{-1}(g σ(W_m h)) h^+`, `W_{m+1}' = W_{m+1} g^{-1}`, h the layer's inputs. Shapes: X (inputs, samples).
-    Raises: ValueError for the last layer, and where no weights give these outputs: h has more samples than rows, or
-    they depend on each other; `inverse` is not σ's, or g leads out of σ's values.
+    `W_m' = σ^{-1}(g σ(W_m h)) h^+`, `W_{m+1}' = W_{m+1} g^{-1}`, with h the layer's inputs.
+
+    Args:
+        weights: The weights of the layers, (outputs, inputs) each.
+        X: The data, (inputs, samples).
+        layer: The index m of the layer, from 0; the last one has no next layer.
+        g: An invertible matrix, (k, k), with k the outputs of the layer.
+        activation: The activation σ.
+        inverse: Its inverse σ^{-1}.
+
+    Returns:
+        The weights after the action; those of other layers are the same tensors.
+
+    Raises:
+        ValueError: The layer is the last one, or no weights give the moved outputs: h has more samples than rows, its
+            samples are linearly dependent, `inverse` is not the inverse of σ, or g leads out of the range of σ.
+
+    Source:
+        Zhao et al., NeurIPS 2022.
     """
     if not 0 <= layer < len(weights) - 1:
-        raise ValueError(f"layer {layer} of {len(weights)}: the last has no next one to take g back")
+        raise ValueError(
+            f"layer {layer} of {len(weights)} has no next layer for the inverse of g; choose an earlier one"
+        )
     h = X
     for W in weights[:layer]:
         h = activation(W @ h)
     if h.shape[1] > h.shape[0]:
-        raise ValueError(f"a batch of {h.shape[1]} is larger than the width {h.shape[0]}: the action is not exact")
-    moved, wanted = list(weights), g @ activation(weights[layer] @ h)
-    moved[layer] = inverse(wanted) @ torch.linalg.pinv(h)
+        raise ValueError(
+            f"a batch of {h.shape[1]} samples is larger than the width {h.shape[0]} of layer {layer}, where the action "
+            "is not exact: use fewer samples"
+        )
+    moved, outputs = list(weights), g @ activation(weights[layer] @ h)
+    moved[layer] = inverse(outputs) @ torch.linalg.pinv(h)
     moved[layer + 1] = weights[layer + 1] @ torch.linalg.inv(g)
     with torch.no_grad():
-        error = (activation(moved[layer] @ h) - wanted).norm() / wanted.norm()
+        error = (activation(moved[layer] @ h) - outputs).norm() / outputs.norm()
     if not error <= 1e-6:
         raise ValueError(
-            f"the layer's outputs are off by {error:.1e}: samples that depend on each other, or an activation that is "
-            "not bijective or has not these values"
+            f"the outputs of layer {layer} are off by {error:.1e}: samples are linearly dependent, or the activation "
+            "is not bijective or has not these values; use other samples, a smaller g, or a bijective activation"
         )
     return moved

@@ -1,4 +1,4 @@
-"""Where on its orbit a model's gradient is largest: ascent over the group."""
+"""The search for the largest gradient on a model's orbit: ascent over the group."""
 
 from collections.abc import Callable, Mapping
 from math import inf
@@ -17,24 +17,32 @@ def climb(
     lr: float = 0.1,
     steps: int = 10,
 ) -> tuple[Tensor, float]:
-    """Search a group for the place of the largest gradient, by ascent in its Lie algebra.
+    """Search a group for the element that makes the gradient largest, by ascent in its Lie algebra.
 
-    family: T -> the transports of exp(T); start: T's first value, zero for the identity; each step has length `lr`.
-    Returns T and `|∇L|` there over `|∇L|` here, of the weights that move; 1 where the gradient is zero.
+    Args:
+        family: Maps T to the transports of exp(T).
+        start: The first T, zero for the identity.
+        gradients: The gradients by parameter name; only those of the weights that move are used.
+        lr: The length of each step, in T.
+        steps: The number of steps.
+
+    Returns:
+        T, and the norm of the moved weights' gradient at T over that at the model's weights; 1 if the gradient is zero.
     """
     T = start.detach().clone().requires_grad_()
     with torch.no_grad():
-        here = torch.stack([gradients[name].square().sum() for name in family(T)]).sum()
+        square_before = torch.stack([gradients[name].square().sum() for name in family(T)]).sum()
     for _ in range(steps):
         (direction,) = torch.autograd.grad(_square(family(T), gradients), T)
         with torch.no_grad():
             T += lr * direction / direction.norm().clamp(min=1e-30)
     with torch.no_grad():
-        ratio = float((_square(family(T), gradients) / here).sqrt()) if here > 0 else 1.0
+        ratio = float((_square(family(T), gradients) / square_before).sqrt()) if square_before > 0 else 1.0
     return T.detach(), ratio
 
 
 def _square(transports: Transports, gradients: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared norm of the moved weights' gradient after the action."""
     return torch.stack([t.covector(gradients[name]).square().sum() for name, t in transports.items()]).sum()
 
 
@@ -47,10 +55,19 @@ def ascend(
     steps: int,
     longest: float = inf,
 ) -> Any:
-    """Return `act(θ, w)` after gradient ascent of `|∇loss|²` over θ: for actions that are not linear in w.
+    """Move w to `act(θ, w)` after gradient ascent of `|∇loss|²` over θ, for actions that are not linear in w.
 
-    w: a tensor, or a list of them; act and loss are differentiable. θ starts at `theta`; no step of it is longer than
-    `longest`, so that an element near the identity stays one that can be inverted.
+    Args:
+        act: The action, (θ, w) to a value like w; differentiable twice.
+        loss: Maps a value like w to a scalar; differentiable twice.
+        w: A tensor, or a list of tensors.
+        theta: The first θ.
+        lr: The factor of the gradient in a step of θ.
+        steps: The number of steps.
+        longest: The largest length of a step of θ, so that an element near the identity stays invertible.
+
+    Returns:
+        The moved w, detached.
     """
     theta = theta.detach().clone().requires_grad_()
     many = isinstance(w, (list, tuple))

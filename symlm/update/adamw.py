@@ -1,4 +1,4 @@
-"""Elementwise groups: torch's own AdamW."""
+"""Elementwise groups: torch's fused AdamW."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,13 @@ from symlm.update.rounding import store
 
 
 def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
-    """Run torch's own fused AdamW on the group; `found_inf` masks the step on a device."""
+    """Run torch's fused AdamW on an elementwise group.
+
+    Args:
+        group: The parameter group.
+        members: Its parameters.
+        finite: Whether the step happens, a bool of one element; on a device it masks the step, on a CPU it is true.
+    """
     wide = [member for member in members if member.parameter.numel() and member.parameter.dtype == member.dtype]
     narrow = [member for member in members if member.parameter.numel() and member.parameter.dtype != member.dtype]
     for some in ([wide] if wide else []) + list(_chunks(narrow)):
@@ -21,7 +27,7 @@ def adamw_step(group: dict[str, Any], members: list[Member], finite: Tensor) -> 
 
 
 def _chunks(members: list[Member]) -> Iterator[list[Member]]:
-    """Yield members, each time within BATCH_ELEMENTS or one alone: their wide copies are alive at once."""
+    """Yield members, together at most BATCH_ELEMENTS or one alone, since their wide copies are allocated together."""
     chunk: list[Member] = []
     elements = 0
     for member in members:
@@ -35,10 +41,11 @@ def _chunks(members: list[Member]) -> Iterator[list[Member]]:
 
 
 def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
+    """Run one fused AdamW call on these members, and store the low-precision ones."""
     on_cpu = members[0].master.device.type == "cpu"
     adamw(
         [member.master for member in members],
-        [_laid_as(member.gradient, member.master) for member in members],
+        [_strided_as(member.gradient, member.master) for member in members],
         [local(member.state["exp_avg"]) for member in members],
         [local(member.state["exp_avg_sq"]) for member in members],
         [],
@@ -57,15 +64,23 @@ def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor
         store(group, member, finite.to(member.parameter.device))
 
 
-def _laid_as(gradient: Tensor, master: Tensor) -> Tensor:
-    """Return a gradient in the dtype and strides of its weight: torch's fused step reads both along memory."""
+def _strided_as(gradient: Tensor, master: Tensor) -> Tensor:
+    """Return a gradient in the dtype and strides of its weight: torch's fused AdamW reads both in memory order."""
     if gradient.stride() == master.stride():
         return gradient.to(master.dtype)
     return torch.empty_like(master).copy_(gradient)
 
 
 def adamw_update(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    """Return the update of this rank's part that AdamW's last step made, from its state."""
+    """Compute AdamW's last update from its state, `η·m̂/(√v̂ + ε)` without the decay.
+
+    Args:
+        group: The settings `lr`, `betas` and `eps` of that step.
+        state: The parameter's state after it.
+
+    Returns:
+        The update of this rank's part.
+    """
     t = state["step"].clamp(min=1.0)
     first = local(state["exp_avg"]) / (1 - group["betas"][0] ** t)
     second = local(state["exp_avg_sq"]) / (1 - group["betas"][1] ** t)

@@ -12,13 +12,21 @@ from symlm.step.rows.blocks import Block
 
 
 def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Tensor:
-    """Phase 3: `W <- (1 − ηλ)W − η·s·U`, on this block of the fp32 master; or with U's own momentum in its place.
+    """Update a block of weights, `W <- (1 − ηλ)W − η·s·U`; with a momentum of directions, that takes the place of U.
 
-    Returns `Σ(ηsU)²`, of which diagnostics make the size of a role's update.
+    Args:
+        group: The parameter group.
+        members: The parameters of the block; their masters are updated, in fp32 or wider.
+        block: The block of their parts.
+        updates: `s·U` of each member's block.
+        finite: Whether the step happens, a bool of one element.
+
+    Returns:
+        `Σ(ηsU)²` over the block, from which the diagnostics compute the size of a role's update.
     """
     lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     decay = group["weight_decay"] * group["weight_decay_multiplier"]
-    keep = 1 - lr * decay
+    decay_factor = 1 - lr * decay
     norms, steps = [], []
     for member, U in zip(members, updates, strict=True):
         W = block.of(member.master)
@@ -26,24 +34,24 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
             M = block.of(member.momentum)
             U = M.lerp_(masked(U, M, finite), 1 - group["momentum"])
         if decay:
-            W.mul_(keep)
-        taken = None if member.active is None else _spread(member.active, member.layout, U)
-        norms.append(_norm(U, taken))
-        steps.append(finite if taken is None or taken.ndim else taken)
-        if taken is None and not isinstance(lr, Tensor):
+            W.mul_(decay_factor)
+        active = None if member.active is None else _spread(member.active, member.layout, U)
+        norms.append(_norm(U, active))
+        steps.append(finite if active is None or active.ndim else active)
+        if active is None and not isinstance(lr, Tensor):
             W.sub_(U, alpha=lr)
-        elif taken is None or isinstance(group["lr"], Tensor):
-            W.addcmul_(U, (lr if taken is None else lr * taken).to(U.dtype), value=-1)
+        elif active is None or isinstance(group["lr"], Tensor):
+            W.addcmul_(U, (lr if active is None else lr * active).to(U.dtype), value=-1)
         else:
-            W.addcmul_(U, taken.to(U.dtype), value=-group["lr"])
+            W.addcmul_(U, active.to(U.dtype), value=-group["lr"])
     sizes = torch.stack(norms)
-    if any(member.active is not None for member in members):  # of all in one launch
+    if any(member.active is not None for member in members):  # one launch for all members
         sizes = sizes * torch.stack([step.to(sizes.dtype) for step in steps])
     return (lr * sizes).square().sum()
 
 
 def _spread(active: Tensor, layout: Layout, U: Tensor) -> Tensor:
-    """Shape a matrix's flag, or a stack's, to multiply this rank's part U of it."""
+    """Return the flags of a matrix or of a stack, in a shape that multiplies this rank's part U of it."""
     if layout.matrices == 1:
         return active[0]
     if U.ndim == 3:
@@ -51,9 +59,9 @@ def _spread(active: Tensor, layout: Layout, U: Tensor) -> Tensor:
     return torch.cat([flag.expand(length) for flag, length in zip(active, layout.pieces, strict=True)])
 
 
-def _norm(U: Tensor, taken: Tensor | None) -> Tensor:
-    """Return the norm of what is taken of a stack U, without a copy where its parts are whole; of one matrix, all."""
-    if taken is None or not taken.ndim:
+def _norm(U: Tensor, active: Tensor | None) -> Tensor:
+    """Return the norm of the active matrices of a stack U; the norm of all of U for one matrix."""
+    if active is None or not active.ndim:
         return torch.linalg.vector_norm(U)
-    parts = torch.linalg.vector_norm(U, dim=(1, 2), keepdim=True) if taken.ndim == 3 else U
-    return torch.linalg.vector_norm(parts * taken)
+    parts = torch.linalg.vector_norm(U, dim=(1, 2), keepdim=True) if active.ndim == 3 else U  # whole: without a copy
+    return torch.linalg.vector_norm(parts * active)

@@ -1,4 +1,4 @@
-"""How large a step was: the sum of squares of its update, by role and view, of this rank's parts."""
+"""The size of a step: the sum of squares of its update, by role, of this rank's parts."""
 
 from typing import Any
 
@@ -9,9 +9,10 @@ from symlm.update.adamw import adamw_update
 
 
 class UpdateSize:
-    """`Σ(ηsU)²`, decay left out, and of how many entries; what no step reaches keeps its last.
+    """Accumulate `Σ(ηsU)²` of the last step without the decay, and the number of entries.
 
-    DeepSpeed steps group by group, and a group in several calls with other parameters, so that a step may be many.
+    A part of a group that a step does not reach retains its last value. DeepSpeed steps group by group, and a group in
+    several calls with other parameters, so that one step may be many calls.
     """
 
     def __init__(self) -> None:
@@ -19,33 +20,49 @@ class UpdateSize:
         self._adamw: dict[tuple[str, Tensor], list[tuple[dict[str, Any], dict[str, Any], int]]] = {}
 
     def begin(self, groups: list[dict[str, Any]], device: torch.device) -> None:
-        """Forget what these groups' last step was."""
+        """Reset the sums of these groups.
+
+        Args:
+            groups: The groups of the step that begins.
+            device: The device of the sums.
+        """
         self._squares |= {_key(group): (torch.zeros((), device=device), 0) for group in groups}
 
     def add(self, group: dict[str, Any], squares: Tensor, count: int) -> None:
-        """Add a part of a group's step."""
+        """Add a part of a group's step.
+
+        Args:
+            group: The group.
+            squares: The part's `Σ(ηsU)²`, one element.
+            count: Its number of entries.
+        """
         before = self._squares[_key(group)]
         self._squares[_key(group)] = (before[0] + squares.to(before[0].device), before[1] + count)
 
     def of_adamw(self, group: dict[str, Any], stepped: list[tuple[dict[str, Any], int]]) -> None:
-        """Take note of the states and sizes that AdamW stepped; its update is read from them when asked for."""
-        told = {key: group[key] for key in ("lr", "betas", "eps")}
-        if isinstance(told["lr"], Tensor):
-            told["lr"] = told["lr"].clone()  # which a schedule writes to
-        self._adamw[_key(group)] = [(told, state, count) for state, count in stepped]
+        """Record a step of AdamW, of which `by_role` computes the update.
+
+        Args:
+            group: The group.
+            stepped: The state, and the number of entries, of each parameter of the step.
+        """
+        settings = {key: group[key] for key in ("lr", "betas", "eps")}
+        if isinstance(settings["lr"], Tensor):
+            settings["lr"] = settings["lr"].clone()  # a schedule writes to it
+        self._adamw[_key(group)] = [(settings, state, count) for state, count in stepped]
 
     def by_role(self) -> dict[str, tuple[Tensor, int]]:
-        """Return the sum of squares, and of how many entries, by role."""
+        """Return `Σ(ηsU)²`, and the number of entries, by role."""
         parts = [(role, squares, count) for (role, _), (squares, count) in self._squares.items()]
         for (role, _), stepped in self._adamw.items():
             parts += [(role, adamw_update(group, state).square().sum(), count) for group, state, count in stepped]
-        found: dict[str, tuple[Tensor, int]] = {}
+        totals: dict[str, tuple[Tensor, int]] = {}
         for role, squares, count in parts:
-            before = found.get(role, (torch.zeros_like(squares), 0))
-            found[role] = (before[0] + squares.to(before[0].device), before[1] + count)
-        return found
+            before = totals.get(role, (torch.zeros_like(squares), 0))
+            totals[role] = (before[0] + squares.to(before[0].device), before[1] + count)
+        return totals
 
 
 def _key(group: dict[str, Any]) -> tuple[str, Tensor]:
-    """Return what tells this call's part of a group from its others."""
+    """Return a key of this call's part of a group: its role and first parameter."""
     return group["role"], group["params"][0]

@@ -107,7 +107,7 @@ def test_what_is_no_symmetry_is_refused_and_undone():
     with torch.no_grad():
         model.model.norm.weight.mul_(torch.linspace(0.5, 2, 32))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="no symmetry of this model"):
+    with pytest.raises(ValueError, match="not a symmetry of this model"):
         t.teleport(model, t.residual_rotation(model, orthogonal(32)), lambda: loss_of(model, x))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -224,8 +224,8 @@ def test_teleports_at_every_step_do_not_run_away():
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("qwen3", {"preset": "adamw"}, "'adamw' keeps does not move"),
-        ("qwen3", {"overrides": {"mlp_in": {"rule": "aro_adam"}}}, "'aro_adam' keeps does not move"),
+        ("qwen3", {"preset": "adamw"}, "the state of 'adamw' does not move"),
+        ("qwen3", {"overrides": {"mlp_in": {"rule": "aro_adam"}}}, "the state of 'aro_adam' does not move"),
         ("glm4_moe", {}, "neurons, T has"),
     ],
 )
@@ -237,7 +237,7 @@ def test_a_run_that_could_not_teleport_is_refused_before_it_begins(kind, options
 
 def test_a_rotation_refuses_weights_that_it_does_not_know():
     model = tiny("phi3", dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"qkv_proj\.weight: a rotation knows"):
+    with pytest.raises(ValueError, match=r"qkv_proj\.weight: the residual rotation is defined for"):
         t.residual_rotation(model, orthogonal(32))
 
 
@@ -299,7 +299,7 @@ REFUSED = {
     ),
     "no bijection": (0, random(3, 2), torch.relu, torch.relu, "off by"),
     "values that the activation has not": (0, 30 * random(3, 2), torch.tanh, torch.atanh, "off by"),
-    "the last layer": (1, random(3, 2), leaky, unleaky, "the last has no next one"),
+    "the last layer": (1, random(3, 2), leaky, unleaky, "has no next layer"),
 }
 
 
