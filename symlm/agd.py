@@ -9,18 +9,26 @@ from torch import Tensor, nn
 
 
 class AGD(torch.optim.Optimizer):
-    """Update every layer by `W_k <- W_k − gain·(η/L)·s_k·g_k/|g_k|`, with one rate η for all and nothing to tune.
+    """Update every layer by `W_k <- W_k − gain·(η/L)·s_k·g_k/|g_k|`, with one rate η for all layers and no tuning.
 
-    s_k = √(outputs/inputs), for a convolution over the root of its kernel's positions; L = layers;
-    `G = (1/L) Σ s_k |g_k|_F`, `η = log((1 + √(1 + 4G))/2)`, the minimum of `−ηG + (e^η − 1)²/2`.
-    model: its layers in order of use, linear, convolutions or embeddings. Call `initialize_(model)` first.
-    momentum β: the mean `m <- βm + (1−β)g` in g's place. layerwise: layer k's step is divided by k, the input's is 1.
-    weight_decay λ: g_k includes λW_k, and η solves `e^η(e^η − 1) + λd̃/L·η = G`, d̃ the mean of outputs/inputs.
+    s_k = √(outputs/inputs), for a convolution divided by the root of its kernel's positions; L is the number of layers;
+    `G = (1/L) Σ s_k |g_k|_F`, `η = log((1 + √(1 + 4G))/2)`, the minimizer of `−ηG + (e^η − 1)²/2`.
+    Call `initialize_(model)` first. Momentum, layerwise steps and weight decay are reconstructed from descriptions, not
+    from a published formula.
 
-    The last three are reconstructed from descriptions, no published formula.
-    Raises: ValueError for biases, gains and other layers, which the bound does not cover, for values out of range, and
-    for a second parameter group.
-    Source: Bernstein et al., arXiv 2304.05187, algorithm 1.
+    Args:
+        model: The model; its layers, linear, convolutions or embeddings, are in the order of use.
+        gain: A factor of every step.
+        momentum: β of the mean `m <- βm + (1−β)g`, which takes the place of g.
+        layerwise: Whether the step of layer k is divided by k, which is 1 at the input.
+        weight_decay: λ. g_k includes λW_k, and η solves `e^η(e^η − 1) + λd̃/L·η = G`, d̃ the mean of outputs/inputs.
+
+    Raises:
+        ValueError: A trainable bias, gain or other layer, which the bound does not cover; a value out of its range; or
+            a second parameter group.
+
+    Source:
+        Bernstein et al., arXiv 2304.05187, algorithm 1.
     """
 
     def __init__(
@@ -32,22 +40,39 @@ class AGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         if gain <= 0 or not 0 <= momentum < 1 or weight_decay < 0:
-            raise ValueError("gain is positive, 0 <= momentum < 1, weight_decay is not negative")
+            raise ValueError(
+                "gain must be positive, 0 <= momentum < 1, and weight_decay must not be negative, got "
+                f"{gain}, {momentum}, {weight_decay}"
+            )
         defaults = {"lr": gain, "momentum": momentum, "layerwise": layerwise, "weight_decay": weight_decay}
         super().__init__(_layers(model), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take the model's layers.  Raises: ValueError for more."""
+        """Add the group of all layers, which the constructor does.
+
+        Args:
+            param_group: The group.
+
+        Raises:
+            ValueError: There is a group already.
+        """
         if self.param_groups:
-            raise ValueError("AGD has one rate for all layers of a model, so one group: give it the model that has all")
+            raise ValueError("AGD has one rate for all layers, so one group: construct it with the model that has all")
         super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Do one step.
+        """Update all layers once.
 
-        Raises: RuntimeError for a layer without a gradient, FloatingPointError for one that is not finite: the rate
-        needs them all. Nothing was updated then.
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returns, None without one.
+
+        Raises:
+            RuntimeError: A layer has no gradient, and the rate needs all; nothing was updated.
+            FloatingPointError: A gradient is not finite; nothing was updated.
         """
         loss = None
         if closure is not None:
@@ -56,11 +81,17 @@ class AGD(torch.optim.Optimizer):
         group = self.param_groups[0]
         layers = group["params"]
         if any(p.grad is None for p in layers):
-            raise RuntimeError("every layer needs a gradient: AGD's rate is computed from them all")
+            missing = [k for k, p in enumerate(layers) if p.grad is None]
+            raise RuntimeError(
+                f"every layer needs a gradient, since AGD's rate is computed from all; layers {missing}, counted from 0, "
+                "have none: set requires_grad=False on those that the loss does not use"
+            )
         finite = torch.stack([p.grad.isfinite().all() for p in layers if p.grad is not None]).tolist()
         if not all(finite):
             bad = [k for k, good in enumerate(finite) if not good]
-            raise FloatingPointError(f"non-finite gradients in layers {bad}, counted from 0; nothing was updated")
+            raise FloatingPointError(
+                f"non-finite gradients in layers {bad}, counted from 0; nothing was updated, skip this batch"
+            )
         gradients = [self._gradient(group, p) for p in layers]
         norms = [g.norm() for g in gradients]
         scales = [layer_scale(p) for p in layers]
@@ -73,6 +104,7 @@ class AGD(torch.optim.Optimizer):
         return loss
 
     def _gradient(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        """Return the gradient with the decay, or its mean with momentum, which is updated."""
         assert p.grad is not None
         g = p.grad + group["weight_decay"] * p if group["weight_decay"] else p.grad
         if not group["momentum"]:
@@ -84,9 +116,16 @@ class AGD(torch.optim.Optimizer):
 
 
 def rate(G: Tensor, decay: float = 0.0) -> Tensor:
-    """Return the η of `e^η(e^η − 1) + decay·η = G`; the closed form without decay, else eight Newton steps from it.
+    """Solve `e^η(e^η − 1) + decay·η = G` for η, in closed form without decay, else by eight Newton steps from that.
 
-    Shapes: scalar -> scalar. The left side is convex and grows, and the start lies above the root: no step overshoots.
+    The left side is convex and increasing, and the start is above the root, so that no step overshoots.
+
+    Args:
+        G: The gradient summary, a scalar, not negative.
+        decay: The coefficient of η, not negative.
+
+    Returns:
+        η, a scalar.
     """
     eta = torch.log((1 + torch.sqrt(1 + 4 * G)) / 2)
     for _ in range(8 if decay else 0):
@@ -96,14 +135,31 @@ def rate(G: Tensor, decay: float = 0.0) -> Tensor:
 
 
 def layer_scale(W: Tensor) -> float:
-    """Return `√(outputs/inputs)`, over the root of the kernel's positions for a convolution."""
+    """Compute the scale of a layer, `√(outputs/(inputs·positions))`.
+
+    Args:
+        W: The weight, (outputs, inputs), or (outputs, inputs, ...) with the positions of a convolution's kernel.
+
+    Returns:
+        The scale.
+    """
     outputs, inputs = _fans(W)
     return sqrt(outputs / inputs / prod(W.shape[2:]))
 
 
 @torch.no_grad()
 def initialize_(model: nn.Module) -> None:
-    """Make every layer semi-orthogonal times its scale, each position of a kernel on its own.  Source: algorithm 1."""
+    """Initialize every layer as a random semi-orthogonal matrix times its scale, each position of a kernel separately.
+
+    Args:
+        model: The model, changed in place.
+
+    Raises:
+        ValueError: As `AGD`.
+
+    Source:
+        Bernstein et al., arXiv 2304.05187, algorithm 1.
+    """
     for p in _layers(model):
         for position in p.flatten(2).unbind(2) if p.ndim > 2 else [p]:
             position.copy_(nn.init.orthogonal_(torch.empty_like(position)))
@@ -111,8 +167,8 @@ def initialize_(model: nn.Module) -> None:
 
 
 def _layers(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable weights, in order.  Raises: ValueError for those whose outputs and inputs are not known."""
-    found: dict[nn.Parameter, None] = {}  # a tied weight is one layer
+    """Return the trainable weights, in order; raise ValueError for those that are not a layer with a known scale."""
+    layers: dict[nn.Parameter, None] = {}  # a tied weight is one layer
     for path, module in model.named_modules():
         known = isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
         for leaf, p in module.named_parameters(path, recurse=False):
@@ -122,12 +178,13 @@ def _layers(model: nn.Module) -> list[nn.Parameter]:
                     "nn.Embedding and convolutions, without biases and norm gains (or freeze them)"
                 )
             if p.requires_grad:
-                found[p] = None
-    return list(found)
+                layers[p] = None
+    return list(layers)
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _fans(W: Tensor) -> tuple[int, int]:
+    """Return the numbers of outputs and inputs of a weight."""
     return W.shape[0], W.shape[1]

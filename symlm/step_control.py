@@ -1,4 +1,4 @@
-"""Step control by the softmax radius: shorten a proposed step that would drive some position's logits too far apart."""
+"""Step control by the softmax radius: a step that would change some position's logits too unevenly is shortened."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,28 +18,43 @@ REDUCTIONS = ("max", "mean")
 
 @dataclass
 class StepReport:
-    """What the last step was: r as proposed, the factor that the step was multiplied by, r as taken."""
+    """Report the last step.
+
+    Args:
+        proposed: The ratio r of the optimizer's step.
+        factor: The factor that the step was multiplied by.
+    """
 
     proposed: float
     factor: float
 
     @property
     def taken(self) -> float:
-        """The ratio after the clip."""
+        """The ratio r of the clipped step."""
         return self.proposed * self.factor
 
 
 class StepControl:
-    """Clip a step p to `p·min(1, r_target/r)`, `r = Δ_a/π`, `a = J p`: the logits' change, to first order.
+    """Clip a step p to `p·min(1, r_target/r)`, `r = Δ_a/π`, with `a = J p` the first-order change of the logits.
 
-    Δ_a is the spread `max_k a_k − min_k a_k` of a position, reduced over positions: the largest, a quantile, the mean.
-    Beyond r = 1 the loss along the step has no Taylor series that converges. Any optimizer's step can be controlled, as
-    whatever it changed in the parameters. Costs a copy of the parameters, and a forward pass with its tangent.
+    Δ_a is the spread `max_k a_k − min_k a_k` of a position, reduced over positions. For r > 1 the Taylor series of the
+    loss along the step is not sure to converge. The step is what the optimizer changed in the parameters, so that any
+    optimizer can be controlled. It costs a copy of the parameters, and a forward pass with its tangent.
 
-    logits: (model, inputs) -> logits (..., classes); by default the output itself, or its `logits`.
-    r_target: 1, or 0.5 to be careful. over: "max", "mean" or a quantile in (0, 1).
-    difference: take a finite difference instead; done by itself once a kernel of the model has no forward derivative.
-    Source: arXiv 2603.13552, the ghost radius.
+    Args:
+        model: The model.
+        optimizer: Its optimizer, any of torch's or symlm's.
+        logits: Maps the model and the inputs to logits, (..., classes); by default the output itself, or its `logits`.
+        r_target: The largest r of a step; 1, or 0.5 for more caution.
+        over: How the spreads are reduced over positions, "max", "mean", or a quantile in (0, 1).
+        difference: Whether a finite difference is used for `J p`; it is set by itself once a kernel of the model has no
+            forward derivative.
+
+    Raises:
+        ValueError: `r_target` is not positive, or `over` is unknown.
+
+    Source:
+        arXiv 2603.13552, the ghost radius.
     """
 
     def __init__(
@@ -54,7 +69,7 @@ class StepControl:
         if r_target <= 0:
             raise ValueError(f"r_target must be positive, got {r_target}")
         if over not in REDUCTIONS and not (isinstance(over, float) and 0 < over < 1):
-            raise ValueError(f"over is one of {REDUCTIONS} or a quantile between 0 and 1, got {over!r}")
+            raise ValueError(f"over must be one of {REDUCTIONS} or a quantile between 0 and 1, got {over!r}")
         self.model, self.optimizer = model, optimizer
         self.logits, self.r_target, self.over, self.difference = logits or _logits, r_target, over, difference
         self.last: StepReport | None = None
@@ -62,10 +77,17 @@ class StepControl:
 
     @torch.no_grad()
     def step(self, *inputs: Any, **named: Any) -> Any:
-        """Let the optimizer step, measure the step on these inputs, and take back what is too long of it.
+        """Run the optimizer's step, measure it on these inputs, and shorten it if r exceeds the target.
 
-        The optimizer's state moves as if the whole step were taken. Where no logits come out, or their derivative is
-        not finite, the step stays as it is, with one warning.
+        The optimizer's state is that of the whole step. If the model gives no logits, or their derivative is not
+        finite, the step is not changed, and a warning is given once.
+
+        Args:
+            inputs: The model's positional inputs.
+            named: The model's keyword inputs.
+
+        Returns:
+            What the optimizer's step returns.
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         before = [self._exact(p) for p in parameters]
@@ -76,54 +98,70 @@ class StepControl:
         for p, old, change in zip(parameters, before, step, strict=True) if factor < 1 else ():
             short = old + factor * change  # an interpolation from the other end would lose a small factor to rounding
             p.copy_(short)
-            if (rest := self._rest(p)) is not None:
-                rest.copy_(short - p)
+            if (compensation := self._compensation(p)) is not None:
+                compensation.copy_(short - p)
         self.last = None if r is None else StepReport(r, factor)
         return result
 
     def _exact(self, p: Tensor) -> Tensor:
-        """Return a copy of a weight, in fp32 or wider, with what rounding kept of it."""
-        rest = self._rest(p)
-        return wide(p.detach()).clone() if rest is None else wide(p) + rest
+        """Return a copy of a weight, in fp32 or wider, its rounding error added if that is stored."""
+        compensation = self._compensation(p)
+        return wide(p.detach()).clone() if compensation is None else wide(p) + compensation
 
-    def _rest(self, p: Tensor) -> Tensor | None:
-        """Return what compensated rounding keeps of a bf16 weight below its last digit, if anything."""
+    def _compensation(self, p: Tensor) -> Tensor | None:
+        """Return the rounding error of a bf16 weight, which compensated rounding stores; None without it."""
         return self.optimizer.state.get(p, {}).get("compensation")
 
     def _measured(self, before: list[Tensor], step: list[Tensor], inputs: Any, named: Any) -> float | None:
+        """Return r of a step, or None, with one warning, if it cannot be measured."""
         try:
             r = self._ratio(before, step, inputs, named)
             reason = None if isfinite(r) else "the derivative of the logits is not finite"
         except (TypeError, AttributeError) as error:
             r, reason = 0.0, f"the model gives no logits ({error})"
         if reason and not self._warned:
-            warnings.warn(f"step control leaves the step alone: {reason}", stacklevel=3)
+            warnings.warn(f"step control leaves the step alone: {reason}; pass logits=, or a smaller lr", stacklevel=3)
             self._warned = True
         return None if reason else r
 
     @torch.no_grad()
     def radius_ratio(self, step: Iterable[Tensor], *inputs: Any, **named: Any) -> float:
-        """Return r of a step from where the parameters are now.  step: one tensor a trainable parameter."""
+        """Compute r of a step from the current parameters.
+
+        Args:
+            step: The step, one tensor for each trainable parameter.
+            inputs: The model's positional inputs.
+            named: The model's keyword inputs.
+
+        Returns:
+            The ratio r.
+
+        Raises:
+            TypeError: The logits have no axis of classes.
+        """
         now = [p.detach() for p in self.model.parameters() if p.requires_grad]
         return self._ratio(now, list(step), inputs, named)
 
     def _ratio(self, start: list[Tensor], step: list[Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> float:
+        """Return r of a step from `start`; raise TypeError if the logits have no axis of classes."""
         trained = [(name, p.dtype) for name, p in self.model.named_parameters() if p.requires_grad]
         values, tangents = (
-            {name: told.to(dtype) for (name, dtype), told in zip(trained, tensors, strict=True)}
+            {name: value.to(dtype) for (name, dtype), value in zip(trained, tensors, strict=True)}
             for tensors in (start, step)
         )
         with evaluating(self.model):
             change = self._change(values, tangents, inputs, named)
         if change.ndim < 1 or change.shape[-1] < 2:
-            raise TypeError(f"logits of shape {tuple(change.shape)} have no classes")
+            raise TypeError(f"logits of shape {tuple(change.shape)} have no axis of two classes or more; pass logits=")
         return float(reduce_spread(change, self.over) / pi)
 
     def _change(
         self, values: dict[str, Tensor], tangents: dict[str, Tensor], inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> Tensor:
-        def function(told: dict[str, Tensor]) -> Tensor:
-            return self.logits(_Call(self.model, told), *inputs, **named)
+        """Return `J p` of the logits, by forward differentiation or a finite difference."""
+
+        def function(parameters: dict[str, Tensor]) -> Tensor:
+            return self.logits(_Call(self.model, parameters), *inputs, **named)
 
         if not self.difference:
             try:
@@ -131,7 +169,7 @@ class StepControl:
                     return torch.func.jvp(function, (values,), (tangents,))[1]
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # nor have the grouped products of experts, nor many a custom function
+            except RuntimeError:  # nor have the grouped products of experts, nor many custom functions
                 self.difference = True
         scale = max(float(torch.stack([d.abs().amax() for d in tangents.values() if d.numel()]).max()), 1e-30)
         width = 1e-3 / scale if scale > 1e-3 else 1.0
@@ -141,7 +179,11 @@ class StepControl:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and every module of it back in its own."""
+    """Put a model in evaluation mode, and restore the mode of every module afterwards.
+
+    Args:
+        model: The model.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -152,7 +194,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Call:
-    """The model with other parameters, called like it."""
+    """Call a model with other parameters."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
         self.model, self.parameters = model, parameters
@@ -162,12 +204,21 @@ class _Call:
 
 
 def _logits(model: Callable[..., Any], *inputs: Any, **named: Any) -> Tensor:
+    """Return the model's output, or the `logits` of it."""
     output = model(*inputs, **named)
     return output if isinstance(output, Tensor) else output.logits
 
 
 def reduce_spread(change: Tensor, over: str | float = "max") -> Tensor:
-    """Return `max_k a_k − min_k a_k`, reduced over positions.  Shapes: (..., classes) -> scalar."""
+    """Compute the spread of each position, `max_k a_k − min_k a_k`, reduced over positions.
+
+    Args:
+        change: The change a of the logits, (..., classes).
+        over: "max", "mean", or a quantile in (0, 1).
+
+    Returns:
+        A scalar.
+    """
     spread = (change.amax(-1) - change.amin(-1)).flatten().float()
     if isinstance(over, float):
         return spread.quantile(over)

@@ -97,7 +97,7 @@ def test_what_the_bound_does_not_cover_is_refused():
         AGD(frozen_gains(tiny("olmoe")))
     with pytest.raises(ValueError, match="one group"):
         AGD(network()).add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
-    with pytest.raises(ValueError, match="gain is positive"):
+    with pytest.raises(ValueError, match="gain must be positive"):
         AGD(network(), gain=0)
     model = network()
     model[1].weight.grad = None
