@@ -83,15 +83,13 @@ class AGD(torch.optim.Optimizer):
         if any(p.grad is None for p in layers):
             missing = [k for k, p in enumerate(layers) if p.grad is None]
             raise RuntimeError(
-                f"every layer needs a gradient, since AGD's rate is computed from all; layers {missing}, counted from 0, "
-                "have none: set requires_grad=False on those that the loss does not use"
+                f"every layer needs a gradient, since AGD's rate is computed from all; layers {missing}, counted from "
+                "0, have none: set requires_grad=False on those that the loss does not use"
             )
         finite = torch.stack([p.grad.isfinite().all() for p in layers if p.grad is not None]).tolist()
         if not all(finite):
             bad = [k for k, good in enumerate(finite) if not good]
-            raise FloatingPointError(
-                f"non-finite gradients in layers {bad}, counted from 0; nothing was updated, skip this batch"
-            )
+            raise FloatingPointError(f"non-finite gradients in layers {bad}, counted from 0; nothing was updated")
         gradients = [self._gradient(group, p) for p in layers]
         norms = [g.norm() for g in gradients]
         scales = [layer_scale(p) for p in layers]

@@ -1,4 +1,4 @@
-"""What to watch: polar error, the size of updates by role, router load and logits.  Nothing here writes to a model."""
+"""Diagnostics: polar error, size of updates by role, bytes of state, router load and logits; no model is changed."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,14 @@ from symlm.optimizer import SymOptimizer
 
 @torch.no_grad()
 def polar_error(U: Tensor) -> Tensor:
-    """Return `‖UUᵀ − I‖_F / √m` for each matrix, its shorter side first.  Shapes: (..., m, n) -> (...)."""
+    """Compute how far matrices are from semi-orthogonal, `‖UUᵀ − I‖_F / √m` with m the shorter side.
+
+    Args:
+        U: Matrices, (..., m, n); tall ones are transposed.
+
+    Returns:
+        The errors, (...).
+    """
     U = U if U.shape[-2] <= U.shape[-1] else U.mT
     eye = torch.eye(U.shape[-2], dtype=U.dtype, device=U.device)
     return torch.linalg.matrix_norm(U @ U.mT - eye) / U.shape[-2] ** 0.5
@@ -20,23 +27,31 @@ def polar_error(U: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_rms(optimizer: SymOptimizer) -> dict[str, float]:
-    """Return the RMS of the last step's update by role, `√(Σ(ηsU)² / count)`, decay left out.
+    """Compute the RMS of the last step's update by role, `√(Σ(ηsU)² / count)`, without the decay.
 
-    Where parameters are cut, all ranks call this together. Roles that a fused kernel stepped are left out.
+    If parameters are sharded, all ranks call this together.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        The RMS by role; empty before a first step. Roles that a fused kernel updated are left out.
     """
     size = optimizer.update_size
-    found = dict(sorted(size.by_role().items())) if size else {}  # ranks do not iterate alike
-    if not found:
+    sums = dict(sorted(size.by_role().items())) if size else {}  # the order of roles differs between ranks
+    if not sums:
         return {}
-    squares, counts = zip(*found.values(), strict=True)
-    told = torch.stack([torch.stack(squares).double(), torch.tensor(counts, dtype=torch.float64).to(squares[0].device)])
+    squares, counts = zip(*sums.values(), strict=True)
+    totals = torch.stack(
+        [torch.stack(squares).double(), torch.tensor(counts, dtype=torch.float64).to(squares[0].device)]
+    )
     if optimizer.is_sharded:
-        told = summed_everywhere(told)
-    return dict(zip(found, (told[0] / told[1].clamp(min=1)).sqrt().tolist(), strict=True))
+        totals = summed_everywhere(totals)
+    return dict(zip(sums, (totals[0] / totals[1].clamp(min=1)).sqrt().tolist(), strict=True))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of the optimizer's state that this process holds, of symlm's or any other."""
+    """Return the bytes of state that this process stores, of any optimizer of torch's or symlm's."""
     return sum(local(x).nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
 
 
@@ -45,14 +60,23 @@ Gather = Callable[[Tensor], Tensor]  # (1, ...) of this process -> (processes, .
 
 @torch.no_grad()
 def router_metrics(logits: Tensor, top_k: int, gather: Gather | None = None) -> dict[str, Tensor]:
-    """Return load, entropy and size of one MoE layer's router over the tokens of all processes.
+    """Compute load, entropy and size of one MoE layer's router over the tokens of all processes.
 
-    Shapes: logits (tokens, experts) -> scalars, and `load` (experts).
-    f_i = share of the `tokens · top_k` choices that fall on expert i, P = softmax(z), p = mean_t P_t, u = 1/E:
+    With f_i the share of the `tokens · top_k` choices that fall on expert i, P = softmax(z), p = mean_t P_t, u = 1/E:
     load = f; load_cv = std(f)/mean(f), load_entropy = −Σ f log f / log E, prob_cv and prob_entropy the same of p;
     dead_expert_fraction = mean[f < u/10]; top_expert_load = max f; token_entropy = mean H(P_t)/log E;
     load_balancing_loss = E Σ f p; z_loss = mean lse(z)²; logit_rms, logit_max_abs, logsumexp_mean, logsumexp_max.
-    Source: arXiv 2605.18106, code, router metrics.
+
+    Args:
+        logits: The router's logits z, (tokens, experts).
+        top_k: The number of experts of a token.
+        gather: Gathers a tensor (1, ...) of each process as (processes, ...); None for one process.
+
+    Returns:
+        The metrics by name, scalars in float64; `load` has shape (experts,).
+
+    Source:
+        arXiv 2605.18106, code, router metrics.
     """
     z = logits.double()
     experts, P, lse = z.shape[-1], z.softmax(-1), z.logsumexp(-1)
@@ -87,10 +111,18 @@ def router_metrics(logits: Tensor, top_k: int, gather: Gather | None = None) -> 
 
 @torch.no_grad()
 def logit_metrics(logits: Tensor, gather: Gather | None = None) -> dict[str, Tensor]:
-    """Return the size of the logits, plain and centered over the vocabulary, and how sure they are.
+    """Compute the size of the logits, plain and centered over the vocabulary, and the entropy of their softmax.
 
-    Shapes: (..., vocab) -> scalars; maxima are over the positions of all processes, the rest are means of them.
-    Source: arXiv 2605.18106, code, logit metrics.
+    Args:
+        logits: The logits, (..., vocabulary).
+        gather: Gathers a tensor (1, ...) of each process as (processes, ...); None for one process.
+
+    Returns:
+        The metrics by name, scalars; maxima over the positions of all processes, the others means over them, each
+        process with the same weight.
+
+    Source:
+        arXiv 2605.18106, code, logit metrics.
     """
     z = logits.float().reshape(-1, logits.shape[-1])
     centered, lse, P = z - z.mean(-1, keepdim=True), z.logsumexp(-1), z.softmax(-1)

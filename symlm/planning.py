@@ -1,4 +1,4 @@
-"""What a step will cost on machines that are not there: bytes moved, memory borrowed, work shared; counted, not run."""
+"""The cost of a step on many ranks, counted without running it: bytes exchanged, temporary memory, balance of work."""
 
 from dataclasses import dataclass
 from math import prod
@@ -20,14 +20,16 @@ MASTER = 4  # bytes of an fp32 element
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank's share of a step. Bytes are of fp32, which momenta and directions travel in.
+    """Report one rank's share of a step. Bytes are of fp32, in which momenta and directions are exchanged.
 
-    received: what the rank that gets most gets from others, sums by rings; gradients: the same of reducing the
-    gradients, a yardstick;
-    temporary: the most that a rank borrows for the buckets in flight, the polar iteration included;
-    imbalance: the operations of the busiest rank over an equal share: 1 is perfect, the number of ranks no sharing;
-    what a rule with a state by matrices repeats on every rank is counted as a polar factor each, and what a whitened
-    head's copies repeat is counted.
+    Args:
+        received: The bytes that the rank which receives most receives from others; sums are counted as ring
+            all-reduces.
+        gradients: The bytes that reducing the gradients takes, for comparison.
+        temporary: The largest temporary memory of a rank, in bytes, for the buckets in flight and the polar iteration.
+        imbalance: The operations of the busiest rank over an equal share: 1 is perfect, the number of ranks means that
+            no work is shared. Work that every rank repeats is counted: of a rule with a state by matrices, as one polar
+            factor each, and of a whitened head with copies.
     """
 
     received: int
@@ -39,16 +41,25 @@ class Plan:
 def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> Plan:
     """Count a step of `SymOptimizer(model, **options)` on `shards · copies` ranks.
 
-    model: may lie on the meta device. shards: the ranks over which FSDP2 cuts each parameter by rows; copies: how often
-    that is repeated (HSDP), or with one shard the ranks of DDP.
-    Raises: as `SymOptimizer`; ValueError for fewer than one rank.
+    Args:
+        model: The model, which may be on the meta device.
+        shards: The number of ranks over which FSDP2 shards each parameter by rows.
+        copies: The number of ranks over which each shard is replicated (HSDP); with one shard, the ranks of DDP.
+        options: The arguments of `SymOptimizer`.
+
+    Returns:
+        The counts of the step.
+
+    Raises:
+        ValueError: Fewer than one shard or copy; or as `SymOptimizer`.
+        TypeError: As `SymOptimizer`.
     """
     if shards < 1 or copies < 1:
-        raise ValueError(f"there is at least one shard and one copy, got {shards} and {copies}")
+        raise ValueError(f"a plan needs at least one shard and one copy, got shards={shards} and copies={copies}")
     optimizer = SymOptimizer(model, **options)
     loads: dict[Any, list[float]] = {}
     received, temporary, returning = [0] * (shards * copies), [0], [0]
-    repeated, where_it_lies = 0.0, 0.0
+    replicated, in_place = 0.0, 0.0
     for group in optimizer.param_groups:
         if get_rule(group["rule"]).elementwise:
             continue
@@ -59,20 +70,20 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
             if bucket.everywhere:  # every rank gathers all of it, and computes all of it
                 size = MASTER * prod(bucket.layout.shape) * len(batch)
                 times = 2 if shares_layer_rotation(group) else 1
-                received = [told + times * (size - size // shards) for told in received]
+                received = [count + times * (size - size // shards) for count in received]
                 temporary.append(2 * size)
             if bucket.by_rows:
-                where_it_lies += operations_of(get_rule(group["rule"]), bucket.layout.shape) * len(batch)
+                in_place += operations_of(get_rule(group["rule"]), bucket.layout.shape) * len(batch)
             if bucket.by_rows and shards > 1:
                 size = MASTER * entries_to_sum(get_rule(group["rule"]), bucket.layout) * len(batch)
-                received = [told + 2 * size * (shards - 1) // shards for told in received]
+                received = [count + 2 * size * (shards - 1) // shards for count in received]
             if get_rule(group["rule"]).state and not bucket.by_rows:
-                repeated += cost_of(group, bucket.layout) * len(batch)
+                replicated += cost_of(group, bucket.layout) * len(batch)
             part = MASTER * len(batch) * max(stop - start for start, stop in bucket.layout.intervals)
             if not (bucket.exchange or bucket.by_rows or bucket.everywhere):  # experts, heads, or all of one rank's
                 spectral = get_rule(group["rule"]).spectral
-                where_it_lies += cost_of(group, bucket.layout) * len(batch) * spectral
-                temporary.append(7 * part)
+                in_place += cost_of(group, bucket.layout) * len(batch) * spectral
+                temporary.append(7 * part)  # the input, and the six of `_temporary`
             if not bucket.exchange:
                 continue
             returning.append(part)
@@ -81,7 +92,7 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
             temporary.append(_temporary(bucket))
     numel, ranks = sum(p.numel() for p in model.parameters()), shards * copies
     owned = max(loads.values(), key=sum, default=[0.0] * ranks)
-    busiest, once = max(owned) + repeated + where_it_lies / shards, sum(owned) + repeated + where_it_lies
+    busiest, once = max(owned) + replicated + in_place / shards, sum(owned) + replicated + in_place
     return Plan(
         max(received),
         2 * MASTER * numel * (ranks - 1) // ranks,
@@ -91,15 +102,16 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
 
 
 def _member(p: Tensor, layout: Layout) -> Member:
+    """Return a member of this layout without data."""
     part = torch.empty(layout.interval[1] - layout.interval[0], device="meta")
     return Member("", part, part, {}, layout)
 
 
 def _temporary(bucket: Bucket) -> int:
-    """Bound what the busiest rank borrows for a bucket, by tensors alive at once.
+    """Bound the busiest rank's temporary memory for a bucket, in bytes, by the tensors that are allocated at once.
 
-    Its parts: the look-ahead, what is sent, what comes back. Its owned matrices: what arrived, the same in rows, and of
-    the polar iteration X, X' and two Gram matrices, none of which is larger than X; seven where nothing travels.
+    Three of its parts: the rule's input, what is sent, what is received. Six of its owned matrices: what arrived, the
+    same as rows, and of the polar iteration X, X' and two Gram matrices, none of which is larger than X.
     """
     exchange, layout = bucket.exchange, bucket.layout
     assert exchange is not None

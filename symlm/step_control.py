@@ -38,7 +38,7 @@ class StepControl:
     """Clip a step p to `p·min(1, r_target/r)`, `r = Δ_a/π`, with `a = J p` the first-order change of the logits.
 
     Δ_a is the spread `max_k a_k − min_k a_k` of a position, reduced over positions. For r > 1 the Taylor series of the
-    loss along the step is not sure to converge. The step is what the optimizer changed in the parameters, so that any
+    loss along the step may diverge. The step is what the optimizer changed in the parameters, so that any
     optimizer can be controlled. It costs a copy of the parameters, and a forward pass with its tangent.
 
     Args:
@@ -118,9 +118,9 @@ class StepControl:
             r = self._ratio(before, step, inputs, named)
             reason = None if isfinite(r) else "the derivative of the logits is not finite"
         except (TypeError, AttributeError) as error:
-            r, reason = 0.0, f"the model gives no logits ({error})"
+            r, reason = 0.0, f"the model gives no logits ({error}); pass logits="
         if reason and not self._warned:
-            warnings.warn(f"step control leaves the step alone: {reason}; pass logits=, or a smaller lr", stacklevel=3)
+            warnings.warn(f"step control leaves the step alone: {reason}", stacklevel=3)
             self._warned = True
         return None if reason else r
 

@@ -1,4 +1,4 @@
-"""Whether the rules really ran: the checks of `SymOptimizer.verify`."""
+"""The checks of `SymOptimizer.verify`, that every rule really ran."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from symlm.rules.rule import DENSE
 from symlm.step.directions import rule_state, whole_directions
 from symlm.views.matrix_view import MatrixView
 
-PROMISES = {  # the departure that rounding, or five Newton–Schulz steps, may leave
+PROMISES = {  # the largest departure, from rounding or from five Newton–Schulz steps
     "unit rows": 1e-3,
     "rows' directions": 1e-3,
     "rows' senses": 1e-3,
@@ -30,7 +30,15 @@ MEANS = {"momentum", "exp_avg"}
 
 @dataclass(frozen=True)
 class Check:
-    """One promise of one parameter's rule, and how far the last step's direction is from it."""
+    """Report how far the last step's direction of one parameter departs from a promise of its rule.
+
+    Args:
+        name: The parameter's name.
+        role: Its role.
+        rule: Its rule.
+        promise: The promise, a key of `PROMISES`.
+        departure: The largest departure of its matrices, relative.
+    """
 
     name: str
     role: str
@@ -40,7 +48,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Tell whether the departure is within the promise's bound."""
+        """Whether the departure is within the promise's bound."""
         return self.departure <= PROMISES[self.promise]
 
     def __str__(self) -> str:
@@ -49,7 +57,7 @@ class Check:
 
 
 class Verification(list[Check]):
-    """The checks of `SymOptimizer.verify`, a list; printed, the worst of each role."""
+    """List the checks of `SymOptimizer.verify`; printed, the largest departure of each role."""
 
     def __str__(self) -> str:
         worst: dict[tuple[str, str, str], float] = {}
@@ -63,7 +71,19 @@ class Verification(list[Check]):
 
 
 def verified(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]], matrices: int) -> Verification:
-    """Return the checks of all parameters.  Raises: RuntimeError, naming what broke its promise or saw no step."""
+    """Check the last step of all parameters.
+
+    Args:
+        groups: The optimizer's groups.
+        states: Its states.
+        matrices: How many matrices of each parameter are checked at most.
+
+    Returns:
+        The checks.
+
+    Raises:
+        RuntimeError: A direction departs from a promise, or a parameter had no step or no gradient; all are named.
+    """
     checks, failures = Verification(), []
     for group in groups:
         rule = get_rule(group["rule"])
@@ -78,12 +98,21 @@ def verified(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any
                     checks.append(Check(name, group["role"], rule.name, promise, departure))
     failures += [str(check) for check in checks if not check.holds]
     if failures:
-        raise RuntimeError("the optimizer did not do what its table says:\n  " + "\n  ".join(failures))
+        raise RuntimeError("the last step was not what the table prescribes:\n  " + "\n  ".join(failures))
     return checks
 
 
 def departures(group: dict[str, Any], state: dict[str, Any], matrices: int) -> dict[str, float]:
-    """Return how far a parameter's direction, computed again from its state, is from each of its rule's promises."""
+    """Compute how far a parameter's direction, computed again from its state, departs from its rule's promises.
+
+    Args:
+        group: The parameter group.
+        state: The parameter's state after the step.
+        matrices: How many of its matrices are checked at most.
+
+    Returns:
+        The largest departure of each promise.
+    """
     whole = {key: gathered(value) for key, value in state.items()}
     momentum, states = whole["momentum"], [rule_state(group, whole)]
     (U,), _ = whole_directions({**group, "scale": "unit"}, momentum[None], states=states, refresh=False)
@@ -97,38 +126,44 @@ def departures(group: dict[str, Any], state: dict[str, Any], matrices: int) -> d
 
 
 def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
-    """Return how far U is from what a rule promises of M, by promise.
+    """Compute how far directions U depart from a rule's promises for M. It takes SVDs, and waits for the device.
 
-    Shapes: (b, m, n) twice, float64. Rows and matrices that are zero promise nothing. Reads the device, and takes SVDs.
+    Args:
+        rule: The rule.
+        M: The rule's inputs, (b, m, n), float64.
+        U: Their directions, same shape and dtype.
+
+    Returns:
+        The largest departure of each promise; zero rows and zero matrices are left out.
     """
-    found: dict[str, Tensor] = {}
+    departure: dict[str, Tensor] = {}
     lengths, moved = M.norm(dim=-1), U.norm(dim=-1)
     if rule.row_map and not rule.symmetry.shift:
         if rule.state:
             along = (M * U).sum(dim=-1) / (lengths * moved).clamp(min=1e-300)
             along = along[lengths > 0]
             if rule.whitens:
-                found["rows' senses"] = (-along).clamp(min=0)
+                departure["rows' senses"] = (-along).clamp(min=0)
             else:
-                found["rows' directions"] = (along - 1).abs()
+                departure["rows' directions"] = (along - 1).abs()
         else:
-            found["unit rows"] = (moved - 1)[lengths > 0].abs()
+            departure["unit rows"] = (moved - 1)[lengths > 0].abs()
     if rule.symmetry.shift:
-        found["zero column sums"] = U.sum(dim=-2).abs() / U.abs().sum(dim=-2).clamp(min=1e-300)
+        departure["zero column sums"] = U.sum(dim=-2).abs() / U.abs().sum(dim=-2).clamp(min=1e-300)
     if "rotation" in rule.state:
         sizes = U.square().mean(dim=(-2, -1))
-        found["unit RMS"] = (sizes - 1)[sizes > 0].abs()
+        departure["unit RMS"] = (sizes - 1)[sizes > 0].abs()
     elif rule.symmetry == DENSE:
         L, S, Rh = torch.linalg.svd(M, full_matrices=False)
         size = S.sum(dim=-1, keepdim=True) if rule.degree else torch.ones_like(S[..., :1])
-        own = (L.mT @ U @ Rh.mT).diagonal(dim1=-2, dim2=-1) / size.clamp(min=1e-300)
-        found["singular values"] = (own - 1)[1e-2 * S.norm(dim=-1, keepdim=True) < S].abs()
+        values = (L.mT @ U @ Rh.mT).diagonal(dim1=-2, dim2=-1) / size.clamp(min=1e-300)
+        departure["singular values"] = (values - 1)[1e-2 * S.norm(dim=-1, keepdim=True) < S].abs()
     elif rule.spectral and rule.name.endswith("polar"):
         norms = torch.linalg.matrix_norm(U, ord=2)
-        found["spectral norm"] = (norms - 1)[norms > 0].abs()
+        departure["spectral norm"] = (norms - 1)[norms > 0].abs()
     if rule.name in ("auon", "auon_unnormalized"):
         sizes = (M.square().sum(dim=(-2, -1)) * U.square().sum(dim=(-2, -1))).sqrt()
-        found["the matrix's direction"] = ((M * U).sum(dim=(-2, -1)) / sizes - 1)[sizes > 0].abs()
+        departure["the matrix's direction"] = ((M * U).sum(dim=(-2, -1)) / sizes - 1)[sizes > 0].abs()
     if rule.name == "sign":
-        found["signs"] = (U.abs() - 1)[M != 0].abs()
-    return {promise: float(values.max()) for promise, values in found.items() if values.numel()}
+        departure["signs"] = (U.abs() - 1)[M != 0].abs()
+    return {promise: float(x.max()) for promise, x in departure.items() if x.numel()}

@@ -57,7 +57,7 @@ def test_experts_that_are_computed_where_they_lie_are_counted():
 
 
 def test_a_plan_of_nobody_is_refused():
-    with pytest.raises(ValueError, match="at least one shard"):
+    with pytest.raises(ValueError, match="at least one shard and one copy, got shards=0"):
         plan(tiny(), shards=0)
 
 
