@@ -2,8 +2,8 @@
 
     python kernels/benchmarks/bench_polar.py            # every shape; on a CPU add --quick
 
-A row's floor is the counted operations of the cheaper iteration, of a symmetric result one triangle, over the measured
-rate of a large product. Eager calls are also captured in a CUDA graph, which leaves out what Python spends on launches.
+A row's floor is the counted operations of the cheaper iteration, of a symmetric result one triangle, divided by the
+measured rate of a large product. Eager calls are also captured in a CUDA graph, which leaves out Python's launches.
 """
 
 from collections.abc import Callable
@@ -30,48 +30,52 @@ SHAPES = {
 
 
 def contenders() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the functions to measure, by name; each maps matrices (b, m, n) to polar factors."""
+
     def eager(M: Tensor) -> Tensor:
         return polar(M, "auto", compute_dtype="auto", kernels="torch")
 
-    found: dict[str, Callable[[Tensor], Tensor]] = {"torch": eager}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"torch": eager}
     if DEVICE == "cuda":
-        torch._dynamo.reset()  # or the code of an earlier shape serves, made for any
-        found["torch.compile"] = torch.compile(eager, dynamic=False)
+        torch._dynamo.reset()  # else the code of an earlier shape may be reused, made for any shape
+        functions["torch.compile"] = torch.compile(eager, dynamic=False)
     if why_not_triton(DEVICE, fastest_dtype(DEVICE)) is None:
-        found["triton"] = lambda M: polar(M, "auto", compute_dtype="auto", kernels="triton")
-    found["torch.optim.Muon"] = lambda M: torch.stack([_zeropower_via_newtonschulz(m, MUON, 5, 1e-7) for m in M])
+        functions["triton"] = lambda M: polar(M, "auto", compute_dtype="auto", kernels="triton")
+    functions["torch.optim.Muon"] = lambda M: torch.stack([_zeropower_via_newtonschulz(m, MUON, 5, 1e-7) for m in M])
     try:
         from gram_newton_schulz import GramNewtonSchulz
 
-        found["gram-newton-schulz"] = GramNewtonSchulz()
+        functions["gram-newton-schulz"] = GramNewtonSchulz()
     except ImportError:
         pass
-    return found
+    return functions
 
 
 def main() -> None:
-    told = arguments(__doc__, quick={"action": "store_true", "help": "a small shape, few runs, no compiler"})
+    """Measure all contenders and write the record."""
+    options = arguments(__doc__, quick={"action": "store_true", "help": "a small shape, few runs, no compiler"})
     measured = ceilings(fastest_dtype(DEVICE))
     rows: list[dict[str, object]] = []
-    for name, (b, m, n) in {"small": (2, 96, 128)}.items() if told.quick else SHAPES.items():
+    for name, (b, m, n) in {"small": (2, 96, 128)}.items() if options.quick else SHAPES.items():
         inputs = rotating(lambda shape=(b, m, n): torch.randn(shape, device=DEVICE))
         floor = b * operations(m, n, 5, "auto", halves=True) / measured["product FLOP/s"]
         row: dict[str, object] = {"shape": f"{name} {b}×{m}×{n}", "floor ms": 1e3 * floor}
         rows.append(row)
         for contender, work in contenders().items():
-            still = next(inputs)  # a graph reads one place
+            still = next(inputs)  # a graph always reads the same memory
             ways = {contender: lambda work=work, inputs=inputs: work(next(inputs))}
             if DEVICE == "cuda" and contender in ("torch", "triton"):
                 ways[f"{contender}, graph"] = lambda work=work, still=still: work(still)
             for way, call in ways.items():
-                spent = attempted(lambda way=way, call=call: _seconds(way, call, told.quick))
+                spent = attempted(lambda way=way, call=call: _seconds(way, call, options.quick))
                 share = floor / spent if isinstance(spent, float) else ""
                 row |= {f"{way} ms": 1e3 * spent if isinstance(spent, float) else spent, f"{way} floor share": share}
-        path = write("polar", rows, measured, told)
+        path = write("polar", rows, measured, options)
     print(path)
 
 
 def _seconds(way: str, call: Callable[[], Tensor], quick: bool) -> float:
+    """Return the median time of a call, captured in a graph if the way says so."""
     return seconds(replayed(call) if "graph" in way else call, 3 if quick else 20, calls=10)
 
 

@@ -1,10 +1,10 @@
-"""Time the row-norm steps: the fused kernel, torch eager and compiled, beside fused AdamW, as shares of a large copy.
+"""Time the row-norm steps: the fused kernel, torch eager and compiled, and fused AdamW, as shares of a large copy.
 
     python kernels/benchmarks/bench_row_norm.py         # on a CPU add --quick
 
-The floor is one read of gradient, momentum and weight and one write of momentum and weight; centered, two more reads of
-the momentum, which no pass over rows can spare: for the mean row, and for the directions' mean. The default head's is
-one more look at gradient and momentum, directions in half precision written once and read twice, and 4mn² operations.
+The floor is one read of gradient, momentum and weight and one write of momentum and weight. Centered steps need two
+more reads of the momentum: for the mean row, and for the mean of the directions. The default head needs one more read
+of gradient and momentum, directions in half precision written once and read twice, and 4mn² operations.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,11 @@ SHAPES = [(151_936, 1024), (262_144, 1152)]
 
 
 def contenders(m: int, n: int, quick: bool) -> dict[str, Callable[[], object]]:
+    """Return the steps to measure, by name, on a matrix (m, n); a quick run has no compiled ones."""
     G, M, W = (torch.randn(m, n, device=DEVICE) for _ in range(3))
     scalars = [torch.tensor(x, device=DEVICE) for x in (1e-3, 1.0, 1.0)]
     norms = reference.MeanNorms(torch.ones(m, 1, device=DEVICE), torch.tensor(0.5, device=DEVICE), 0.95)
-    found: dict[str, Callable[[], object]] = {}
+    steps: dict[str, Callable[[], object]] = {}
     sources = {"torch": reference}
     if why_not_triton(DEVICE, torch.float32) is None:
         from symlm_kernels import rows
@@ -34,36 +35,37 @@ def contenders(m: int, n: int, quick: bool) -> dict[str, Callable[[], object]]:
     for source, module in sources.items():
         for name, mean in product(("row_norm_step", "centered_row_norm_step"), (None, norms)):
             step, label = getattr(module, name), f"{name}{' over means' if mean else ''}"
-            told = (G, M, W, 0.95, *scalars, False, mean)
-            found[f"{source} {label}"] = lambda step=step, told=told: step(*told)
+            given = (G, M, W, 0.95, *scalars, False, mean)
+            steps[f"{source} {label}"] = lambda step=step, given=given: step(*given)
             if source == "torch" and not quick:
                 torch._dynamo.reset()
                 compiled = torch.compile(step, dynamic=False)
-                found[f"torch.compile {label}"] = lambda compiled=compiled, told=told: compiled(*told)
+                steps[f"torch.compile {label}"] = lambda compiled=compiled, given=given: compiled(*given)
     for source in sources:
         head = torch.nn.Linear(n, m, bias=False, device=DEVICE)
         head.weight.grad = G
-        found[f"{source} default head"] = SymOptimizer(head, roles={"*": "lm_head"}, kernels=source).step
+        steps[f"{source} default head"] = SymOptimizer(head, roles={"*": "lm_head"}, kernels=source).step
     p = torch.nn.Parameter(W)
     p.grad = G
-    found["fused AdamW"] = torch.optim.AdamW([p], fused=True).step
-    return found
+    steps["fused AdamW"] = torch.optim.AdamW([p], fused=True).step
+    return steps
 
 
 def main() -> None:
-    told = arguments(__doc__, quick={"action": "store_true", "help": "a small shape, few runs, no compiler"})
+    """Measure all contenders and write the record."""
+    options = arguments(__doc__, quick={"action": "store_true", "help": "a small shape, few runs, no compiler"})
     measured = ceilings(fastest_dtype(DEVICE))
     rows: list[dict[str, object]] = []
-    for m, n in [(1000, 128)] if told.quick else SHAPES:
-        for name, work in contenders(m, n, told.quick).items():
+    for m, n in [(1000, 128)] if options.quick else SHAPES:
+        for name, work in contenders(m, n, options.quick).items():
             passes = 8.5 if "head" in name else 7 if "centered" in name else 5
             floor = passes * 4 * m * n / measured["copy B/s"]
             floor += 4 * m * n * n / measured["product FLOP/s"] if "head" in name else 0
-            spent = attempted(lambda work=work: seconds(work, 3 if told.quick else 20))
+            spent = attempted(lambda work=work: seconds(work, 3 if options.quick else 20))
             timed = isinstance(spent, float)
             rows.append({"shape": f"{m}×{n}", "step": name, "ms": 1e3 * spent if timed else spent})
             rows[-1]["copy share"] = floor / spent if timed else ""
-        path = write("row_norm", rows, measured, told)
+        path = write("row_norm", rows, measured, options)
     print(path)
 
 

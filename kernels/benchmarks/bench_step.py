@@ -2,9 +2,9 @@
 
     python kernels/benchmarks/bench_step.py             # Qwen3-0.6B with 28 layers, and a 12-layer OLMoE
 
-On a CPU recipes/benchmarks/benchmark_step.py does the same with its floor; here `--layers` makes it small enough to run
-at all.
-torch.optim.Muon takes no stack of experts, so each expert is given to it as a parameter of its own.
+On a CPU use recipes/benchmarks/benchmark_step.py, which measures the same with its floor; here `--layers` makes the
+models small enough for one. torch.optim.Muon does not accept a stack of experts, so each expert is given to it as a
+separate parameter.
 """
 
 import torch
@@ -42,52 +42,54 @@ MODELS = {
 
 
 def contenders(model: nn.Module) -> dict[str, list[torch.optim.Optimizer]]:
+    """Return the optimizers of each contender, by name, for a model with gradients."""
     matrices = [
         p for name, p in model.named_parameters() if p.ndim > 1 and "layers" in name and "gate.weight" not in name
     ]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    found: dict[str, list[torch.optim.Optimizer]] = {"symlm": [symlm.SymOptimizer(model)]}
+    spectral = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in spectral]
+    optimizers: dict[str, list[torch.optim.Optimizer]] = {"symlm": [symlm.SymOptimizer(model)]}
     if DEVICE == "cuda":
-        found["symlm, triton"] = [symlm.SymOptimizer(model, kernels="triton")]
-    apart = [part for p in matrices for part in slices(p)]
-    found["torch.optim.Muon + AdamW"] = [torch.optim.Muon(apart), torch.optim.AdamW(rest, fused=True)]
-    found["AdamW"] = [torch.optim.AdamW(model.parameters(), fused=True)]
-    return found
+        optimizers["symlm, triton"] = [symlm.SymOptimizer(model, kernels="triton")]
+    separate = [part for p in matrices for part in slices(p)]
+    optimizers["torch.optim.Muon + AdamW"] = [torch.optim.Muon(separate), torch.optim.AdamW(rest, fused=True)]
+    optimizers["AdamW"] = [torch.optim.AdamW(model.parameters(), fused=True)]
+    return optimizers
 
 
 def slices(p: nn.Parameter) -> list[nn.Parameter]:
-    """Return a stack's matrices as parameters of their own, on the same memory."""
+    """Return a stack's matrices as separate parameters that share its memory and its gradient's."""
     if p.ndim == 2:
         return [p]
     assert p.grad is not None
-    found = [nn.Parameter(part) for part in p.detach().unbind()]
-    for part, gradient in zip(found, p.grad.unbind(), strict=True):
+    parts = [nn.Parameter(part) for part in p.detach().unbind()]
+    for part, gradient in zip(parts, p.grad.unbind(), strict=True):
         part.grad = gradient
-    return found
+    return parts
 
 
 def main() -> None:
-    told = arguments(__doc__, layers={"type": int}, width={"type": int})
+    """Measure all contenders and write the record."""
+    options = arguments(__doc__, layers={"type": int}, width={"type": int})
     measured, rows = ceilings(fastest_dtype(DEVICE)), []
     for name, fields in MODELS.items():
-        changes = {"num_hidden_layers": told.layers} if told.layers else {}
-        if told.width:
-            changes |= {"hidden_size": told.width, "intermediate_size": told.width, "vocab_size": 1000}
+        changes = {"num_hidden_layers": options.layers} if options.layers else {}
+        if options.width:
+            changes |= {"hidden_size": options.width, "intermediate_size": options.width, "vocab_size": 1000}
         with torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields | changes))
         for p in model.parameters():
             p.grad = torch.randn_like(p) * 1e-3
         spent: dict[str, float | str] = {}
         for contender, optimizers in contenders(model).items():
-            spent[contender] = attempted(lambda own=optimizers: seconds(lambda: [o.step() for o in own], 3))
+            spent[contender] = attempted(lambda several=optimizers: seconds(lambda: [o.step() for o in several], 3))
             for optimizer in optimizers:
                 optimizer.state.clear()
         for contender, value in spent.items():
             row = {"model": name, "step": contender, "ms": 1e3 * value if isinstance(value, float) else value}
             timed = isinstance(value, float) and isinstance(spent["AdamW"], float)
             rows.append({**row, "of AdamW": value / spent["AdamW"] if timed else ""})
-        path = write("step", rows, measured, told)
+        path = write("step", rows, measured, options)
     print(path)
 
 

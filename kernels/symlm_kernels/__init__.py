@@ -1,1 +1,1 @@
-"""Newton–Schulz building blocks: pure torch twins today, one signature for every backend."""
+"""Triton kernels of the optimizer's step, each with a pure torch twin of the same signature in `reference`."""

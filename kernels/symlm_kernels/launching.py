@@ -1,4 +1,4 @@
-"""Where a kernel runs: Triton launches on the current device, and a model may lie on several."""
+"""The device of a launch: Triton launches on the current device, and a model may be on several."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -7,15 +7,22 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-Told = ParamSpec("Told")
+Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
 
 
-def on_its_device(launch: Callable[Concatenate[Tensor, Told], Result]) -> Callable[Concatenate[Tensor, Told], Result]:
-    """Make the device of the first argument the current one while the decorated function runs."""
+def on_its_device(launch: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Make the device of the first argument the current one while the decorated function runs.
+
+    Args:
+        launch: A function that launches kernels; its first argument is a tensor on their device.
+
+    Returns:
+        The decorated function.
+    """
 
     @wraps(launch)
-    def launched(X: Tensor, *args: Told.args, **kwargs: Told.kwargs) -> Result:
+    def launched(X: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
         with torch.cuda.device_of(X):
             return launch(X, *args, **kwargs)
 

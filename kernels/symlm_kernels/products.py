@@ -1,4 +1,4 @@
-"""The three products of a Newton–Schulz step in Triton; twins of the same signatures are in `reference`."""
+"""The three products of a Newton–Schulz step in Triton; `reference` has a torch twin of each."""
 
 import torch
 import triton
@@ -11,29 +11,53 @@ from symlm_kernels.tiles import Tile, choose_tile
 
 @on_its_device
 def gram(X: Tensor, tile: Tile | None = None) -> Tensor:
-    """Return `A = X Xᵀ`, one triangle of tiles computed and the other mirrored: half the operations.
+    """Compute `A = X Xᵀ`: one triangle of tiles is computed and mirrored, which halves the operations.
 
-    Shapes: (b, m, n), any strides -> (b, m, m). Accumulates in fp32.
+    Args:
+        X: Matrices, (b, m, n), any strides.
+        tile: The tile; chosen by shape if None.
+
+    Returns:
+        The Gram matrices, (b, m, m), accumulated in fp32.
     """
     return _symmetric(X, X, None, 1.0, 0.0, tile)
 
 
 @on_its_device
 def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float, tile: Tile | None = None) -> Tensor:
-    """Return `β C + α A B`, symmetric because A, B, C are polynomials of one Gram matrix: half the operations.
+    """Compute `β C + α A B` for polynomials A, B, C of one Gram matrix: the result is symmetric, computed as in `gram`.
 
-    Shapes: (b, m, m) each, any strides -> (b, m, m). Accumulates in fp32.
+    Args:
+        A: Matrices, (b, m, m), any strides.
+        B: Matrices, (b, m, m), any strides.
+        C: Matrices, (b, m, m), any strides.
+        alpha: The factor α.
+        beta: The factor β.
+        tile: The tile; chosen by shape if None.
+
+    Returns:
+        The matrices, (b, m, m), accumulated in fp32.
     """
     return _symmetric(A, B, C, alpha, beta, tile)
 
 
 @on_its_device
 def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -> Tensor:
-    """Return `a X + B X` in one pass.  Shapes: (b, m, m), (b, m, n), any strides -> (b, m, n)."""
+    """Compute `a X + B X` in one pass.
+
+    Args:
+        B: Matrices, (b, m, m), any strides.
+        X: Matrices, (b, m, n), any strides.
+        a: The factor of X.
+        tile: The tile; chosen by shape if None.
+
+    Returns:
+        The matrices, (b, m, n), contiguous, accumulated in fp32.
+    """
     batch, m, n = X.shape
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     tile = tile or choose_tile(m, n, X.element_size(), _aligned(B, X, out))
-    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * batch,)  # other axes end at 65,535
+    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * batch,)  # the other axes of a grid are limited to 65,535
     _apply_kernel[grid](
         B,
         X,
@@ -55,6 +79,7 @@ def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -
 
 
 def _symmetric(X: Tensor, Y: Tensor, C: Tensor | None, alpha: float, beta: float, tile: Tile | None) -> Tensor:
+    """Launch `α X Yᵀ + β C` for a symmetric result."""
     batch, m, k = X.shape
     out = torch.empty(batch, m, m, dtype=X.dtype, device=X.device)
     added = X if C is None else C
@@ -84,7 +109,7 @@ def _symmetric(X: Tensor, Y: Tensor, C: Tensor | None, alpha: float, beta: float
 
 
 def _aligned(*stacks: Tensor) -> bool:
-    """Tell whether Triton compiles for sixteen bytes at a time: unit steps one way, all else a multiple of 16."""
+    """Return whether Triton reads sixteen bytes at a time: one unit stride, all other sizes multiples of 16."""
     return all(
         T.data_ptr() % 16 == 0
         and 1 in T.stride()[1:]
@@ -94,7 +119,8 @@ def _aligned(*stacks: Tensor) -> bool:
 
 
 def _precision(X: Tensor) -> str:
-    return "ieee" if X.dtype == torch.float32 else "tf32"  # the second is not looked at for 16-bit inputs
+    """Return the precision of fp32 products."""
+    return "ieee" if X.dtype == torch.float32 else "tf32"  # ignored for 16-bit inputs
 
 
 @triton.jit
@@ -124,7 +150,7 @@ def _symmetric_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write one tile (row, column), column <= row, of `α X Yᵀ + β C`, and its mirror image."""
+    """Write one tile (row, column), column <= row, of `α X Yᵀ + β C`, and its mirrored tile."""
     tiles = tl.cdiv(m, BLOCK) * (tl.cdiv(m, BLOCK) + 1) // 2
     pid = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -135,24 +161,24 @@ def _symmetric_kernel(
     i = (row * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     j = (column * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inner = tl.arange(0, BLOCK_K).to(tl.int64)
-    further = tl.full((), BLOCK_K, tl.int64)  # a stride may be an int32, and what it is multiplied to may not
+    advance = tl.full((), BLOCK_K, tl.int64)  # a stride may be an int32, its multiple may not fit one
     x_tile = x_ptr + batch * x_b + i[:, None] * x_m + inner[None, :] * x_k
     y_tile = y_ptr + batch * y_b + j[None, :] * y_m + inner[:, None] * y_k
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
-        left = inner < k - start
-        x = tl.load(x_tile, mask=(i[:, None] < m) & left[None, :], other=0.0)
-        y = tl.load(y_tile, mask=left[:, None] & (j[None, :] < m), other=0.0)
+        valid = inner < k - start
+        x = tl.load(x_tile, mask=(i[:, None] < m) & valid[None, :], other=0.0)
+        y = tl.load(y_tile, mask=valid[:, None] & (j[None, :] < m), other=0.0)
         total = tl.dot(x, y, total, input_precision=PRECISION)
-        x_tile += further * x_k
-        y_tile += further * y_k
+        x_tile += advance * x_k
+        y_tile += advance * y_k
     total = alpha * total
     inside = (i[:, None] < m) & (j[None, :] < m)
     if HAS_C:
         c = tl.load(c_ptr + batch * c_b + i[:, None] * c_m + j[None, :] * c_n, mask=inside, other=0.0)
         total += beta * c.to(tl.float32)
     result = total.to(d_ptr.dtype.element_ty)
-    lower = inside & (i[:, None] >= j[None, :])  # on the diagonal too, one half is the other's mirror, bit for bit
+    lower = inside & (i[:, None] >= j[None, :])  # in diagonal tiles too, one half mirrors the other, bit for bit
     tl.store(d_ptr + batch * d_b + i[:, None] * d_m + j[None, :] * d_n, result, mask=lower)
     tl.store(d_ptr + batch * d_b + j[None, :] * d_m + i[:, None] * d_n, result, mask=lower)
 
@@ -187,18 +213,18 @@ def _apply_kernel(
     i = ((pid % rows) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     j = ((pid // rows) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     inner = tl.arange(0, BLOCK_K).to(tl.int64)
-    further = tl.full((), BLOCK_K, tl.int64)  # a stride may be an int32, and what it is multiplied to may not
+    advance = tl.full((), BLOCK_K, tl.int64)  # a stride may be an int32, its multiple may not fit one
     b_tile = b_ptr + batch * b_b + i[:, None] * b_m + inner[None, :] * b_k
     x_tile = x_ptr + batch * x_b + inner[:, None] * x_m + j[None, :] * x_n
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, m, BLOCK_K):
-        left = inner < m - start
-        b = tl.load(b_tile, mask=(i[:, None] < m) & left[None, :], other=0.0)
-        x = tl.load(x_tile, mask=left[:, None] & (j[None, :] < n), other=0.0)
+        valid = inner < m - start
+        b = tl.load(b_tile, mask=(i[:, None] < m) & valid[None, :], other=0.0)
+        x = tl.load(x_tile, mask=valid[:, None] & (j[None, :] < n), other=0.0)
         total = tl.dot(b, x, total, input_precision=PRECISION)
-        b_tile += further * b_k
-        x_tile += further * x_m
+        b_tile += advance * b_k
+        x_tile += advance * x_m
     inside = (i[:, None] < m) & (j[None, :] < n)
-    own = tl.load(x_ptr + batch * x_b + i[:, None] * x_m + j[None, :] * x_n, mask=inside, other=0.0)
-    total += a * own.to(tl.float32)
+    x_block = tl.load(x_ptr + batch * x_b + i[:, None] * x_m + j[None, :] * x_n, mask=inside, other=0.0)
+    total += a * x_block.to(tl.float32)
     tl.store(d_ptr + batch * d_b + i[:, None] * d_m + j[None, :] * d_n, total.to(d_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Pure torch twins of the Newton–Schulz kernels; every matrix argument is a stack (b, m, n)."""
+"""Pure torch twins of the kernels, with the same signatures; the products take stacks (b, m, n)."""
 
 from math import sqrt
 from typing import NamedTuple
@@ -8,25 +8,55 @@ from torch import Tensor
 
 
 def gram(X: Tensor) -> Tensor:
-    """Return `A = X Xᵀ`.  Shapes: (b, m, n) -> (b, m, m)."""
+    """Compute `A = X Xᵀ`.
+
+    Args:
+        X: Matrices, (b, m, n).
+
+    Returns:
+        The Gram matrices, (b, m, m).
+    """
     return torch.bmm(X, X.mT)
 
 
 def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float) -> Tensor:
-    """Return `β C + α A B`, symmetric because A, B, C are polynomials of one Gram matrix.
+    """Compute `β C + α A B`, which is symmetric for polynomials A, B, C of one Gram matrix.
 
-    Shapes: (b, m, m) each -> (b, m, m).
+    Args:
+        A: Matrices, (b, m, m).
+        B: Matrices, (b, m, m).
+        C: Matrices, (b, m, m).
+        alpha: The factor α.
+        beta: The factor β.
+
+    Returns:
+        The matrices, (b, m, m).
     """
     return torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
 
 
 def apply_polynomial(B: Tensor, X: Tensor, a: float) -> Tensor:
-    """Return `a X + B X`.  Shapes: (b, m, m), (b, m, n) -> (b, m, n)."""
+    """Compute `a X + B X`.
+
+    Args:
+        B: Matrices, (b, m, m).
+        X: Matrices, (b, m, n).
+        a: The factor of X.
+
+    Returns:
+        The matrices, (b, m, n).
+    """
     return torch.baddbmm(X, B, X, beta=a)
 
 
 class MeanNorms(NamedTuple):
-    """Rows' norms in the mean of steps, `r² <- β₂r² + (1−β₂)|X_i|²`: r (m, 1), contiguous; `1 − β₂^t` at step t; β₂."""
+    """Store the norms of rows in the mean of steps, `r² <- β₂r² + (1−β₂)|X_i|²`.
+
+    Args:
+        row_rms: The mean norms r, (m, 1), contiguous.
+        bias: `1 − β₂^t` at step t, one element.
+        beta2: The decay β₂ of the mean.
+    """
 
     row_rms: Tensor
     bias: Tensor
@@ -39,17 +69,27 @@ def row_norm_step(
     W: Tensor,
     beta: float,
     size: Tensor,
-    keep: Tensor,
+    decay_factor: Tensor,
     finite: Tensor,
     nesterov: bool = False,
     mean: MeanNorms | None = None,
 ) -> None:
-    """Do `M <- βM + (1−β)G`, `W <- keep·W − size·M_i/|M_i|` in place; nothing where `finite` is 0.
+    """Compute `M <- βM + (1−β)G`, `W <- decay_factor·W − size·X_i/|X_i|` in place, X the rule's input M.
 
-    nesterov: the direction is of `(1−β)G + βM` instead. mean: `X_i·√bias/r_i` instead, r refreshed.
-    Shapes: G, M, W (m, n); size, keep, finite: one element each.
+    With mean norms r the direction is `X_i·√bias/r_i`. A zero row has a zero direction.
+
+    Args:
+        G: The gradient, (m, n).
+        M: The momentum, same shape, updated in place.
+        W: The weights, same shape, updated in place.
+        beta: The momentum's decay β.
+        size: The factor of the direction, one element.
+        decay_factor: The factor of the weights, `1 − ηλ`, one element.
+        finite: Nothing changes if it is 0, one element.
+        nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
+        mean: The mean norms, which are refreshed; None to divide by the rows' norms.
     """
-    _step(_directions(G, M, beta, finite, nesterov, mean, False), W, size, keep, finite)
+    _step(_directions(G, M, beta, finite, nesterov, mean, False), W, size, decay_factor, finite)
 
 
 def centered_row_norm_step(
@@ -58,49 +98,106 @@ def centered_row_norm_step(
     W: Tensor,
     beta: float,
     size: Tensor,
-    keep: Tensor,
+    decay_factor: Tensor,
     finite: Tensor,
     nesterov: bool = False,
     mean: MeanNorms | None = None,
 ) -> None:
-    """Do the same with the direction `C D C M`, C taking the mean row from every row."""
-    _step(center(_directions(G, M, beta, finite, nesterov, mean, True)), W, size, keep, finite)
+    """Compute the same step as `row_norm_step` with the direction `C D C X`; C subtracts the mean row, D divides rows.
+
+    Args:
+        G: The gradient, (m, n).
+        M: The momentum, same shape, updated in place.
+        W: The weights, same shape, updated in place.
+        beta: The momentum's decay β.
+        size: The factor of the direction, one element.
+        decay_factor: The factor of the weights, `1 − ηλ`, one element.
+        finite: Nothing changes if it is 0, one element.
+        nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
+        mean: The mean norms, which are refreshed; None to divide by the rows' norms.
+    """
+    _step(center(_directions(G, M, beta, finite, nesterov, mean, True)), W, size, decay_factor, finite)
 
 
 def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
-    """Return `√(β₂r² + (1−β₂)|X_i|²)`, without a square that could overflow.  Shapes: (..., m, 1) twice -> same."""
+    """Compute the refreshed mean norms, `√(β₂r² + (1−β₂)|X_i|²)`, without a square that could overflow.
+
+    Args:
+        norm: The norms of the rows, (..., m, 1).
+        row_rms: The mean norms r, same shape.
+        beta2: The decay β₂ of the mean.
+
+    Returns:
+        The mean norms, same shape.
+    """
     return torch.hypot(sqrt(beta2) * row_rms, sqrt(1 - beta2) * norm)
 
 
 def over_rms(X: Tensor, row_rms: Tensor, bias: Tensor | float) -> Tensor:
-    """Return `X_i·√bias/r_i`, zero rows staying zero.  Shapes: X (..., m, n), row_rms (..., m, 1)."""
+    """Divide rows by their mean norms, `X_i·√bias/r_i`.
+
+    Args:
+        X: Rows, (..., m, n).
+        row_rms: The mean norms r, (..., m, 1).
+        bias: `1 − β₂^t` at step t.
+
+    Returns:
+        The divided rows, same shape as X; zero rows stay zero.
+    """
     return X / normal(row_rms / bias**0.5)
 
 
 def normal(size: Tensor) -> Tensor:
-    """Return a size to divide by: infinity where it is below its dtype's normal numbers, which are counted as zero.
+    """Return a divisor that gives zero for a size of zero: infinity where the size is below the normal numbers.
 
-    There a mean that only decays gets stuck, and what is divided by it would grow again.
+    A mean that only decays stops changing among the subnormal numbers; divided by it, a decaying row would grow again.
+
+    Args:
+        size: Sizes, any shape.
+
+    Returns:
+        The divisors, same shape.
     """
     return torch.where(size < torch.finfo(size.dtype).tiny, torch.inf, size)
 
 
 def row_norms(M: Tensor) -> Tensor:
-    """Return `|M_i|`, through each row's largest entry: no square overflows.  Shapes: (..., m, n) -> (..., m, 1)."""
+    """Compute the norms of rows, `|M_i|`, after division by each row's largest entry, so that no square overflows.
+
+    Args:
+        M: Rows, (..., m, n).
+
+    Returns:
+        The norms, (..., m, 1).
+    """
     largest = M.abs().amax(dim=-1, keepdim=True)
     scaled = M / normal(largest)
     return largest * torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
 
 
 def unit_rows(M: Tensor) -> Tensor:
-    """Return `M_i / |M_i|`, zero rows staying zero; through each row's largest entry, so that no square overflows."""
+    """Scale rows to unit length, `M_i / |M_i|`, so that no square overflows.
+
+    Args:
+        M: Rows, (..., m, n).
+
+    Returns:
+        The directions, same shape; zero rows stay zero.
+    """
     largest = M.abs().amax(dim=-1, keepdim=True)
     U = M / normal(largest)
     return U.div_(normal(torch.linalg.vector_norm(U, dim=-1, keepdim=True)))
 
 
 def center(M: Tensor) -> Tensor:
-    """Return `(I − 11ᵀ/m) M`: the mean row is taken from every row."""
+    """Subtract the mean row from every row, `(I − 11ᵀ/m) M`.
+
+    Args:
+        M: Matrices, (..., m, n).
+
+    Returns:
+        The centered matrices, same shape.
+    """
     return M - M.mean(dim=-2, keepdim=True)
 
 
@@ -114,26 +211,43 @@ def row_directions(
     centered: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Do `M <- βM + (1−β)G` and return the rows' directions in `dtype`, and their mean row; for a product of them.
+    """Compute `M <- βM + (1−β)G`, and the rows' directions for a product of them.
 
-    nesterov, mean: as `row_norm_step`, norms refreshed; centered: of `C M`. Shapes: G, M (m, n) -> (m, n), (n) in fp32.
+    Args:
+        G: The gradient, (m, n).
+        M: The momentum, same shape, updated in place.
+        beta: The momentum's decay β.
+        finite: M and the mean norms do not change if it is 0, one element.
+        nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
+        mean: The mean norms, which are refreshed; None to divide by the rows' norms.
+        centered: Whether the mean row is subtracted from the rule's input.
+        dtype: The dtype of the directions.
+
+    Returns:
+        The directions, (m, n), and their mean row, (n,), in fp32.
     """
     U = _directions(G, M, beta, finite, nesterov, mean, centered)
     return U.to(dtype), U.mean(dim=0)
 
 
-def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, keep: Tensor, finite: Tensor) -> None:
-    """Do `W <- keep·W − size·(U − 1 rowᵀ)` in place; nothing where `finite` is 0.
+def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> None:
+    """Compute `W <- decay_factor·W − size·(U − 1 rowᵀ)` in place.
 
-    Shapes: U, W (m, n), row (n); size, keep, finite: one element each.
+    Args:
+        U: The directions, (m, n).
+        row: What is subtracted from every row of U, (n,).
+        W: The weights, (m, n), updated in place.
+        size: The factor of the direction, one element.
+        decay_factor: The factor of the weights, `1 − ηλ`, one element.
+        finite: Nothing changes if it is 0, one element.
     """
-    _step(U.float() - row, W, size, keep, finite)
+    _step(U.float() - row, W, size, decay_factor, finite)
 
 
 def _directions(
     G: Tensor, M: Tensor, beta: float, finite: Tensor, nesterov: bool, mean: MeanNorms | None, centered: bool
 ) -> Tensor:
-    """Update the momentum and the mean norms, and return the rows' directions of what the rule sees."""
+    """Update the momentum and the mean norms, and return the directions of the rule's input."""
     new = M.float().lerp(G.float(), 1 - beta).to(M.dtype)
     M.copy_(torch.where(finite != 0, new, M))
     X = new.float().lerp(G.float(), 1 - beta) if nesterov else new.float()
@@ -145,6 +259,7 @@ def _directions(
     return over_rms(X, refreshed, mean.bias)
 
 
-def _step(U: Tensor, W: Tensor, size: Tensor, keep: Tensor, finite: Tensor) -> None:
-    stepped = (keep * W.float() - size * U).to(W.dtype)
+def _step(U: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> None:
+    """Update the weights by a direction, if `finite` is not 0."""
+    stepped = (decay_factor * W.float() - size * U).to(W.dtype)
     W.copy_(torch.where(finite != 0, stepped, W))

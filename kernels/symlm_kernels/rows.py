@@ -1,4 +1,4 @@
-"""The step of the row rules in Triton, one fused pass a row, or two about a product; twins are in `reference`."""
+"""The step of the row rules in Triton: one fused pass, or two around a product; the torch twins are in `reference`."""
 
 from typing import Any
 
@@ -20,21 +20,32 @@ def row_norm_step(
     W: Tensor,
     beta: float,
     size: Tensor,
-    keep: Tensor,
+    decay_factor: Tensor,
     finite: Tensor,
     nesterov: bool = False,
     mean: MeanNorms | None = None,
 ) -> None:
-    """Do `M <- βM + (1−β)G`, `W <- keep·W − size·M_i/|M_i|` in one pass: G is read, M and W are read and written.
+    """Compute `M <- βM + (1−β)G`, `W <- decay_factor·W − size·X_i/|X_i|` in one pass, in place, X the rule's input M.
 
-    nesterov: the direction is of `(1−β)G + βM` instead. mean: rows over their norms in the mean of steps, refreshed.
-    Shapes: G, M, W (m, n), rows contiguous; size, keep, finite: one element each, on the device; where `finite` is 0
-    nothing changes. A zero row gives a zero direction. M, W and the mean norms are written in place, G never.
-    Raises: ValueError for rows longer than LARGEST_ROW.
+    With mean norms r the direction is `X_i·√bias/r_i`. A zero row has a zero direction.
+
+    Args:
+        G: The gradient, (m, n); rows must be contiguous.
+        M: The momentum, same shape, updated in place.
+        W: The weights, same shape, updated in place.
+        beta: The momentum's decay β.
+        size: The factor of the direction, one element on the device.
+        decay_factor: The factor of the weights, `1 − ηλ`, one element on the device.
+        finite: Nothing changes if it is 0, one element on the device.
+        nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
+        mean: The mean norms, which are refreshed; None to divide by the rows' norms.
+
+    Raises:
+        ValueError: Rows are longer than `LARGEST_ROW` or not contiguous, or the shapes differ.
     """
-    (m, n), (constants, (r, bias, beta2)) = M.shape, _told(G, M, W, nesterov, mean)
+    (m, n), (constants, (r, bias, beta2)) = M.shape, _checked(G, M, W, nesterov, mean)
     strides = (G.stride(0), M.stride(0), W.stride(0))
-    row_kernels.row_kernel[(m,)](G, M, W, r, bias, size, keep, finite, n, beta, beta2, *strides, **constants)
+    row_kernels.row_kernel[(m,)](G, M, W, r, bias, size, decay_factor, finite, n, beta, beta2, *strides, **constants)
 
 
 @on_its_device
@@ -44,21 +55,36 @@ def centered_row_norm_step(
     W: Tensor,
     beta: float,
     size: Tensor,
-    keep: Tensor,
+    decay_factor: Tensor,
     finite: Tensor,
     nesterov: bool = False,
     mean: MeanNorms | None = None,
 ) -> None:
-    """Do the same with the direction `C D C M`: two more looks at M, for the mean row and for the directions' mean.
+    """Compute the same step as `row_norm_step` with the direction `C D C X`; C subtracts the mean row, D divides rows.
 
-    With nesterov two more at G as well. Shapes, contract and errors: as `row_norm_step`.
+    M is read twice more, for the mean row and for the mean of the directions; with Nesterov momentum G too.
+
+    Args:
+        G: The gradient, (m, n); rows must be contiguous.
+        M: The momentum, same shape, updated in place.
+        W: The weights, same shape, updated in place.
+        beta: The momentum's decay β.
+        size: The factor of the direction, one element on the device.
+        decay_factor: The factor of the weights, `1 − ηλ`, one element on the device.
+        finite: Nothing changes if it is 0, one element on the device.
+        nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
+        mean: The mean norms, which are refreshed; None to divide by the rows' norms.
+
+    Raises:
+        ValueError: As `row_norm_step`.
     """
-    (m, n), (constants, norms) = M.shape, _told(G, M, W, nesterov, mean)
+    (m, n), (constants, norms) = M.shape, _checked(G, M, W, nesterov, mean)
     shift = _mean_row(G, M, beta, finite, constants)
     row = _directions(G, M, beta, finite, shift, None, norms, constants)
     r, bias, beta2 = norms
-    told = (G, M, W, r, bias, shift, row, size, keep, finite, n, beta, beta2, G.stride(0), M.stride(0), W.stride(0))
-    row_kernels.centered_apply_kernel[(m,)](*told, **constants)
+    strides = (G.stride(0), M.stride(0), W.stride(0))
+    arguments = (G, M, W, r, bias, shift, row, size, decay_factor, finite, n, beta, beta2)
+    row_kernels.centered_apply_kernel[(m,)](*arguments, *strides, **constants)
 
 
 @on_its_device
@@ -72,12 +98,25 @@ def row_directions(
     centered: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Do `M <- βM + (1−β)G` and return the rows' directions in `dtype`, and their mean row; for a product of them.
+    """Compute `M <- βM + (1−β)G`, and the rows' directions for a product of them.
 
-    nesterov, mean: as `row_norm_step`, norms refreshed; centered: of `C M`. Shapes: G, M (m, n), rows contiguous ->
-    (m, n), (n) in fp32. Where `finite` is 0 nothing changes, and what is returned means nothing. Raises: as above.
+    Args:
+        G: The gradient, (m, n); rows must be contiguous.
+        M: The momentum, same shape, updated in place.
+        beta: The momentum's decay β.
+        finite: M and the mean norms do not change if it is 0, and the result has no meaning; one element on the device.
+        nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
+        mean: The mean norms, which are refreshed; None to divide by the rows' norms.
+        centered: Whether the mean row is subtracted from the rule's input.
+        dtype: The dtype of the directions.
+
+    Returns:
+        The directions, (m, n), and their mean row, (n,), in fp32.
+
+    Raises:
+        ValueError: As `row_norm_step`.
     """
-    constants, norms = _told(G, M, M, nesterov, mean)
+    constants, norms = _checked(G, M, M, nesterov, mean)
     shift = _mean_row(G, M, beta, finite, constants)
     D = torch.empty(M.shape, dtype=dtype, device=M.device)
     row = _directions(G, M, beta, finite, shift if centered else torch.zeros_like(shift), D, norms, constants)
@@ -85,23 +124,32 @@ def row_directions(
 
 
 @on_its_device
-def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, keep: Tensor, finite: Tensor) -> None:
-    """Do `W <- keep·W − size·(U − 1 rowᵀ)` in place; nothing where `finite` is 0.
+def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> None:
+    """Compute `W <- decay_factor·W − size·(U − 1 rowᵀ)` in place.
 
-    Shapes: U, W (m, n), rows contiguous, row (n); the rest: one element each, on the device. Raises: as above.
+    Args:
+        U: The directions, (m, n); rows must be contiguous.
+        row: What is subtracted from every row of U, (n,).
+        W: The weights, (m, n), updated in place.
+        size: The factor of the direction, one element on the device.
+        decay_factor: The factor of the weights, `1 − ηλ`, one element on the device.
+        finite: Nothing changes if it is 0, one element on the device.
+
+    Raises:
+        ValueError: As `row_norm_step`.
     """
-    (m, n), constants = W.shape, _told(U, U, W, False, None)[0]
-    told = (U, W, row, size, keep, finite, n, U.stride(0), W.stride(0))
-    row_kernels.step_kernel[(m,)](*told, BLOCK=constants["BLOCK"], num_warps=constants["num_warps"])
+    (m, n), constants = W.shape, _checked(U, U, W, False, None)[0]
+    arguments = (U, W, row, size, decay_factor, finite, n, U.stride(0), W.stride(0))
+    row_kernels.step_kernel[(m,)](*arguments, BLOCK=constants["BLOCK"], num_warps=constants["num_warps"])
 
 
 def _mean_row(G: Tensor, M: Tensor, beta: float, finite: Tensor, constants: dict[str, Any]) -> Tensor:
-    """Update the momentum and return the mean row of what the rule sees."""
+    """Update the momentum and return the mean row of the rule's input."""
     (m, n), plain = M.shape, {key: value for key, value in constants.items() if key != "MEAN"}
     parts, rows = _parts(m)
     sums = torch.empty(parts, n, dtype=torch.float32, device=M.device)
-    told = (G, M, sums, finite, m, n, rows, beta, G.stride(0), M.stride(0))
-    row_kernels.momentum_kernel[(parts,)](*told, **plain)
+    arguments = (G, M, sums, finite, m, n, rows, beta, G.stride(0), M.stride(0))
+    row_kernels.momentum_kernel[(parts,)](*arguments, **plain)
     return sums.sum(0) / m
 
 
@@ -115,33 +163,38 @@ def _directions(
     norms: MeanNorms,
     constants: dict[str, Any],
 ) -> Tensor:
-    """Return the mean of the directions, which go to D if there is one."""
+    """Return the mean of the directions, and write these to D unless it is None."""
     m, n = M.shape
     parts, rows = _parts(m)
     sums = torch.empty(parts, n, dtype=torch.float32, device=M.device)
     r, bias, beta2 = norms
-    told = (G, M, r, bias, shift, sums, sums if D is None else D, finite, m, n, rows, beta, beta2)
+    arguments = (G, M, r, bias, shift, sums, sums if D is None else D, finite, m, n, rows, beta, beta2)
     strides = (G.stride(0), M.stride(0))
-    row_kernels.direction_kernel[(parts,)](*told, *strides, **constants, WRITE=D is not None)
+    row_kernels.direction_kernel[(parts,)](*arguments, *strides, **constants, WRITE=D is not None)
     return sums.sum(0) / m
 
 
 def _parts(m: int) -> tuple[int, int]:
-    """Return how many programs add up columns, and of how many rows each."""
+    """Return how many programs sum columns, and the rows of each."""
     rows = max(1, triton.cdiv(m, PARTS))
     return triton.cdiv(m, rows), rows
 
 
-PARTS = 1024  # partial column sums: enough programs to fill a GPU, few enough to add up
+PARTS = 1024  # partial column sums: enough programs to fill a GPU, few enough to be summed
 
 
-def _told(G: Tensor, M: Tensor, W: Tensor, nesterov: bool, mean: MeanNorms | None) -> tuple[dict[str, Any], MeanNorms]:
-    """Check the shapes; return the constants, and the mean norms: M in their place, unread, where there are none."""
+def _checked(
+    G: Tensor, M: Tensor, W: Tensor, nesterov: bool, mean: MeanNorms | None
+) -> tuple[dict[str, Any], MeanNorms]:
+    """Check the shapes, and return the kernels' constants, and the mean norms; without these M, which is not read."""
     n = M.shape[1]
     if n > LARGEST_ROW:
-        raise ValueError(f"rows of {n} are longer than the {LARGEST_ROW} that a program holds")
+        raise ValueError(f"rows of {n} are longer than the {LARGEST_ROW} that a program holds; use kernels='torch'")
     if any(T.shape != M.shape or T.stride(1) != 1 for T in (G, M, W)):
-        raise ValueError("G, M and W have one shape, and contiguous rows")
+        raise ValueError(
+            f"G, M and W need one shape and contiguous rows, got shapes {[tuple(T.shape) for T in (G, M, W)]} and "
+            f"strides {[T.stride() for T in (G, M, W)]}; call .contiguous()"
+        )
     block = triton.next_power_of_2(n)
     constants = {"BLOCK": block, "MEAN": mean is not None, "NESTEROV": nesterov, "num_warps": row_warps(block)}
     return constants, mean or MeanNorms(M, M, 0.0)

@@ -1,4 +1,4 @@
-"""Whose products a stack is multiplied with: Triton's, or torch's."""
+"""The choice between Triton's kernels and torch's operations."""
 
 from importlib.util import find_spec
 from types import ModuleType
@@ -9,16 +9,25 @@ from torch import Tensor
 from symlm_kernels import reference
 
 CHOICES = ("auto", "torch", "triton")
-LARGEST_ROW = 8_192  # a fused row step holds a row in registers, and from twice this on they spill
-# From which shorter side products, and from which length of a row fused row steps, were measured to be faster; none
-# until a GPU's record says so (kernels/README.md), so "auto" is torch's everywhere.
+LARGEST_ROW = 8_192  # a fused row step holds a row in registers; rows of twice this length spill them
+# The shorter side from which products, and the row length from which fused row steps, were measured to be faster. None
+# until a GPU's record shows it (kernels/README.md), so that "auto" selects torch everywhere.
 FASTER_FROM: dict[str, int | None] = {"products": None, "rows": None}
 
 
 def select_products(X: Tensor, kernels: str = "auto") -> ModuleType:
-    """Return the module with `gram`, `symmetric_product` and `apply_polynomial` for this stack (b, m, n).
+    """Return the module whose products a stack is multiplied with.
 
-    Raises: as `choose`.
+    Args:
+        X: The stack, (b, m, n) with m <= n.
+        kernels: "torch", "triton" or "auto".
+
+    Returns:
+        A module with `gram`, `symmetric_product` and `apply_polynomial`.
+
+    Raises:
+        ValueError: As `choose`.
+        RuntimeError: As `choose`.
     """
     if choose(X.device.type, X.dtype, X.shape[-2], kernels) == "torch":
         return reference
@@ -28,9 +37,21 @@ def select_products(X: Tensor, kernels: str = "auto") -> ModuleType:
 
 
 def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto", what: str = "products") -> str:
-    """Return whose `what` serve, "torch" or "triton": products of matrices of this shorter side, or rows this long.
+    """Choose between Triton and torch.
 
-    Raises: ValueError for an unknown choice; RuntimeError, with the reason, where "triton" is asked for in vain.
+    Args:
+        device: The type of the device, such as "cuda".
+        dtype: The dtype of the matrices.
+        side: The shorter side of the matrices for products, the length of a row for rows.
+        kernels: "torch", "triton", or "auto" for Triton from the size on at which it was measured to be faster.
+        what: "products" or "rows", a key of `FASTER_FROM`.
+
+    Returns:
+        "torch" or "triton".
+
+    Raises:
+        ValueError: `kernels` is unknown.
+        RuntimeError: `kernels` is "triton", and Triton cannot run here; the message has the reason.
     """
     if kernels not in CHOICES:
         raise ValueError(f"unknown kernels {kernels!r}; choose one of {CHOICES}")
@@ -44,7 +65,15 @@ def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto", wh
 
 
 def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
-    """Return why Triton's products cannot serve here, or None."""
+    """Return why Triton's kernels cannot run here.
+
+    Args:
+        device: The type of the device.
+        dtype: The dtype of the matrices.
+
+    Returns:
+        The reason, or None if they can run.
+    """
     if find_spec("triton") is None:
         return "triton is not installed"
     if device != "cuda" and not _interpreting():
@@ -55,6 +84,7 @@ def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _interpreting() -> bool:
+    """Return whether Triton runs its kernels in the interpreter, which needs no GPU."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)

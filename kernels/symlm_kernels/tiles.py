@@ -1,11 +1,19 @@
-"""Tile configurations by shape: a committed table, not an autotuning at train time."""
+"""Tile configurations by shape: a fixed table, without autotuning at train time."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, columns and depth of one program's tile, its warps, and the stages of its software pipeline."""
+    """Configure one program of a product.
+
+    Args:
+        m: Rows of its tile of the result.
+        n: Columns of the tile.
+        k: The length of the inner axis that is loaded at once.
+        warps: The warps of the program.
+        stages: The stages of its software pipeline.
+    """
 
     m: int
     n: int
@@ -21,10 +29,17 @@ SMALL_SIDE = 256  # below this a large tile leaves most of the machine idle
 
 
 def choose_tile(m: int, n: int, element_size: int, aligned: bool) -> Tile:
-    """Return the tile for an (m, n) result of elements of this many bytes.
+    """Choose the tile of a product.
 
-    aligned: every operand is read sixteen bytes at a time; where each element has an address of its own, a large tile's
-    addresses alone would spill.
+    Args:
+        m: Rows of the result.
+        n: Columns of the result.
+        element_size: Bytes of an element.
+        aligned: Whether every operand is read sixteen bytes at a time. If not, each element has its own address, and
+            the addresses of a large tile would spill registers.
+
+    Returns:
+        The tile.
     """
     if element_size > 2:
         return FP32
@@ -32,5 +47,12 @@ def choose_tile(m: int, n: int, element_size: int, aligned: bool) -> Tile:
 
 
 def row_warps(block: int) -> int:
-    """Return the warps of a program that holds a row of this many elements: at most 16 a thread, or registers spill."""
+    """Return the warps of a program that holds one row in registers.
+
+    Args:
+        block: The elements of the row, padded to a power of two.
+
+    Returns:
+        The number of warps, with at most 16 elements for each thread; more would spill registers.
+    """
     return max(4, min(32, block // 512))
