@@ -53,11 +53,15 @@ class Run:
         steps = round(self.share * read(bench).train.steps)
         return [sys.executable, str(RECIPE), *bench, f"--train.steps={steps}"]
 
-    def execute(self, more: tuple[str, ...], threads: int) -> None:
-        """Run, or resume, and keep the numbers alone.  Raises: RuntimeError with the end of the run's errors."""
+    def execute(self, command: list[str], threads: int) -> None:
+        """Run a command of `command`, or resume it, and store the numbers alone.
+
+        Raises:
+            RuntimeError: The run failed; with the end of its errors.
+        """
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(self.command(more), capture_output=True, text=True, env=environment)
-        ended = (self.folder / "summary.json").exists()  # as a run does that blew up, whose losses say so
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        ended = (self.folder / "summary.json").exists()  # as a run does that diverged, whose losses show it
         if done.returncode and not ended:
             raise RuntimeError(f"{self.folder} failed:\n{done.stderr[-2000:]}")
         for heavy in ("checkpoints", "model"):
@@ -90,15 +94,21 @@ def scaled(optimizer: dict[str, Any], factor: float) -> dict[str, Any]:
 
 
 def execute(runs: list[Run], jobs: int, more: tuple[str, ...], what: str) -> None:
-    """Run what is not finished, `jobs` side by side; one failure is told after the others have ended."""
-    left = [run for run in runs if not is_finished(run.folder, run.command(more)[2:])]
+    """Run what is not finished, `jobs` side by side; a failure is reported after the others have ended.
+
+    Raises:
+        SystemExit: Some runs failed; the others are stored.
+    """
+    # Commands are read here, in one thread: jsonargparse changes the working directory while it reads a file.
+    commands = [(run, run.command(more)) for run in runs]
+    left = [(run, command) for run, command in commands if not is_finished(run.folder, command[2:])]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with tqdm(total=len(left), unit="run", desc=what) as bar, ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run.execute, more, threads) for run in left]
+        futures = [pool.submit(run.execute, command, threads) for run, command in left]
         for future in futures:
             future.add_done_callback(lambda _: bar.update())
     if failures := [str(error) for future in futures if (error := future.exception())]:
-        raise SystemExit("\n\n".join(failures) + f"\n{len(failures)} of {len(left)} runs failed; the rest is kept")
+        raise SystemExit("\n\n".join(failures) + f"\n{len(failures)} of {len(left)} runs failed; the rest is stored")
 
 
 def best_factor(trials: list[dict[str, Any]]) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pretraining import installed
 from pretraining.packing import Packed, PackedStream, _text, bpe_tokenizer, packed_tokens, tokenize
 
 EMBEDDED = "stdlib"
@@ -102,6 +103,8 @@ def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None,
     if paths := sorted(root.glob("*.bin")) if root.is_dir() else [root] if root.suffix == ".bin" else []:
         train, held = _split_shards(paths, data.validation_blocks * data.length)
         return named, Packed(train, data.length, samples, seed), _validation(held, data)
+    if data.dataset in installed.KINDS:
+        return _installed(data, seed, samples)
     if data.dataset != EMBEDDED and not root.exists():
         return _stream(data, named, seed)
     texts = stdlib_documents() if data.dataset == EMBEDDED else read_documents(data.dataset, data.column)
@@ -109,6 +112,20 @@ def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None,
     tokenizer = named or bpe_tokenizer(rest, data.vocab_size)
     train = Packed([packed_tokens(rest, tokenizer)], data.length, samples, seed)
     return tokenizer, train, _validation([packed_tokens(held, tokenizer)], data)
+
+
+def _installed(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
+    """Take the text of installed packages, no block of it twice."""
+    if data.tokenizer:
+        raise ValueError(f"data.dataset {data.dataset!r} trains its own tokenizer: leave out data.tokenizer")
+    tokenizer, tokens, held = installed.load_tokens(data.dataset, data.vocab_size)
+    train = Packed([tokens], data.length, samples, seed)
+    if samples > train.blocks:
+        raise ValueError(
+            f"the run takes {samples * data.length:,} tokens and {data.dataset!r} has {train.blocks * data.length:,}: "
+            "use fewer train.steps, a smaller train.batch, or data.dataset=installed"
+        )
+    return tokenizer, train, _validation([held], data)
 
 
 def _split_shards(paths: list[Path], tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
