@@ -1,13 +1,15 @@
 """The assignment of exactly one role to every trainable parameter, or an error that names the parameter."""
 
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from symlm.roles.ends import EndMatrices
+from symlm.roles.ends import HEADS, EndMatrices
 from symlm.roles.role import Role, Site
-from symlm.roles.structure import classify
+from symlm.roles.structure import classify, is_fused
+from symlm.roles.wrappers import unwrapped_path
 
 
 class UnplacedParameters(ValueError):
@@ -70,13 +72,44 @@ def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tupl
         example = f"; names look like {sites[0].name!r}" if sites else ", and the model has no trainable one"
         raise ValueError(f"the patterns {unmatched} in roles match no trainable parameter{example}")
     if unplaced:
-        lines = "\n".join(f"  {site}" for site in unplaced)
-        remedy = {site.name: "matrix" if len(site.shape) == 2 else "vector" for site in unplaced[:2]}
-        raise UnplacedParameters(
-            f"{len(unplaced)} parameters fit no role:\n{lines}\nAssign roles by name or pattern, e.g. roles={remedy}, "
-            f"'vector' for what is not a matrix (elementwise AdamW); the roles are {[str(role) for role in Role]}"
-        )
+        raise UnplacedParameters(_report(unplaced))
     return list(placed.values())
+
+
+def _report(unplaced: list[Site]) -> str:
+    """Return the error message: the remedy first, then the parameters, those that differ in numbers alone together."""
+    groups: dict[str, list[Site]] = {}
+    for site in unplaced:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", site.name), []).append(site)
+    remedy = {pattern: _remedy(sites[0]) for pattern, sites in list(groups.items())[:LINES]}
+    lines = [
+        f"  {pattern} {list(sites[0].shape)} in {type(sites[0].module).__name__}"
+        + (f", {len(sites)} times" if len(sites) > 1 else "")
+        for pattern, sites in list(groups.items())[:LINES]
+    ]
+    more = [f"  and {len(groups) - LINES} more patterns"] if len(groups) > LINES else []
+    return "\n".join(
+        [
+            f"{len(unplaced)} parameters fit no role. Assign roles by name or pattern where you know better, e.g. "
+            f"roles={remedy}; 'vector' is elementwise AdamW, and the roles are {[str(role) for role in Role]}",
+            *lines,
+            *more,
+        ]
+    )
+
+
+LINES = 12
+
+
+def _remedy(site: Site) -> str:
+    """Return the role that a person would most likely assign."""
+    if site.leaf in HEADS:
+        return "lm_head"
+    if is_fused(site.leaf):
+        return "attention_qkv"
+    if any(name in site.name.lower() for name in ("trainable_tokens", "oft_", ".hada_", ".lokr_")):
+        return "vector"
+    return "matrix" if len(site.shape) in (2, 3) and 1 not in site.shape[-2:] else "vector"
 
 
 def _parse_role(role: str) -> Role:
@@ -91,7 +124,25 @@ def _sites(model: nn.Module) -> Iterator[Site]:
     """Yield every site of every trainable parameter, of a tied one more than once."""
     modules = dict(model.named_modules())
     for path, module in modules.items():
+        parts = unwrapped_path(path.split(".")) if path else []
+        if len(parts) > 1 and parts[-1].isdigit() and parts[-2] in IN_A_LIST:
+            parts = parts[:-1]
+        parent = modules.get(".".join(parts[:-1])) if parts else None
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_quantized(parameter):
                 name = f"{path}.{key}" if path else key
-                yield Site(name, parameter, module, modules.get(path.rpartition(".")[0]) if path else None)
+                yield Site(name, parameter, module, parent, tuple(parts))
+
+
+IN_A_LIST = ("to_out",)  # a projection that stands first in a list, its dropout behind it
+
+
+def is_quantized(p: nn.Parameter) -> bool:
+    """Tell whether a parameter is a quantized weight, which no gradient moves though it may ask for one.
+
+    Args:
+        p: The parameter.
+    """
+    return type(p).__module__.partition(".")[0] in ("optimum", "quanto") or type(p.data).__module__.startswith(
+        ("optimum.quanto", "quanto.")
+    )

@@ -51,13 +51,15 @@ class Site:
         name: The full name.
         parameter: The parameter.
         module: The module that holds it.
-        parent: The module that holds that module; None at the root.
+        parent: The module that holds that module, wrappers left out; None at the root.
+        path: The parts of the module's path, wrappers left out.
     """
 
     name: str
     parameter: nn.Parameter
     module: nn.Module
     parent: nn.Module | None
+    path: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} in {type(self.module).__name__}"
@@ -70,8 +72,8 @@ class Site:
     @property
     def leaf(self) -> str:
         """The name of the projection: `q_proj` for `...q_proj.weight`, `down_proj` for `...down_proj`."""
-        *path, last = self.name.split(".")
-        return path[-1] if last in ("weight", "bias") and path else last
+        last = self.name.rpartition(".")[2]
+        return self.path[-1] if self.path and (last in TENSORS or ".parametrizations." in self.name) else last
 
     @property
     def transposed(self) -> bool:
@@ -92,6 +94,7 @@ class Site:
         return "k v" if order == "q k v" and getattr(self.parent, "is_cross_attention", False) else order
 
 
+TENSORS = ("weight", "bias", "weight_g", "weight_v")  # the last two of the old weight_norm
 FUSED_ATTENTION = {
     ("Phi3Attention", "qkv_proj"): "q k v",
     ("GPT2Attention", "c_attn"): "q k v",

@@ -1,21 +1,25 @@
 """The role of one parameter, from the structure around it first and from its name last."""
 
+import re
+
 from torch import nn
 
 from symlm.roles.ends import EndMatrices
 from symlm.roles.role import Role, Site
 
+QUERIES = ("q_proj", "q_b_proj", "q_attn", "query", "q", "wq", "Wq", "to_q", "c_q", "q_lin", "query_proj", "linear_q")
+KEYS = ("k_proj", "key", "k", "wk", "Wk", "to_k", "c_k", "k_lin", "key_proj", "linear_k")
+VALUES = ("v_proj", "value", "v", "wv", "Wv", "to_v", "c_v", "v_lin", "value_proj", "linear_v")
+OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "wo", "Wo", "to_out", "out_lin", "linear_out", "proj")
 ATTENTION = {
-    "q_proj": Role.ATTENTION_Q,
-    "q_b_proj": Role.ATTENTION_Q,
-    "q_attn": Role.ATTENTION_Q,
-    "k_proj": Role.ATTENTION_K,
-    "v_proj": Role.ATTENTION_V,
-    **dict.fromkeys(("o_proj", "out_proj", "c_proj", "dense"), Role.ATTENTION_O),
+    **dict.fromkeys(QUERIES, Role.ATTENTION_Q),
+    **dict.fromkeys(KEYS, Role.ATTENTION_K),
+    **dict.fromkeys(VALUES, Role.ATTENTION_V),
+    **dict.fromkeys(OUTPUTS, Role.ATTENTION_O),
 }
-
-
-FUSED_LEAVES = ("qkv_proj", "query_key_value", "c_attn", "qkv", "Wqkv", "wqkv", "in_proj", "kv_b_proj")
+BESIDE_FUSED = ("q_proj", "q_b_proj", "q_attn", "k_proj", "v_proj", "o_proj", "out_proj", "c_proj", "dense")
+FUSED = re.compile(r"(.*_)?(qkv|qkvz|kv|ba)(_.*|\d*)|[wW](qkv|pack)|c_attn|query_key_value|in_proj|qkv_proj|kv_b_proj")
+NOT_FUSED = ("kv_a_proj_with_mqa",)  # a view splits it
 
 
 MLP = {
@@ -30,7 +34,7 @@ EXPERTS = {
 }
 
 
-ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_a.", ".lora_b.")
 
 
 def classify(site: Site, ends: EndMatrices) -> Role | None:
@@ -46,15 +50,17 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
     shape, owner = site.shape, type(site.module).__name__
     if role := ends.role(site):
         return role
+    if ends.is_unclear(site):
+        return None
     if len(shape) == 3 and owner.endswith("Experts"):
         return EXPERTS.get(site.leaf)
+    if len(shape) == 2 and any(name in site.name for name in ADAPTERS):
+        return Role.LORA
     if len(shape) <= 1 or site.name.endswith("bias") or (len(shape) == 2 and 1 in shape):
         return Role.VECTOR
-    if any(name in site.name for name in ADAPTERS):
-        return Role.LORA
     if len(shape) == 2 and _is_router(site, owner):
         return Role.ROUTER
-    if len(shape) != 2 or not (isinstance(site.module, nn.Linear) or owner == "Conv1D"):
+    if len(shape) != 2 or not (_is_linear(site) or owner == "Conv1D"):
         return None
     return _classify_linear(site)
 
@@ -63,14 +69,26 @@ def _classify_linear(site: Site) -> Role | None:
     """Find the role of a dense projection by its block: attention, MLP, or neither."""
     if site.fused:
         return Role.ATTENTION_QKV
-    if site.leaf in FUSED_LEAVES:
+    if is_fused(site.leaf):
         return None
-    if "attention" in type(site.parent).__name__.lower() and site.leaf in ATTENTION:
-        return ATTENTION[site.leaf]
     children = {name for name, _ in site.parent.named_children()} if site.parent else set()
+    together = all(children & set(names) for names in (QUERIES, KEYS, VALUES))
+    if together and site.leaf in ATTENTION:
+        return ATTENTION[site.leaf]
+    if "attention" in type(site.parent).__name__.lower() and site.leaf in BESIDE_FUSED:
+        return ATTENTION[site.leaf]
     if site.leaf in MLP and {MLP.get(name) for name in children} >= {Role.MLP_IN, Role.MLP_OUT}:
         return MLP[site.leaf]
     return None if site.leaf == "gate_up_proj" else Role.MATRIX
+
+
+def is_fused(leaf: str) -> bool:
+    """Tell whether a projection's name says that it fuses several, in an order that only the module's code shows.
+
+    Args:
+        leaf: The name of the projection.
+    """
+    return leaf not in NOT_FUSED and FUSED.fullmatch(leaf) is not None
 
 
 def _is_router(site: Site, owner: str) -> bool:
@@ -78,3 +96,8 @@ def _is_router(site: Site, owner: str) -> bool:
     if owner.lower().endswith("router") or type(site.parent).__name__.lower().endswith("router"):
         return True
     return isinstance(site.module, nn.Linear) and hasattr(site.parent, "experts") and site.leaf in ("gate", "router")
+
+
+def _is_linear(site: Site) -> bool:
+    """Decide by the class; of a parametrized layer, whose weight is in a list of its own, by what the list holds."""
+    return isinstance(site.module, nn.Linear) or (type(site.module).__name__ == "ParametrizationList")

@@ -43,10 +43,14 @@ def matched(state_dict: State, groups: Sequence[State]) -> State:
         for number, (index, (name, p)) in enumerate(zip(indices, named_parameters(ours), strict=True), start=first):
             if index in state_dict["state"]:
                 result["state"][number] = _completed(theirs, name, p, state_dict["state"][index])
-        options = {**DEFAULTS, **{key: value for key, value in theirs.items() if key != "param_names"}}
-        own_names = {key: ours[key] for key in ("param_names", "name") if key in ours}
-        result["param_groups"].append({**options, **own_names, "params": list(range(first, first + len(indices)))})
-    return dict(state_dict) | result
+        options: State = {**DEFAULTS, **theirs}
+        options.pop("param_names", None)
+        own_names: State = {key: ours[key] for key in ("param_names", "name") if key in ours}
+        numbers = list(range(first, first + len(indices)))
+        result["param_groups"].append({**options, **own_names, "params": numbers})
+    complete = dict(state_dict)
+    complete.update(result)
+    return complete
 
 
 def restore_dtypes(state: Mapping[Tensor, State], saved: Mapping[int, State], groups: Sequence[State]) -> None:

@@ -1,6 +1,7 @@
 """The view of a parameter: its storage from its module, its split into matrices from its route."""
 
 from symlm.roles.role import Role, Site
+from symlm.views.heads import head_dim, kv_heads, remaining_heads
 from symlm.views.matrix_view import MatrixView
 
 WHOLE = MatrixView("m n -> 1 m n")
@@ -16,6 +17,9 @@ STACK = MatrixView("b m n -> b m n")
 
 
 TRANSPOSED_STACK = MatrixView("b n m -> b m n")
+
+
+STACKED = (Role.EXPERT_IN, Role.EXPERT_OUT, Role.MLP_IN, Role.MLP_OUT, Role.MATRIX)
 
 
 def row_heads(heads: int, transposed: bool = False) -> MatrixView:
@@ -77,6 +81,11 @@ def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
         ValueError: The module has no head dimension, or it does not divide the projection.
     """
     axes = len(site.shape)
+    if role is not Role.VECTOR and (axes not in (2, 3) or (axes == 3 and role not in STACKED)):
+        raise ValueError(
+            f"{site}: the role {role} needs a matrix, or for a stack of matrices one of {[str(r) for r in STACKED]}; "
+            f"assign roles={{{site.name!r}: 'vector'}}, which is elementwise AdamW"
+        )
     if role is Role.VECTOR or axes < 2:
         return VECTOR if axes == 1 else _rows_as_vectors(axes)
     if axes == 3:
@@ -104,43 +113,6 @@ def _rows_as_vectors(ndim: int) -> MatrixView:
     return MatrixView(f"{' '.join(axes)} -> 1 1 ({' '.join(axes)})")
 
 
-HEAD_DIMS = {
-    Role.ATTENTION_Q: ("qk_head_dim", "head_dim", "head_size"),
-    Role.ATTENTION_O: ("v_head_dim", "head_dim", "head_size"),
-}
-
-
-HEAD_COUNTS = ("num_heads", "n_head", "n_heads", "num_attention_heads")
-
-
-def head_dim(site: Site, role: Role) -> int:
-    """Return the width of a head, from its attention module's head dimension or else its number of heads.
-
-    Args:
-        site: The site of an attention projection.
-        role: Its role.
-
-    Returns:
-        The width.
-
-    Raises:
-        ValueError: The module has neither.
-    """
-    owners = (site.parent, site.module)
-    names = HEAD_DIMS.get(role, ("head_dim", "head_size"))
-    candidates = [getattr(owner, name, None) for owner in owners for name in names]
-    stream = site.shape[int((role is not Role.ATTENTION_O) != site.transposed)]
-    counts = [getattr(owner, name, None) for owner in owners for name in HEAD_COUNTS]
-    candidates += [stream // count for count in counts if isinstance(count, int) and count > 0 and stream % count == 0]
-    for value in candidates:
-        if isinstance(value, int):
-            return value
-    raise ValueError(
-        f"{site}: {type(site.parent).__name__} has neither head_dim nor num_heads; set one of them on the module, or "
-        f"assign this parameter the role 'matrix', which is one matrix: roles={{{site.name!r}: 'matrix'}}"
-    )
-
-
 def _head_view(site: Site, role: Role) -> MatrixView:
     """Return the view of an attention projection as one matrix a head."""
     columns, width = role is Role.ATTENTION_O, head_dim(site, role)
@@ -166,17 +138,18 @@ def _fused_view(site: Site, granularity: str) -> MatrixView:
     heads = channels // width
     if granularity == "heads":
         return row_heads(heads, site.transposed)
-    # Query heads for each head of k and v; a cross-attention has its queries in another projection.
-    groups = 0 if site.fused == "k v" else getattr(site.parent, "num_key_value_groups", 1)
-    kv_heads = heads // (groups + 2)
-    if kv_heads * (groups + 2) != heads:
+    # A cross-attention has its queries in another projection.
+    shared = heads // 2 if site.fused == "k v" else kv_heads(site) or remaining_heads(site, heads)
+    queries = heads - 2 * shared
+    if queries < 0 or (queries == 0) != (site.fused == "k v") or (shared and queries % shared):
         raise ValueError(
-            f"{site}: {channels} channels do not split into q, k, v with {groups} query heads for one of k and v"
+            f"{site}: {channels} channels in heads of {width} do not split into q, k, v with {shared} heads of k "
+            f"and of v; set num_key_value_heads on {type(site.parent).__name__}"
         )
     if granularity == "qk_heads":
-        stacks, sizes = "h m n | 1 (h m) n", {"h": (heads - kv_heads, kv_heads)}
+        stacks, sizes = "h m n | 1 (h m) n", {"h": (heads - shared, shared)}
         return MatrixView(f"{_stored('(h m)', 'n', site.transposed)} -> {stacks}", sizes)
-    blocks = (groups * kv_heads * width,) * (groups > 0) + (kv_heads * width,) * 2
+    blocks = (queries * width,) * (queries > 0) + (shared * width,) * 2
     return MatrixView(f"{_stored('m', 'n', site.transposed)} -> 1 m n", {"m": blocks})
 
 

@@ -1,0 +1,97 @@
+"""How many heads an attention projection has and how wide they are, as its module or its config names them."""
+
+from symlm.roles.role import Role, Site
+
+HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "d_head", "d_kv")
+HEAD_DIMS_BY_ROLE = {Role.ATTENTION_Q: ("qk_head_dim",), Role.ATTENTION_O: ("v_head_dim",)}
+HEAD_COUNTS = ("num_heads", "n_head", "n_heads", "num_attention_heads", "heads", "nhead", "n_local_heads")
+KV_COUNTS = (
+    *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups", "num_query_groups"),
+    *("n_local_kv_heads", "multi_query_group_num"),
+)
+
+
+def head_dim(site: Site, role: Role) -> int:
+    """Return the width of a head, from its attention module's head dimension or else its number of heads.
+
+    Args:
+        site: The site of an attention projection.
+        role: Its role.
+
+    Returns:
+        The width.
+
+    Raises:
+        ValueError: Neither the module nor its config has one of the usual names.
+    """
+    if width := _asked(site, (*HEAD_DIMS_BY_ROLE.get(role, ()), *HEAD_DIMS)):
+        return width
+    channels = site.shape[int((role is Role.ATTENTION_O) != site.transposed)]
+    count = _asked(site, HEAD_COUNTS)
+    if role is Role.ATTENTION_QKV and count:  # of equal q, k and v each is as wide as the model
+        kv_count = kv_heads(site) or (count if channels == 3 * site.shape[int(not site.transposed)] else None)
+        count = count + 2 * kv_count if kv_count else None
+    elif role in (Role.ATTENTION_K, Role.ATTENTION_V):
+        count = kv_heads(site) or _heads_as_queries(site, channels, count)
+    if count and channels % count == 0:
+        return channels // count
+    raise ValueError(
+        f"{site}: {type(site.parent).__name__} has neither head_dim nor num_heads (and num_key_value_heads) that fit; "
+        f"set them on the module, or assign this parameter the role 'matrix', which is one matrix: "
+        f"roles={{{site.name!r}: 'matrix'}}"
+    )
+
+
+def kv_heads(site: Site) -> int | None:
+    """Return the number of heads of k and v, as the attention module or its config names it; None if neither does.
+
+    Args:
+        site: The site of an attention projection.
+    """
+    if count := _asked(site, KV_COUNTS):
+        return count
+    heads, groups = _asked(site, HEAD_COUNTS), _asked(site, ("num_key_value_groups",))
+    return heads // groups if heads and groups else None
+
+
+def _heads_as_queries(site: Site, channels: int, count: int | None) -> int | None:
+    """Return the number of query heads where k and v have as many channels as the queries beside them."""
+    queries = (
+        getattr(site.parent, name, None) for name in ("q_proj", "query", "q", "wq", "Wq", "to_q", "c_q", "q_lin")
+    )
+    sizes = [getattr(module, "out_features", channels) for module in queries if module is not None]
+    return count if all(size == channels for size in sizes) else None
+
+
+def _asked(site: Site, names: tuple[str, ...]) -> int | None:
+    """Return the first positive number with one of these names on the parent, the module, or one of their configs."""
+    owners = (site.parent, site.module)
+    configs = (getattr(owner, "config", None) for owner in owners)
+    for owner in (*owners, *configs):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def remaining_heads(site: Site, heads: int) -> int:
+    """Return the heads of k that remain when the query heads are taken from a fused projection.
+
+    Args:
+        site: The site of the fused projection.
+        heads: All of its heads.
+
+    Returns:
+        The number of heads of k, which is that of v.
+
+    Raises:
+        ValueError: The number of query heads is not known either.
+    """
+    queries = _asked(site, HEAD_COUNTS)
+    if queries is None or queries >= heads:
+        raise ValueError(
+            f"{site}: {type(site.parent).__name__} does not show how many of its {heads} heads are queries; set "
+            f"num_heads or num_key_value_heads on it, or roles={{{site.name!r}: 'matrix'}}"
+        )
+    return (heads - queries) // 2
