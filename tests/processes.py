@@ -1,6 +1,9 @@
 """Real process groups on this machine: what runs in each rank, and how a test starts the ranks."""
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -11,11 +14,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+import warm_python
 from models import loss_of, tiny, tokens
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -292,12 +296,9 @@ def mixed_precision(rank, world):
     return whole(model)
 
 
-def worker(rank, world, names, folder, limit):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
+def worker(rank, world, folder, seconds, *names):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
     for name in names:
         try:
             result = EXTRA_CASES[name](rank, world) if name in EXTRA_CASES else run_case(name, rank, world)
@@ -311,11 +312,25 @@ def worker(rank, world, names, folder, limit):
 
 def run(world, names, limit=LIMIT):
     """Run cases in `world` real processes; return {case: [what each rank returned]}."""
-    from torch.distributed.elastic.utils.distributed import get_free_port
-
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "port").write_text(str(get_free_port()))
-        mp.start_processes(worker, (world, names, folder, limit), nprocs=world, start_method="spawn")
+        settings = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
+        settings |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": get_free_port(),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        environment = os.environ | {key: str(value) for key, value in settings.items()}
+        ranks = []
+        for rank in range(world):
+            command = [warm_python.executable(), __file__, json.dumps([rank, world, folder, limit.seconds, *names])]
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=environment | place))
+        while (codes := [process.poll() for process in ranks]).count(None) and not any(codes):
+            time.sleep(0.05)
+        for process in ranks:
+            process.kill()
+        if any(codes):
+            raise RuntimeError(f"ranks ended with {codes}: see their errors above")
         load = torch.load
         return {
             name: [load(Path(folder, f"{name}-{rank}.pt"), weights_only=True) for rank in range(world)]
@@ -620,3 +635,6 @@ EXTRA_CASES = {
     "traffic": traffic,
     "borrowed": borrowed,
 }
+
+if __name__ == "__main__":
+    worker(*json.loads(sys.argv[1]))

@@ -1,8 +1,8 @@
 """How tests start recipes/pretrain.py: a small text, small sizes, and the command."""
 
-import sys
 from pathlib import Path
 
+import warm_python
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).parents[1]
@@ -28,14 +28,15 @@ def write_text(folder):
     return folder
 
 
-def command(text, out, *more):
+def command(text, out, *more, python=None):
+    """Return the command of a run, in the warm Python unless another is given."""
     configs = [argument for argument in more if argument.startswith("--config")]  # before what changes them
     rest = [argument for argument in more if argument not in configs]
-    fields = [f"--{key}={value}" for key, value in SMALL.items()]
-    return [sys.executable, str(SCRIPT), *configs, *fields, f"--data.dataset={text}", f"--out={out}", *rest]
+    fields = [f"--{key}={value}" for key, value in SMALL.items()] + [f"--data.dataset={text}", f"--out={out}"]
+    return [python or warm_python.executable(), str(SCRIPT), *configs, *fields, *rest]
 
 
-def launch(config, *flags):
+def launch(config, *flags, python=None):
     """Return the command that starts a script under a launch configuration of the repository, on a free port."""
-    told = [f"--config_file={LAUNCH / config}", f"--main_process_port={get_free_port()}", *flags]
-    return [sys.executable, "-m", "accelerate.commands.launch", *told]
+    options = [f"--config_file={LAUNCH / config}", f"--main_process_port={get_free_port()}", *flags]
+    return [python or warm_python.executable(), "-m", "accelerate.commands.launch", *options]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from datasets import Dataset
 from models import tiny, tokens
 from safetensors.torch import load_file
@@ -136,8 +137,9 @@ def saved(tmp_path_factory):
     return folder
 
 
-def finetune(saved, out, *flags):
-    command = [sys.executable, "recipes/finetune_trainer.py", "--model", saved, "--text", "README.md"]
+def finetune(saved, out, *flags, python=None):
+    command = [python or warm_python.executable(), "recipes/finetune_trainer.py"]
+    command += ["--model", saved, "--text", "README.md"]
     command += ["--output_dir", out, "--length", "32", "--max_steps", "8", "--save_steps", "2", "--use_cpu", "True"]
     command += ["--per_device_train_batch_size", "2", "--report_to", "none", "--logging_steps", "1", *flags]
     return [str(part) for part in command]
@@ -145,9 +147,8 @@ def finetune(saved, out, *flags):
 
 def test_a_killed_trainer_resumes_bit_for_bit(saved, tmp_path):
     subprocess.run(finetune(saved, tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
-    process = subprocess.Popen(
-        finetune(saved, tmp_path / "cut"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    killed = finetune(saved, tmp_path / "cut", python=sys.executable)
+    process = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "cut" / "checkpoint-6").exists():
         pass
     os.kill(process.pid, signal.SIGKILL)

@@ -3,9 +3,9 @@
 import json
 import math
 import subprocess
-import sys
 
 import pytest
+import warm_python
 from evidence.runs import best_factor
 from evidence.tables import interval, table, tokens_to, whole_runs_to
 from recipe import CONFIGS, ROOT
@@ -18,7 +18,7 @@ def run_compare(out, steps=2, code=0):
     fields = [f"--out={out}", f"--arms={arms}", '--models=["moe"]', "--factors=[1.0]", "--seeds=1", f"--more={more}"]
     fields += ["--shares=[0.5]"]
     script = str(ROOT / "recipes" / "compare.py")
-    done = subprocess.run([sys.executable, script, "--bench=tiny", *fields], capture_output=True, text=True)
+    done = subprocess.run([warm_python.executable(), script, "--bench=tiny", *fields], capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-3000:]
     return done
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import warm_python
 from numerics import RANKS, relative
 from recipe import ROOT, command, launch, write_text
 from safetensors.torch import load_file
@@ -128,7 +129,7 @@ def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, pro
 
 def test_a_kill_during_a_save_of_two_processes_leaves_a_usable_checkpoint(text, whole, tmp_path):
     process = subprocess.Popen(
-        [*launch("cpu2.yaml"), *recipe(text, tmp_path)],
+        [*launch("cpu2.yaml", python=sys.executable), *recipe(text, tmp_path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -172,7 +173,8 @@ def test_the_trainer_trains_and_resumes_under_launchers(whole, text, tmp_path, k
         (tmp_path / "deepspeed.json").write_text(json.dumps(told | automatic))
         fields += [f"--deepspeed={tmp_path / 'deepspeed.json'}"]
     script = [str(ROOT / "recipes" / "finetune_trainer.py"), *fields, "--ddp_backend=gloo"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={get_free_port()}"]
+    start = [warm_python.executable(), "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    start += [f"--master-port={get_free_port()}"]
     if kind == "fsdp2":
         start = sharded("fsdp8", 2)
     if kind == "hsdp":

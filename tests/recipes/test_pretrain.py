@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -58,7 +59,8 @@ def test_a_run_leaves_its_report(whole):
 
 
 def test_a_killed_run_resumes_bit_for_bit(text, whole, tmp_path):
-    process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = command(text, tmp_path, python=sys.executable)
+    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "default" / "checkpoints"
     deadline = time.monotonic() + 300
     while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:

@@ -1,9 +1,9 @@
 """Every reproduction runs, prints its targets, draws its figure and passes its own criteria."""
 
 import subprocess
-import sys
 
 import pytest
+import warm_python
 from recipe import ROOT
 
 SCRIPTS = ("agd", "aro", "polargrad", "softmax_radius", "teleport", "auon")
@@ -11,8 +11,8 @@ SCRIPTS = ("agd", "aro", "polargrad", "softmax_radius", "teleport", "auon")
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_reproduction_passes(name, tmp_path):
-    script = ROOT / "recipes" / "reproduce" / f"{name}.py"
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [warm_python.executable(), str(ROOT / "recipes" / "reproduce" / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "passed" in done.stdout
     assert (tmp_path / "runs" / "reproduce" / f"{name}.png").stat().st_size > 5000
