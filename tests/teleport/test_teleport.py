@@ -157,7 +157,7 @@ def test_a_mean_of_one_gradient_is_the_gradient_at_the_destination(name, build):
     loss_of(model, x).backward()
     for key in transports:
         p = model.get_parameter(key)
-        mean = next(optimizer.state[p][k] for k in t.MEANS_OF_GRADIENTS if k in optimizer.state[p])
+        mean = next(optimizer.state[p][k] for k in t.moving.MEANS_OF_GRADIENTS if k in optimizer.state[p])
         mean = mean * (p.grad.norm() / mean.norm())  # (1 - β) g or g
         assert relative(mean, p.grad) < 1e-8, key
 
