@@ -3,13 +3,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: pretrain test lint types docs setup clean
+.PHONY: pretrain test test-all lint types docs setup clean
 
 pretrain: setup  ## pretrain the embedded default: no network, no GPU
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/pretrain.py
 
-test: setup lint types  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -q
+# A file's tests stay in one worker, which starts what they share once; the longest files go first.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: setup lint types  ## lint, types and every guarantee once
+	$(PYTEST) -m "not slow"
+
+test-all: setup lint types docs  ## lint, types, the site and the whole test suite
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Many processes give the numbers of one, share the work, and agree or all raise: real ranks, gloo on CPUs."""
 
+import functools
+
 import pytest
 import torch
 from numerics import RANKS, RANKS_AT_SMALL_RATES, RUN, relative
@@ -21,89 +23,101 @@ from processes import (
 import symlm
 
 PAIRS = [(case, world) for case in CASES for world in WORLDS.get(case, (2,))]
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+BOTH = pytest.mark.parametrize("world", [2, FOUR])
 
 
 @pytest.fixture(scope="module")
-def found():
-    """Every case's results, all cases of a world in one start of its processes."""
-    results = {}
-    for world in (2, 4):
+def ran():
+    """Return the results of a world's cases, all of them from one start of its processes, at the first question."""
+
+    @functools.cache
+    def of(world):
         names = [case for case, size in PAIRS if size == world]
-        names += [name for name in EXTRA_CASES if name not in ("save", "load", "missing peer")]
-        results |= {(name, world): result for name, result in run(world, names).items()}
+        return run(world, names + [name for name in EXTRA_CASES if name not in ("save", "load", "missing peer")])
+
+    return of
+
+
+def checked(results):
+    """Return what each rank returned, or fail with the traceback of the one that raised."""
+    for rank, value in enumerate(results):
+        assert not (isinstance(value, str) and value.startswith("Traceback")), f"rank {rank}: {value}"
     return results
 
 
-def result(found, case, world):
-    for rank, value in enumerate(found[case, world]):
-        assert not (isinstance(value, str) and value.startswith("Traceback")), f"rank {rank}: {value}"
-    return found[case, world]
+def result(ran, case, world):
+    return checked(ran(world)[case])
 
 
-@pytest.mark.parametrize(("case", "world"), PAIRS, ids=lambda value: str(value))
-def test_many_ranks_are_one(found, case, world):
+@pytest.mark.parametrize(
+    ("case", "world"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] == 4)) for pair in PAIRS],
+    ids=lambda value: str(value),
+)
+def test_many_ranks_are_one(ran, case, world):
     model = model_of(case)
     alone = optimizer_of(case, model)
     train(model, alone, clip=CLIP if "clipped" in case else None)
     sizes = symlm.diagnostics.update_rms(alone)
     narrow = RANKS_AT_SMALL_RATES if "fp32" in case else RANKS
-    for weights, told in result(found, case, world):
+    for weights, told in result(ran, case, world):
         for name, W in whole(model).items():
             assert relative(weights[name], W) < (RUN if W.dtype == torch.float64 else narrow), name
         assert told.get("rms", sizes) == pytest.approx(sizes, rel=1e-3)
 
 
 @pytest.mark.parametrize("case", ["zero1", "zero2", "zero3"])
-def test_zero_cuts_the_optimizers_state(found, case):
+def test_zero_cuts_the_optimizers_state(ran, case):
     alone = optimizer_of(case, model := model_of(case))
     train(model, alone, steps=1)
-    shares = [told["state"] / symlm.diagnostics.state_bytes(alone) for _, told in result(found, case, 2)]
+    shares = [told["state"] / symlm.diagnostics.state_bytes(alone) for _, told in result(ran, case, 2)]
     assert max(shares) < 0.55
 
 
-def test_a_rule_that_keeps_matrices_is_refused_under_zero(found):
-    for message in result(found, "matrices under zero", 2):
+def test_a_rule_that_keeps_matrices_is_refused_under_zero(ran):
+    for message in result(ran, "matrices under zero", 2):
         assert "for which DeepSpeed's partitions have no place; train it with DDP or FSDP2" in message
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_settings_of_deepspeed_that_would_not_run_symlm_are_refused_at_construction(found, world):
-    for offloaded, parameters, quantized in result(found, "refused settings", world):
+@BOTH
+def test_settings_of_deepspeed_that_would_not_run_symlm_are_refused_at_construction(ran, world):
+    for offloaded, parameters, quantized in result(ran, "refused settings", world):
         assert "its own Adam takes symlm's place" in offloaded
         assert 'remove "offload_param"' in parameters
         assert "zero_quantized_weights" in quantized
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_that_disagree_all_raise_with_the_digests(found, world):
-    for messages in zip(*result(found, "disagreement", world), strict=True):
+@BOTH
+def test_ranks_that_disagree_all_raise_with_the_digests(ran, world):
+    for messages in zip(*result(ran, "disagreement", world), strict=True):
         assert all("the ranks disagree" in message for message in messages)
         assert len({message.split("all have")[1] for message in messages}) == 1
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_one_bad_rank_makes_all_skip(found, world):
-    assert result(found, "nonfinite", world) == [{"same": True, "skipped": 1}] * world
+@BOTH
+def test_one_bad_rank_makes_all_skip(ran, world):
+    assert result(ran, "nonfinite", world) == [{"same": True, "skipped": 1}] * world
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_shard_without_a_gradient_steps_with_its_matrix(found, world):
+@BOTH
+def test_a_shard_without_a_gradient_steps_with_its_matrix(ran, world):
     alone = train_half(Half())
-    for weights in result(found, "half", world):
+    for weights in result(ran, "half", world):
         for name, W in alone.items():
             assert relative(weights[name], W) < RUN, name
 
 
 def test_a_missing_peer_ends_in_the_time_limit_of_the_process_group():
-    first, late = result({("missing peer", 2): run(2, ["missing peer"], SHORT)["missing peer"]}, "missing peer", 2)
+    first, late = checked(run(2, ["missing peer"], SHORT)["missing peer"])
     assert late == "late"
     assert "Timed out" in first["error"]
     assert first["seconds"] < 2 * SHORT.total_seconds()
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_polar_work_is_shared(found, world):
-    counts = [rank["matrices"] for rank in result(found, "work", world)]
+@BOTH
+def test_polar_work_is_shared(ran, world):
+    counts = [rank["matrices"] for rank in result(ran, "work", world)]
     model = model_of("ddp")
     total = sum(
         layer.self_attn.config.num_attention_heads + layer.self_attn.config.num_key_value_heads + 2 + 3
@@ -113,9 +127,9 @@ def test_polar_work_is_shared(found, world):
     assert max(counts) <= total / world * 1.5
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_matrices_travel_both_ways_while_others_are_computed(found, world):
-    for rank in result(found, "overlap", world):
+@BOTH
+def test_matrices_travel_both_ways_while_others_are_computed(ran, world):
+    for rank in result(ran, "overlap", world):
         for case, told in rank.items():
             count = 1 + max(number for _, number in told)
             assert count > 2, case
@@ -124,35 +138,35 @@ def test_matrices_travel_both_ways_while_others_are_computed(found, world):
                 assert told.index(("compute", k + 1)) < told.index(("receive", k)), case
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_bytes_are_what_the_counting_function_says(found, world):
-    sent = [pair for rank in result(found, "traffic", world) for pair in rank]
+@BOTH
+def test_bytes_are_what_the_counting_function_says(ran, world):
+    sent = [pair for rank in result(ran, "traffic", world) for pair in rank]
     assert sent
     assert all(moved == counted for moved, counted in sent)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_step_borrows_no_more_than_the_plan_says(found, world):
+@BOTH
+def test_a_step_borrows_no_more_than_the_plan_says(ran, world):
     """The bound is no idle one either: the allocator sees at least 0.4 of it."""
-    for rank in result(found, "borrowed", world):
+    for rank in result(ran, "borrowed", world):
         for case, told in rank.items():
             assert 0.4 < told["peak"] / told["told"] <= 1, case
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_mixed_precision_shards_stay_wide_and_alike(found, world):
-    first, *others = result(found, "mixed precision", world)
+@BOTH
+def test_mixed_precision_shards_stay_wide_and_alike(ran, world):
+    first, *others = result(ran, "mixed precision", world)
     for weights in others:
         assert all(torch.equal(weights[name], W) for name, W in first.items())
     assert all(W.dtype == torch.float32 and W.isfinite().all() for W in first.values())
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_metrics_are_of_all_tokens(found, world):
+@BOTH
+def test_metrics_are_of_all_tokens(ran, world):
     logits = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
     one = symlm.diagnostics.router_metrics(logits, 2)
     one |= {f"logit {k}": v for k, v in symlm.diagnostics.logit_metrics(logits).items()}
-    for many in result(found, "watched", world):
+    for many in result(ran, "watched", world):
         assert set(many) == set(one)
         assert all(torch.allclose(many[key], value, rtol=1e-5) for key, value in one.items())
 
@@ -162,12 +176,12 @@ def saved(tmp_path_factory):
     """Checkpoints of four shards and of four copies after five steps, and what the run in shards had after ten."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYMLM_TEST_CHECKPOINT", str(tmp_path_factory.mktemp("checkpoint")))
-        yield result({("save", 4): run(4, ["save"])["save"]}, "save", 4)[0]
+        yield checked(run(4, ["save"])["save"])[0]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, FOUR])
 def test_a_checkpoint_moves_to_another_number_of_ranks_and_another_wrapper(saved, world):
-    for rank in result({("load", world): run(world, ["load"])["load"]}, "load", world):
+    for rank in checked(run(world, ["load"])["load"]):
         for name, W in saved.items():
             assert all(relative(weights[name], W) < RUN for weights in rank.values()), name
             assert world != 4 or torch.equal(rank["shards as shards"][name], W), name

@@ -192,7 +192,7 @@ def test_the_optimizer_does_its_rows_fused(overrides, passes, monkeypatch):
     for name in ("row_norm_step", "centered_row_norm_step", "row_directions"):
         step = getattr(rows, name)
         monkeypatch.setattr(rows, name, lambda *told, name=name, step=step: (called.append(name), step(*told))[1])
-    models = [tiny(), tiny()]
+    models = [tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)]
     for model, kernels in zip(models, ("triton", "torch"), strict=True):
         vectors = {"vector": {"weight_decay": 0.0}}
         optimizer = symlm.SymOptimizer(
@@ -223,6 +223,9 @@ def test_rows_too_long_are_refused():
 
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+EVERY_GPU = pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[pytest.mark.slow] * (arch != 90)) for arch in SHARED]
+)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -268,7 +271,7 @@ LAYOUTS = {"rows": (UNIT, True), "columns": (FLIPPED, True), "odd rows": (UNIT, 
     [(torch.float16, "rows")] + [(dtype, name) for dtype in (torch.float32, torch.bfloat16) for name in LAYOUTS],
     ids=str,
 )
-@pytest.mark.parametrize("arch", SHARED)
+@EVERY_GPU
 def test_every_tile_of_the_products_fits_every_gpu(arch, dtype, layout, tmp_path):
     element, (unit, aligned) = torch.empty(0, dtype=dtype).element_size(), LAYOUTS[layout]
     pointers = dict.fromkeys(("x_ptr", "y_ptr", "c_ptr", "d_ptr", "b_ptr"), POINTERS[dtype])
@@ -292,7 +295,7 @@ ROW_KERNELS = tuple(
 
 
 @compiled_only
-@pytest.mark.parametrize("arch", SHARED)
+@EVERY_GPU
 @pytest.mark.parametrize("columns", [16, 1024, 4096, rows.LARGEST_ROW])
 def test_row_steps_compile_for_every_gpu(arch, columns, tmp_path):
     names = {name for kernel in ROW_KERNELS for name in kernel.arg_names if name.endswith("_ptr")}
