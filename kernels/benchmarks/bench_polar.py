@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _seconds(way: str, call: Callable[[], Tensor], quick: bool) -> float:
-    """Return the median time of a call, captured in a graph if the way says so."""
+    """Return the median time of a call, captured in a graph for a way with "graph" in its name."""
     return seconds(replayed(call) if "graph" in way else call, 3 if quick else 20, calls=10)
 
 
