@@ -8,7 +8,7 @@ import torch
 
 torch.set_num_threads(1)
 
-LONG = ("test_launch.py", "test_kernels.py", "test_distributed.py", "test_pretrain.py", "test_reproduce.py")
+LONG = ("test_reproduce.py", "test_launch.py", "test_kernels.py", "test_distributed.py", "test_pretrain.py")
 
 
 def pytest_collection_modifyitems(items):

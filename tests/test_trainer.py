@@ -115,7 +115,11 @@ def test_clipping_is_not_felt_by_rules_of_degree_0(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"bf16": True}, {"torch_compile": True, "max_steps": 2}], ids=["bf16", "compile"]
+    "arguments",
+    [
+        pytest.param({"bf16": True}, id="bf16"),
+        pytest.param({"torch_compile": True, "max_steps": 2}, id="compile", marks=pytest.mark.slow),
+    ],
 )
 def test_the_trainers_modes(tmp_path, arguments):
     model = tiny()

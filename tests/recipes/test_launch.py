@@ -18,6 +18,11 @@ from transformers import AutoModelForCausalLM
 TWO = ("--train.batch=1",)  # a process: the batch of both is that of one process alone
 
 
+def slow(*values):
+    """Mark a case whose guarantee another case of `make test` holds too."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
@@ -55,7 +60,7 @@ def losses(folder):
     return [row["val/loss"] for row in rows if "val/loss" in row]
 
 
-@pytest.mark.parametrize("config", ["cpu2", "ddp8"])
+@pytest.mark.parametrize("config", ["cpu2", slow("ddp8")])
 def test_two_processes_train_what_one_does(text, whole, tmp_path, config):
     flags = ["--num_processes=2", "--mixed_precision=no"]
     run(*launch(f"{config}.yaml", *flags), *recipe(text, tmp_path))
@@ -63,7 +68,7 @@ def test_two_processes_train_what_one_does(text, whole, tmp_path, config):
     assert losses(tmp_path / "default") == pytest.approx(losses(whole), rel=1e-3)
 
 
-@pytest.mark.parametrize("config", ["cpu2", "nodes"])
+@pytest.mark.parametrize("config", [slow("cpu2"), slow("nodes")])
 def test_two_machines_train_what_one_does(text, whole, tmp_path, config):
     """Two launchers on this machine, each with a rank of its own and one rendezvous, as two nodes would be."""
     port, script = get_free_port(), [str(ROOT / "tests" / "fsdp2_on_cpus.py")] if config == "nodes" else []
@@ -84,7 +89,7 @@ def test_two_machines_train_what_one_does(text, whole, tmp_path, config):
     assert_alike(tmp_path / "default", whole)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(1), 2, 3])
 def test_deepspeed_trains_and_resumes_bit_for_bit(text, whole, tmp_path, stage):
     start = launch(f"zero{stage}.yaml", "--num_processes=2", "--mixed_precision=no")
     run(*start, *recipe(text, tmp_path), DS_ACCELERATOR="cpu")
@@ -110,7 +115,7 @@ def sharded(config, processes, *flags):
 
 @pytest.mark.parametrize(
     ("config", "processes", "flags"),
-    [("fsdp8", 2, ()), ("hsdp", 4, TWO_BY_TWO)],
+    [("fsdp8", 2, ()), slow("hsdp", 4, TWO_BY_TWO)],
 )
 def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, processes, flags):
     start = sharded(config, processes, *flags)
@@ -164,7 +169,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("kind", LAUNCHES)
+@pytest.mark.parametrize("kind", [kind if kind == "fsdp2" else slow(kind) for kind in LAUNCHES])
 def test_the_trainer_trains_and_resumes_under_launchers(whole, text, tmp_path, kind):
     fields = [f"--model={whole / 'model'}", f"--text={text / '39.txt'}", "--length=32", f"--output_dir={tmp_path}"]
     fields += ["--max_steps=4", "--save_steps=2", "--per_device_train_batch_size=1", "--report_to=none"]
