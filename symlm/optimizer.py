@@ -1,38 +1,30 @@
 """SymOptimizer: one `torch.optim.Optimizer` in which every role is updated by its own rule."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from symlm.distributed.collectives import world_size
-from symlm.distributed.layout import layout_of
 from symlm.distributed.partitions import refuse_settings
-from symlm.distributed.tensors import aligned, local
+from symlm.distributed.tensors import local
+from symlm.polar.precision import without_autocast
 from symlm.roles.role import whole_shape
-from symlm.routing.options import (
-    DEFAULTS,
-    ROUTED,
-    check_group,
-    key_of,
-    named_parameters,
-    refuse_unknown,
-)
+from symlm.routing.options import DEFAULTS, ROUTED, check_group, named_parameters, refuse_unknown, with_rate
 from symlm.routing.param_groups import param_groups
 from symlm.rules import get_rule
-from symlm.state.agreement import common_shapes, compare_plans
-from symlm.state.checks import check_parameters
+from symlm.state.agreement import Agreement, shapes_of_several_ranks
+from symlm.state.checks import check_parameters, warn_of_no_gradient
+from symlm.state.creation import count_step, create_state
 from symlm.state.loading import matched, restore_dtypes
 from symlm.state.originals import Originals
-from symlm.step.bucket import Bucket, overlapped
+from symlm.state.schedules import Schedules
+from symlm.step.bucket import buckets_of, bytes_to_receive, overlapped
 from symlm.step.directions import shares_layer_rotation
-from symlm.step.gradients import examine, skips_without_gradient
+from symlm.step.gradients import examine, refuse_nonfinite, skips_without_gradient
 from symlm.step.layer_rotations import rotate_layers
-from symlm.step.member import Member, batches, member_of
-from symlm.step.state import new_state, of_fragments
+from symlm.step.member import Member, members_of
 from symlm.update.adamw import adamw_step
 from symlm.update.apply import apply
 from symlm.update.rounding import store
@@ -41,8 +33,6 @@ from symlm.verification import Verification, verified
 from symlm.views.matrix_view import MatrixView
 
 log = logging.getLogger("symlm")
-
-Members = list[tuple[dict[str, Any], list[Member]]]
 
 
 class SymOptimizer(torch.optim.Optimizer):
@@ -80,7 +70,8 @@ class SymOptimizer(torch.optim.Optimizer):
     """
 
     # Of the class, since a pickled optimizer comes back without what its constructor set.
-    _agreed: frozenset[tuple[str, str]] = frozenset()
+    _moved: Collection[Tensor] = frozenset()  # the parameters that had a gradient in the last step
+    _warned = False
     update_size: UpdateSize | None = None  # of the last step; None before one and after one that was skipped
 
     def __init__(
@@ -93,7 +84,7 @@ class SymOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         refuse_settings()
-        self._originals = Originals()
+        self._originals, self._schedules, self._agreement = Originals(), Schedules(), Agreement()
         for key in options:
             refuse_unknown("option", key, DEFAULTS)
         if isinstance(params, nn.Module):
@@ -109,6 +100,8 @@ class SymOptimizer(torch.optim.Optimizer):
         """Take over a pickled or a loaded state."""
         super().__setstate__(state)
         self.__dict__.setdefault("_originals", Originals())
+        self.__dict__.setdefault("_agreement", Agreement())
+        self.__dict__.setdefault("_schedules", Schedules()).remember(self.param_groups)
         if "_loading" in self.__dict__:  # before torch calls the hooks that come after a load
             restore_dtypes(self.state, self._loading["state"], self.param_groups)
 
@@ -129,6 +122,7 @@ class SymOptimizer(torch.optim.Optimizer):
         check_group(group)
         for _, p in named_parameters(group):
             MatrixView.parse(group["view"]).shape(whole_shape(p))
+        self._schedules.remember(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
@@ -153,33 +147,48 @@ class SymOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        is_first = self._check_agreement()
-        self._create_state()
-        members = [(group, list(self._members(group))) for group in self.param_groups]
+        with without_autocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        self._schedules.follow(self.param_groups)
+        is_first = self._agreement.compare(self.param_groups, self._originals)
+        for group in self.param_groups:
+            create_state(group, self.state, self._originals)
+            check_parameters(group, self.state)
+        members = [(group, list(members_of(group, self.state, self._originals))) for group in self.param_groups]
         finite = self._examine(members)
         if finite is None:
             self.update_size = None
-            return loss
-        self.update_size = self.update_size or UpdateSize()
-        buckets = self._begin(members, finite)
-        if is_first:
-            _log_traffic(buckets)
+            return
+        self._moved = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
+        size = self.update_size = self.update_size or UpdateSize()
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + (1 if group["params"] else 0)
+            count_step(group, self.state, finite)
+        for group, some in members:
+            if get_rule(group["rule"]).elementwise and some:
+                adamw_step(with_rate(group), some, finite)
+                size.of_adamw(with_rate(group), self.state, self._originals)
+        buckets = buckets_of(members, finite)
+        if is_first and (received := bytes_to_receive(buckets)):
+            log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(buckets))
         rotate_layers([bucket for bucket in buckets if shares_layer_rotation(bucket.group)], finite)
-        self.update_size.begin([bucket.group for bucket in buckets if not bucket.fused], finite.device)
+        size.begin([bucket.group for bucket in buckets if not bucket.fused], finite.device)
         for bucket in overlapped(buckets):  # phase 1, momentum, and phase 2, directions
             for updated, rows, updates in bucket.updates():
                 squares = apply(bucket.group, updated, rows, updates, bucket.finite)  # phase 3, update
-                self.update_size.add(bucket.group, squares, sum(U.numel() for U in updates))
+                size.add(bucket.group, squares, sum(U.numel() for U in updates))
             for member in bucket.batch:
                 store(bucket.group, member, bucket.finite)
-        return loss
 
     @torch.no_grad()
     def verify(self, matrices: int = 4) -> Verification:
         """Check that every route's rule really ran, from what the last step left. No step is made, nothing changes.
 
-        Directions are computed again from the momenta and compared to what their rules promise: unit rows, zero column
-        sums, singular values near 1 (`symlm.verification.PROMISES`).
+        Directions are computed again from the momenta and compared to what their rules promise,
+        `symlm.verification.PROMISES`.
 
         Args:
             matrices: How many matrices of a parameter are checked.
@@ -192,7 +201,8 @@ class SymOptimizer(torch.optim.Optimizer):
         """
         if self._originals.partitioned:
             raise RuntimeError("verify() reads whole momenta, which ZeRO stores nowhere; verify a run of one process")
-        return verified(self.param_groups, self.state, matrices)
+        with without_autocast():
+            return verified(self.param_groups, self.state, matrices, self._moved)
 
     @property
     def is_sharded(self) -> bool:
@@ -215,8 +225,6 @@ class SymOptimizer(torch.optim.Optimizer):
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             self._loading = matched(given, self.param_groups)
-            for group in self._loading["param_groups"]:
-                check_group({**group, "params": [], "param_names": []})
             return self._loading
 
         hook = self.register_load_state_dict_pre_hook(check)
@@ -227,86 +235,19 @@ class SymOptimizer(torch.optim.Optimizer):
             hook.remove()
             self.__dict__.pop("_loading", None)
 
-    def _begin(self, members: Members, finite: Tensor) -> list[Bucket]:
-        """Count the step, let torch's AdamW step the elementwise groups, and put the others in buckets."""
-        assert self.update_size is not None
-        buckets: list[Bucket] = []
-        loads: dict[Any, list[float]] = {}
-        for group, some in members:
-            group["step"] = group.get("step", 0) + (1 if group["params"] else 0)
-            self._count_step(group, finite)
-            if get_rule(group["rule"]).elementwise:
-                adamw_step(group, some, finite)
-                if some:
-                    stepped = [p for p in group["params"] if p.grad is not None]
-                    self.update_size.of_adamw(group, [(self.state[p], self._entries(p)) for p in stepped])
-                continue
-            for batch in batches(some):
-                world = batch[0].layout.size
-                buckets.append(Bucket(group, batch, loads.setdefault(world, [0.0] * prod(world)), finite))
-        return buckets
-
-    def _entries(self, p: Tensor) -> int:
-        """Return how many entries of a parameter are on this rank, without padding."""
-        parts = self._originals.fragments({}, p)
-        return sum(part.stop - part.start for part in parts) if parts else local(p).numel()
-
-    def _create_state(self) -> None:
-        """Give every parameter its state at once, so that all ranks and checkpoints agree on the keys."""
-        for group in self.param_groups:
-            for name, p in named_parameters(group):
-                if not self.state.get(p):
-                    self.state[p] = new_state(group, name, p, self._originals.fragments(group, p))
-            check_parameters(group, self.state)
-
-    def _check_agreement(self) -> bool:
-        """At a group's first step, make sure that all ranks have one plan; tell whether there was such a group."""
-        groups = [group for group in self.param_groups if group["params"] and key_of(group) not in self._agreed]
-        if groups:
-            compare_plans(groups, self._originals)
-            self._agreed |= {key_of(group) for group in groups}
-        return bool(groups)
-
-    def _examine(self, members: Members) -> Tensor | None:
+    def _examine(self, members: list[tuple[dict[str, Any], list[Member]]]) -> Tensor | None:
         """Return whether all gradients are finite, as a tensor on their device; None if the step ends here.
 
         On a CPU the answer is read, since reading costs nothing there; on a GPU the step goes on and masks itself.
         """
         pairs = [(group, member) for group, some in members for member in some]
         if not pairs:
+            self._warned = self._warned or warn_of_no_gradient(self.param_groups)
             return None
-        several = [group for group in self.param_groups if skips_without_gradient(group)] if world_size() > 1 else []
-        common = {name: shape for group in several for name, shape, _ in common_shapes(group, self._originals)}
-        finite = examine([member for _, member in pairs], [skips_without_gradient(g) for g, _ in pairs], common)
-        if self.defaults["nonfinite"] == "raise" and not finite:
-            bad = [member.name for _, member in pairs if not member.gradient.isfinite().all()]
-            raise FloatingPointError(f"non-finite gradients in {bad or 'other ranks'}; nothing was updated")
+        skippable = [group for group in self.param_groups if skips_without_gradient(group)]
+        finite = examine(pairs, shapes_of_several_ranks(skippable, self._originals))
+        if self.defaults["nonfinite"] == "raise":
+            refuse_nonfinite([member for _, member in pairs], finite)
         skipped = torch.as_tensor(self.param_groups[0].get("skipped", 0), dtype=torch.int64, device=finite.device)
         self.param_groups[0]["skipped"] = skipped.add_(~finite)  # in place: a captured step counts on in a replay
         return None if finite.device.type == "cpu" and not finite else finite
-
-    def _count_step(self, group: dict[str, Any], finite: Tensor) -> None:
-        """Count the step in the state of rules that have one; torch's AdamW counts its own."""
-        for p in group["params"] if get_rule(group["rule"]).state else ():
-            if p.grad is not None:
-                self.state[p]["step"].add_(finite.to(self.state[p]["step"].device))
-
-    def _members(self, group: dict[str, Any]) -> Iterator[Member]:
-        for name, p in named_parameters(group):
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError(f"{name} has a sparse gradient; build its nn.Embedding with sparse=False")
-            fragments = self._originals.fragments(group, p)
-            if not fragments or get_rule(group["rule"]).elementwise:  # a partition is as good as its parts
-                yield member_of(name, p, aligned(p.grad, p), self.state[p], layout_of(p, group["shared"]))
-                continue
-            states = of_fragments(group, self.state[p], fragments)
-            for fragment, state in zip(fragments, states, strict=True):
-                yield member_of(fragment.name, fragment.of(p.detach()), fragment.of(p.grad), state, fragment.layout)
-
-
-def _log_traffic(buckets: list[Bucket]) -> None:
-    if exchanges := [bucket.exchange for bucket in buckets if bucket.exchange]:
-        received = sum(exchange.bytes_to_receive(4) for exchange in exchanges)
-        log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(exchanges))

@@ -1,6 +1,6 @@
 """The checks of `SymOptimizer.verify`, that every rule really ran."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,19 @@ class Verification(list[Check]):
         )
 
 
-def verified(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]], matrices: int) -> Verification:
+def verified(
+    groups: list[dict[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+    matrices: int,
+    moved: Collection[Tensor],
+) -> Verification:
     """Check the last step of all parameters.
 
     Args:
         groups: The optimizer's groups.
         states: Its states.
         matrices: How many matrices of each parameter are checked at most.
+        moved: The parameters that had a gradient in the last step.
 
     Returns:
         The checks.
@@ -91,7 +97,9 @@ def verified(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any
             state = states.get(p, {})
             if not state or group.get("step", 0) < 1:
                 failures.append(f"{name} ({group['role']}): no step has reached it")
-            elif p.grad is None and p.numel() and not any(local(state[key]).any() for key in MEANS & state.keys()):
+            elif p not in moved:
+                failures.append(f"{name} ({group['role']}): the last step did not move it, it had no gradient")
+            elif p.numel() and not any(local(state[key]).any() for key in MEANS & state.keys()):
                 failures.append(f"{name} ({group['role']}): no gradient has reached it, or zeros alone")
             elif p.numel() and not rule.elementwise:
                 for promise, departure in departures(group, state, matrices).items():

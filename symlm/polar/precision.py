@@ -1,7 +1,7 @@
 """The dtype in which a polar iteration multiplies."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -67,3 +67,15 @@ def full_precision() -> Iterator[None]:
     finally:
         if reduced:
             matmul.fp32_precision = "tf32"
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Multiply in the dtypes of the operands, also inside a training loop's `torch.autocast`."""
+    device = torch.accelerator.current_accelerator()
+    kinds = {"cpu", device.type} if device else {"cpu"}
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

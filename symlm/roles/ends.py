@@ -66,7 +66,7 @@ class EndMatrices:
             except (AttributeError, NotImplementedError, TypeError):
                 continue
             if isinstance(end, nn.Module):
-                yield from (id(p) for p in end.parameters() if p.ndim == 2 and 1 not in p.shape[1:])
+                yield from (id(p) for name, p in end.named_parameters() if _is_weight(name) and min(p.shape) > 1)
 
     def _is_named_head(self, site: Site) -> bool:
         if site.leaf not in HEADS or len(site.shape) != 2 or min(site.shape) < 2:
@@ -136,6 +136,10 @@ def _block(path: str) -> str:
     return (
         ".".join(["*" if part.isdigit() else part for part in above] + [last]) if any(map(str.isdigit, above)) else path
     )
+
+
+def _is_weight(name: str) -> bool:
+    return name.rpartition(".")[2] in ("weight", "weight_v") or "parametrizations." in name
 
 
 def _is_inside(path: str, above: str) -> bool:

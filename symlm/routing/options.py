@@ -2,11 +2,14 @@
 
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
 from symlm_kernels.selection import CHOICES
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from symlm.polar.factor import METHODS
 from symlm.polar.precision import resolve_dtype
@@ -22,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "momentum_of": "gradients",
     "weight_decay": 0.0,
     "weight_decay_multiplier": 1.0,
+    "lr_multiplier": 1.0,  # of the group's lr, where frameworks log that of the first group: it is the dial itself
     "betas": (0.9, 0.95),
     "eps": 1e-8,
     "polar_method": "auto",
@@ -77,6 +81,7 @@ def check_group(group: dict[str, Any]) -> None:
             f"group {role}: rule {rule.name!r} has a state, which needs {needed}, and its view is {view}; set "
             f"another rule, e.g. overrides={{{role!r}: {{'rule': 'row_norm'}}}}"
         )
+    _check_types(group)
     get_schedule(group["schedule"]).steps(group["steps"])
     choices = {
         "scale": tuple(SCALES),
@@ -106,6 +111,38 @@ def check_group(group: dict[str, Any]) -> None:
     for name, p in named_parameters(group):
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)")
+        if is_traceable_wrapper_subclass(p.data) and not hasattr(p, "placements"):
+            raise ValueError(
+                f"{name} is a {type(p.data).__name__}, whose storage is not that of its values: train plain weights, "
+                "or freeze it (requires_grad_(False)) and train adapters"
+            )
+        if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+            raise ValueError(f"{name} is expanded, many of its entries are one number: make it a tensor of its own")
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite real number, or a tensor of one; a bool is not.
+
+    Args:
+        value: Any value.
+    """
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and (value.is_meta or bool(value.isfinite()))
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+
+
+def _check_types(group: dict[str, Any]) -> None:
+    """Raises: ValueError, with option and value, for what is not of the option's type."""
+    numbers = ("lr", "lr_multiplier", "momentum", "weight_decay", "weight_decay_multiplier", "eps")
+    wrong = [(key, "a finite number") for key in numbers if not is_number(group[key])]
+    wrong += [(key, "True or False") for key in ("nesterov", "shared") if not isinstance(group[key], bool)]
+    if not isinstance(group["steps"], int) or isinstance(group["steps"], bool):
+        wrong.append(("steps", "a whole number"))
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(is_number, betas)):
+        wrong.append(("betas", "a pair of finite numbers"))
+    for key, expected in wrong:
+        raise ValueError(f"group {group['role']}: {key} must be {expected}, got {group[key]!r}")
 
 
 def named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -121,6 +158,15 @@ def named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]
     if len(names) != len(group["params"]):  # groups without names, or one partition for many parameters
         names = [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
     return zip(names, group["params"], strict=True)
+
+
+def with_rate(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group whose lr is the rate of its step, `lr · lr_multiplier`.
+
+    Args:
+        group: A parameter group.
+    """
+    return group if group["lr_multiplier"] == 1 else {**group, "lr": group["lr"] * group["lr_multiplier"]}
 
 
 def key_of(group: dict[str, Any]) -> tuple[str, str]:

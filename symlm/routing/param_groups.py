@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from symlm.roles.assignment import place
 from symlm.roles.role import Role, Site
-from symlm.routing.options import DEFAULTS, ROUTED, refuse_unknown
+from symlm.routing.options import DEFAULTS, ROUTED, is_number, refuse_unknown
 from symlm.routing.presets import get_preset
 from symlm.routing.table import ADAMW, GRANULARITIES, Route, Table
 from symlm.rules import get_rule
@@ -53,8 +53,10 @@ def param_groups(
             or view.
         UnplacedParameters: Parameters fit no role.
     """
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")
+    if not is_number(lr) or not lr > 0:
+        raise ValueError(f"lr must be a positive number, got {lr!r}")
+    if isinstance(lr, Tensor):
+        lr = lr.view(())  # shares its memory, so that what a caller writes there arrives
     settings = check_overrides(overrides or {})
     table = overridden(get_preset(preset), settings)
     groups: dict[tuple[str, str], dict[str, Any]] = {}
@@ -66,13 +68,22 @@ def param_groups(
         group["params"].add(site)
     if not groups:
         raise ValueError("the model has no trainable parameter; set requires_grad on those to train")
+    first, *_ = groups.values()
+    if "lr" not in settings.get(first["role"], {}):  # frameworks log the rate of the first group
+        first |= {"lr": lr, "lr_multiplier": table[first["role"]].lr}
+    for key in groups:
+        same = [other for other in groups if other[0] == key[0]]
+        groups[key]["name"] = f"{key[0]}-{same.index(key) + 1}" if key is not same[0] else str(key[0])
     return list(groups.values())
 
 
 ROUTE_KEYS = ("rule", "view", "scale")
 
 
-OVERRIDABLE = {*DEFAULTS, *ROUTED} - {"nonfinite"}  # a non-finite gradient skips the step for all roles together
+OVERRIDABLE = {*DEFAULTS, *ROUTED} - {
+    "nonfinite",
+    "lr_multiplier",
+}  # a non-finite gradient skips the step for all roles together
 
 
 def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, dict[str, Any]]:
@@ -98,8 +109,8 @@ def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, di
         for key, allowed in (("scale", list(SCALES)), ("view", list(GRANULARITIES))):
             if values.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}")
-        if not values.get("lr", 1.0) > 0:
-            raise ValueError(f"overrides[{role!r}]: lr must be positive, got {values['lr']}")
+        if not is_number(values.get("lr", 1.0)) or not values.get("lr", 1.0) > 0:
+            raise ValueError(f"overrides[{role!r}]: lr must be a positive number, got {values['lr']!r}")
     return {Role(role): dict(values) for role, values in overrides.items()}
 
 
@@ -129,6 +140,7 @@ def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: di
     return {
         "params": PlacedParameters(),
         "lr": lr * route.lr,
+        "lr_multiplier": 1.0,
         "role": str(role),
         "view": view,
         "outputs": "columns" if route.view == "transposed" else "rows",

@@ -5,30 +5,55 @@ from typing import Any
 
 from torch import Tensor
 
-from symlm.distributed.collectives import check_agreement
+from symlm.distributed.collectives import check_agreement, world_size
 from symlm.distributed.tensors import local
-from symlm.routing.options import UNCOMPARED, named_parameters
+from symlm.routing.options import UNCOMPARED, key_of, named_parameters
 from symlm.state.originals import Originals
 from symlm.views.matrix_view import MatrixView
 
 
-def compare_plans(groups: Sequence[dict[str, Any]], originals: Originals) -> None:
-    """Compare a digest of these groups over all ranks, which call this together.
+class Agreement:
+    """Remember which groups all ranks have compared."""
+
+    def __init__(self) -> None:
+        self._agreed: set[tuple[str, str]] = set()
+
+    def compare(self, groups: Sequence[dict[str, Any]], originals: Originals) -> bool:
+        """Compare a digest of the groups at their first step over all ranks, which call this together.
+
+        Args:
+            groups: All parameter groups.
+            originals: The parameters of ZeRO's partitions.
+
+        Returns:
+            Whether a group has its first step.
+
+        Raises:
+            RuntimeError: On every rank, with all digests, where they differ.
+        """
+        first = [group for group in groups if group["params"] and key_of(group) not in self._agreed]
+        if not first:
+            return False
+        lines = [
+            f"{name} {shape} {missing} {settings}"
+            for group in first
+            for settings in [" ".join(f"{key}={_plain(group[key])}" for key in sorted(group) if key not in UNCOMPARED)]
+            for name, shape, missing in common_shapes(group, originals)
+        ]
+        check_agreement("\n".join(lines), local(first[0]["params"][0]).device)
+        self._agreed |= {key_of(group) for group in first}
+        return True
+
+
+def shapes_of_several_ranks(groups: Sequence[dict[str, Any]], originals: Originals) -> dict[str, tuple[int, ...]]:
+    """Return name and whole shape of the parameters that several ranks hold; nothing on one process.
 
     Args:
-        groups: Parameter groups with parameters.
+        groups: Parameter groups.
         originals: The parameters of ZeRO's partitions.
-
-    Raises:
-        RuntimeError: On every rank, with all digests, where they differ.
     """
-    lines = [
-        f"{name} {shape} {missing} {settings}"
-        for group in groups
-        for settings in [" ".join(f"{key}={_plain(group[key])}" for key in sorted(group) if key not in UNCOMPARED)]
-        for name, shape, missing in common_shapes(group, originals)
-    ]
-    check_agreement("\n".join(lines), local(groups[0]["params"][0]).device)
+    several = groups if world_size() > 1 else ()
+    return {name: shape for group in several for name, shape, _ in common_shapes(group, originals)}
 
 
 def common_shapes(group: dict[str, Any], originals: Originals) -> Iterator[tuple[str, tuple[int, ...], bool]]:

@@ -1,6 +1,7 @@
 """What a step checks of its parameters before anything moves: they are still those that the optimizer was built for."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,3 +36,22 @@ def check_parameters(group: dict[str, Any], states: Mapping[Tensor, dict[str, An
                 f"{name} has shape {list(p.shape)} now and had {list(mean.shape)} in the steps before "
                 "(resize_token_embeddings?): build a new SymOptimizer after the model has changed"
             )
+
+
+def warn_of_no_gradient(groups: Sequence[dict[str, Any]]) -> bool:
+    """Warn of a step in which no parameter has a gradient, as after a model was replaced or wrapped in LoRA.
+
+    Args:
+        groups: All parameter groups; ZeRO empties them between steps, which is no reason to warn.
+
+    Returns:
+        Whether it warned.
+    """
+    if not any(group["params"] for group in groups):
+        return False
+    warnings.warn(
+        "no parameter of this optimizer has a gradient, and the step changes nothing: was the model replaced, frozen "
+        "or given adapters after SymOptimizer was built? Build it last, and call verify() after a step",
+        stacklevel=6,
+    )
+    return True

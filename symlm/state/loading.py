@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.routing.options import DEFAULTS, ROUTED, named_parameters
+from symlm.routing.options import DEFAULTS, ROUTED, check_group, named_parameters
 from symlm.rules import get_rule
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -46,6 +46,7 @@ def matched(state_dict: State, groups: Sequence[State]) -> State:
         options: State = {**DEFAULTS, **theirs}
         options.pop("param_names", None)
         own_names: State = {key: ours[key] for key in ("param_names", "name") if key in ours}
+        check_group({**options, "params": [], "param_names": []})
         numbers = list(range(first, first + len(indices)))
         result["param_groups"].append({**options, **own_names, "params": numbers})
     complete = dict(state_dict)

@@ -7,6 +7,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 
 from symlm.distributed.partitions import Fragment, fragments_of, is_partition
+from symlm.distributed.tensors import local
 
 
 class Originals:
@@ -47,6 +48,15 @@ class Originals:
                 return []
             self._fragments[p] = fragments_of(p, [first, *named])
         return self._fragments[p]
+
+    def entries(self, p: Tensor) -> int:
+        """Return how many entries of a parameter are on this rank, without padding.
+
+        Args:
+            p: A parameter, or a partition whose fragments were looked up.
+        """
+        parts = self._fragments.get(p)
+        return sum(part.stop - part.start for part in parts) if parts else local(p).numel()
 
     def _named(self, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
         for name in names:

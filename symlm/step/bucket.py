@@ -1,6 +1,6 @@
 """Phases 1 and 2 on a batch of equal shapes, for one rank and for many."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from symlm.distributed.exchange import Exchange
 from symlm.distributed.tensors import local, placed_like
+from symlm.routing.options import with_rate
 from symlm.rules import get_rule
 from symlm.step.directions import cost_of, rule_state, scale_of, whole_directions
-from symlm.step.member import BATCH_ELEMENTS, Member
+from symlm.step.member import BATCH_ELEMENTS, Member, batches
 from symlm.step.momentum import rule_input, rule_input_of_block, update_momentum
 from symlm.step.rows import fused
 from symlm.step.rows.blocks import ALL, Block
@@ -103,6 +104,32 @@ class Bucket:
             for member, state in zip(self.batch, states, strict=True):
                 member.store_state(state, self.finite)
             yield self.batch, ALL, list(directions)
+
+
+def buckets_of(members: Iterable[tuple[dict[str, Any], list[Member]]], finite: Tensor) -> list[Bucket]:
+    """Put the members of groups with a rule by matrices or rows in buckets, whose owners share the work evenly.
+
+    Args:
+        members: Groups and their members; elementwise groups are left out.
+        finite: Whether the step happens, a bool of one element.
+    """
+    buckets: list[Bucket] = []
+    loads: dict[Any, list[float]] = {}
+    for group, some in members:
+        settings = with_rate(group)
+        for batch in batches(some) if not get_rule(group["rule"]).elementwise else ():
+            world = batch[0].layout.size
+            buckets.append(Bucket(settings, batch, loads.setdefault(world, [0.0] * prod(world)), finite))
+    return buckets
+
+
+def bytes_to_receive(buckets: list[Bucket]) -> int:
+    """Count the bytes that this rank receives from others in a step.
+
+    Args:
+        buckets: The buckets of the step.
+    """
+    return sum(bucket.exchange.bytes_to_receive(4) for bucket in buckets if bucket.exchange)
 
 
 def overlapped(buckets: list[Bucket]) -> Iterator[Bucket]:

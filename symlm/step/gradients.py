@@ -17,22 +17,22 @@ from symlm.rules import get_rule
 from symlm.step.member import Member
 
 
-def examine(members: Sequence[Member], skippable: Sequence[bool], common: Mapping[str, tuple[int, ...]]) -> Tensor:
+def examine(pairs: Sequence[tuple[dict[str, Any], Member]], common: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Check on all ranks whether all gradients are finite, and mark the matrices that have a gradient.
 
     It takes one pass over the gradients and one exchange of flags, and does not wait for a device. All ranks call this
     together.
 
     Args:
-        members: The members of the step.
-        skippable: Of each member, whether its matrices get no update without a gradient. Their `active` is set, on a
-            CPU only if one of them is skipped.
+        pairs: Groups and members of the step. Where matrices get no update without a gradient, `active` of the member
+            is set, on a CPU only if one of them is skipped.
         common: Names and shapes of the skippable parameters that several ranks store, the same on all ranks, with a
             gradient on this rank or not.
 
     Returns:
         A bool of one element: all gradients are finite on all ranks.
     """
+    members, skippable = [member for _, member in pairs], [skips_without_gradient(group) for group, _ in pairs]
     device = members[0].gradient.device
     pieces = [_matrices_of(member) for member in members]
     sizes = _largest([piece for part in pieces for piece in part], device)
@@ -81,6 +81,21 @@ def _largest(tensors: list[Tensor], device: torch.device) -> Tensor:
     else:
         extremes = list(torch._foreach_norm(tensors, torch.inf))
     return torch.stack([extreme.to(device) for extreme in extremes])
+
+
+def refuse_nonfinite(members: Sequence[Member], finite: Tensor) -> None:
+    """Raise where a step must not happen.
+
+    Args:
+        members: The members of the step.
+        finite: Whether all gradients are finite on all ranks.
+
+    Raises:
+        FloatingPointError: They are not; names this rank's parameters whose gradients are not.
+    """
+    if not finite:
+        bad = [member.name for member in members if not member.gradient.isfinite().all()]
+        raise FloatingPointError(f"non-finite gradients in {bad or 'other ranks'}; nothing was updated")
 
 
 def skips_without_gradient(group: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """One parameter in a step: this rank's part of it, and batches of equal ones."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.distributed.layout import Layout
-from symlm.distributed.tensors import gathered, local, regrouped
+from symlm.distributed.layout import Layout, layout_of
+from symlm.distributed.tensors import aligned, gathered, local, regrouped
+from symlm.routing.options import named_parameters
+from symlm.rules import get_rule
+from symlm.state.creation import of_fragments
+from symlm.state.originals import Originals
 from symlm.step.rows.blocks import ALL
 
 BATCH_ELEMENTS = 2**26  # a batch of equal shapes has at most this many, which bounds the temporary memory
@@ -93,6 +97,35 @@ def member_of(name: str, p: Tensor, gradient: Tensor, state: dict[str, Any], lay
         The member, whose parameter shares p's memory.
     """
     return Member(name, local(p.detach()), gradient, state, layout)
+
+
+def members_of(
+    group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], originals: Originals
+) -> Iterator[Member]:
+    """Make the members of a group's parameters that have a gradient.
+
+    Args:
+        group: The parameter group.
+        states: The optimizer's state.
+        originals: The parameters of ZeRO's partitions, each a member of its own unless the rule is elementwise.
+
+    Yields:
+        The members.
+
+    Raises:
+        RuntimeError: A gradient is sparse.
+    """
+    for name, p in named_parameters(group):
+        if p.grad is None:
+            continue
+        if p.grad.is_sparse:
+            raise RuntimeError(f"{name} has a sparse gradient; build its nn.Embedding with sparse=False")
+        fragments = originals.fragments(group, p)
+        if not fragments or get_rule(group["rule"]).elementwise:
+            yield member_of(name, p, aligned(p.grad, p), states[p], layout_of(p, group["shared"]))
+            continue
+        for fragment, state in zip(fragments, of_fragments(group, states[p], fragments), strict=True):
+            yield member_of(fragment.name, fragment.of(p.detach()), fragment.of(p.grad), state, fragment.layout)
 
 
 def batches(members: Iterable[Member]) -> Iterator[list[Member]]:

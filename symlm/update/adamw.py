@@ -43,9 +43,11 @@ def _chunks(members: list[Member]) -> Iterator[list[Member]]:
 def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor) -> None:
     """Run one fused AdamW call on these members, and store the low-precision ones."""
     on_cpu = members[0].master.device.type == "cpu"
+    # The fused kernel reads and writes in memory order, past the end of what is not dense: that is stepped in a copy.
+    weights = [member.master if _is_dense(member.master) else member.master.contiguous() for member in members]
     adamw(
-        [member.master for member in members],
-        [_strided_as(member.gradient, member.master) for member in members],
+        weights,
+        [_strided_as(member.gradient, W) for member, W in zip(members, weights, strict=True)],
         [local(member.state["exp_avg"]) for member in members],
         [local(member.state["exp_avg_sq"]) for member in members],
         [],
@@ -60,8 +62,20 @@ def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor
         eps=group["eps"],
         maximize=False,
     )
-    for member in members:
+    for member, W in zip(members, weights, strict=True):
+        if W is not member.master:
+            member.master.copy_(W)
         store(group, member, finite.to(member.parameter.device))
+
+
+def _is_dense(W: Tensor) -> bool:
+    """Tell whether a tensor's entries fill its memory without gaps or overlaps, in any order of its axes."""
+    expected = 1
+    for size, stride in sorted(((n, s) for n, s in zip(W.shape, W.stride(), strict=True) if n > 1), key=lambda x: x[1]):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _strided_as(gradient: Tensor, master: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """The size of a step: the sum of squares of its update, by role, of this rank's parts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from symlm.state.originals import Originals
 from symlm.update.adamw import adamw_update
 
 
@@ -39,17 +41,19 @@ class UpdateSize:
         before = self._squares[_key(group)]
         self._squares[_key(group)] = (before[0] + squares.to(before[0].device), before[1] + count)
 
-    def of_adamw(self, group: dict[str, Any], stepped: list[tuple[dict[str, Any], int]]) -> None:
+    def of_adamw(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], originals: Originals) -> None:
         """Record a step of AdamW, of which `by_role` computes the update.
 
         Args:
             group: The group.
-            stepped: The state, and the number of entries, of each parameter of the step.
+            states: The optimizer's state.
+            originals: The parameters of ZeRO's partitions, whose padding does not count.
         """
         settings = {key: group[key] for key in ("lr", "betas", "eps")}
         if isinstance(settings["lr"], Tensor):
             settings["lr"] = settings["lr"].clone()  # a schedule writes to it
-        self._adamw[_key(group)] = [(settings, state, count) for state, count in stepped]
+        stepped = [p for p in group["params"] if p.grad is not None]
+        self._adamw[_key(group)] = [(settings, states[p], originals.entries(p)) for p in stepped]
 
     def by_role(self) -> dict[str, tuple[Tensor, int]]:
         """Return `Σ(ηsU)²`, and the number of entries, by role."""

@@ -75,21 +75,23 @@ def _asked(site: Site, names: tuple[str, ...]) -> int | None:
     return None
 
 
-def remaining_heads(site: Site, heads: int) -> int:
-    """Return the heads of k that remain when the query heads are taken from a fused projection.
+def shared_heads(site: Site, heads: int) -> int:
+    """Return how many of a fused projection's heads are those of k, which is the number of those of v.
 
     Args:
-        site: The site of the fused projection.
+        site: The site of the fused projection of q, k and v.
         heads: All of its heads.
 
     Returns:
-        The number of heads of k, which is that of v.
+        The number that the module or its config names, or else what remains beside the query heads.
 
     Raises:
-        ValueError: The number of query heads is not known either.
+        ValueError: Neither number is named.
     """
-    queries = _asked(site, HEAD_COUNTS)
-    if queries is None or queries >= heads:
+    queries, named = _asked(site, HEAD_COUNTS), kv_heads(site)
+    if named and queries in (None, heads - 2 * named):
+        return named
+    if queries is None or not 0 < queries < heads:
         raise ValueError(
             f"{site}: {type(site.parent).__name__} does not show how many of its {heads} heads are queries; set "
             f"num_heads or num_key_value_heads on it, or roles={{{site.name!r}: 'matrix'}}"

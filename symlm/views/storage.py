@@ -1,7 +1,7 @@
 """The view of a parameter: its storage from its module, its split into matrices from its route."""
 
 from symlm.roles.role import Role, Site
-from symlm.views.heads import head_dim, kv_heads, remaining_heads
+from symlm.views.heads import head_dim, shared_heads
 from symlm.views.matrix_view import MatrixView
 
 WHOLE = MatrixView("m n -> 1 m n")
@@ -139,7 +139,7 @@ def _fused_view(site: Site, granularity: str) -> MatrixView:
     if granularity == "heads":
         return row_heads(heads, site.transposed)
     # A cross-attention has its queries in another projection.
-    shared = heads // 2 if site.fused == "k v" else kv_heads(site) or remaining_heads(site, heads)
+    shared = heads // 2 if site.fused == "k v" else shared_heads(site, heads)
     queries = heads - 2 * shared
     if queries < 0 or (queries == 0) != (site.fused == "k v") or (shared and queries % shared):
         raise ValueError(

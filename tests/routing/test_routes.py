@@ -41,15 +41,16 @@ def test_what_is_told_of_overrides_is_what_is_done():
     overrides = {"lm_head": {"rule": "row_norm", "scale": "unit", "lr": 5e-3}, "mlp_in": {"lr": 0.3}}
     told = {"lr": 0.1, "overrides": overrides}
     groups = symlm.param_groups(tiny(), **told)
-    done = {name: (g["rule"], g["view"], g["scale"], g["lr"]) for g in groups for name, _ in g["params"]}
+    done = {name: (g["rule"], g["view"], g["scale"], g["lr"] * g["lr_multiplier"]) for g in groups for name, _ in g["params"]}
     for row in symlm.describe_routing(tiny(), **told):
         assert (row.rule, row.view, row.scale, pytest.approx(0.1 * row.lr_multiplier)) == done[row.name]
 
 
 def test_groups_hold_plain_values_and_scaled_rates():
     groups = symlm.param_groups(tiny(), lr=0.1, overrides={"lm_head": {"lr": 5e-3}})
-    rates = {group["role"]: group["lr"] for group in groups}
+    rates = {group["role"]: group["lr"] * group["lr_multiplier"] for group in groups}
     assert rates["lm_head"] == 5e-3
+    assert groups[0]["lr"] == 0.1  # the dial: what every framework logs
     assert rates["embedding"] == pytest.approx(0.1 * ROUTES[symlm.Role.EMBEDDING].lr)
     values = [value for group in groups for key, value in group.items() if key not in ("params", "betas")]
     values += [beta for group in groups for beta in group.get("betas", ())]
@@ -60,10 +61,10 @@ def test_groups_hold_plain_values_and_scaled_rates():
     ("arguments", "message"),
     [
         ({"preset": "defualt"}, "unknown preset 'defualt'"),
-        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": 0.0}, "lr must be a positive number"),
         ({"overrides": {"head": {"lr": 1.0}}}, "unknown role 'head'"),
         ({"overrides": {"lm_head": {"rule": "rownorm"}}}, "unknown rule 'rownorm'"),
-        ({"overrides": {"lm_head": {"lr": -1.0}}}, "lr must be positive"),
+        ({"overrides": {"lm_head": {"lr": -1.0}}}, "lr must be a positive number"),
         ({"overrides": {"lm_head": {"scale": "big"}}}, "unknown scale 'big'"),
     ],
 )

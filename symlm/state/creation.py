@@ -1,6 +1,6 @@
 """The optimizer's state of a parameter: the momentum, the rule's state, and the rounding error."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,8 +9,43 @@ from torch import Tensor
 from symlm.distributed.layout import layout_of
 from symlm.distributed.partitions import Fragment
 from symlm.distributed.tensors import repeated_like
+from symlm.routing.options import named_parameters
 from symlm.rules import get_rule
+from symlm.state.originals import Originals
 from symlm.views.matrix_view import MatrixView
+
+
+def create_state(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], originals: Originals) -> None:
+    """Give every parameter of a group its state at once, so that all ranks and checkpoints agree on the keys.
+
+    What others stored there before the first step (a schedule-free wrapper, SAM) stays.
+
+    Args:
+        group: The parameter group.
+        states: The optimizer's state, in which the missing tensors are made.
+        originals: The parameters of ZeRO's partitions.
+
+    Raises:
+        RuntimeError: The rule stores whole matrices, and a parameter is a partition.
+    """
+    mean = "exp_avg" if get_rule(group["rule"]).elementwise else "momentum"
+    for name, p in named_parameters(group):
+        if mean not in states[p]:
+            for key, value in new_state(group, name, p, originals.fragments(group, p)).items():
+                states[p].setdefault(key, value)
+
+
+def count_step(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], finite: Tensor) -> None:
+    """Count a step in the state of rules that have one; torch's AdamW counts its own.
+
+    Args:
+        group: The parameter group.
+        states: The optimizer's state.
+        finite: Whether the step happens, a bool of one element.
+    """
+    for p in group["params"] if get_rule(group["rule"]).state else ():
+        if p.grad is not None:
+            states[p]["step"].add_(finite.to(states[p]["step"].device))
 
 
 def new_state(group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragment]) -> dict[str, Tensor]:
