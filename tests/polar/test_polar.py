@@ -108,7 +108,7 @@ def test_bad_arguments_name_themselves():
 def halves_out_of_range(dtype, monkeypatch=None, restart=2):
     """Return how far singular values of a Gram iteration in this dtype are from [0.859, 1.141], condition 1e2."""
     if monkeypatch:
-        monkeypatch.setattr("symlm.polar.RESTART", restart)
+        monkeypatch.setattr("symlm.polar.newton_schulz.RESTART", restart)
     M, _ = spectrum(64, 128, 1e-2)
     S = torch.linalg.svdvals(polar(M.float(), "gram_newton_schulz", compute_dtype=dtype).double())
     return max(S.max().item() - 1.141, 0.859 - S.min().item())
