@@ -1,44 +1,126 @@
 """An adapter for the Hugging Face Trainer: a factory for its argument `optimizer_cls_and_kwargs`."""
 
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import nn
 
 from symlm.optimizer import SymOptimizer
 
+ADAMWS_RATE = ("adamw", "adamw-compatible")  # presets that take an AdamW learning rate
+UNUSED = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
+FRAMES = 8  # how far above the factory the Trainer's own method may be
+
 
 class TrainerOptimizer:
     """Make a SymOptimizer of a model's parameters; the Trainer calls `TrainerOptimizer()(model, **kwargs)`."""
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> SymOptimizer:
-        """Make the optimizer.
+    def __call__(self, model: nn.Module, arguments: Any = None, **kwargs: Any) -> SymOptimizer:
+        """Make the optimizer of the model, and of what the Trainer trains beside it: the modules of its loss.
 
         Args:
             model: The model.
+            arguments: The Trainer's arguments; those of the calling Trainer by default. `weight_decay` is taken
+                unless `kwargs` has one, and `learning_rate` by the presets that take an AdamW learning rate.
             kwargs: The other arguments of `SymOptimizer`.
 
         Returns:
             The optimizer.
 
         Raises:
-            ValueError: As `SymOptimizer`.
+            ValueError: As `SymOptimizer`; and for `optim_target_modules`, which names other parameters.
             TypeError: As `SymOptimizer`.
         """
-        return SymOptimizer(model, **kwargs)
+        trainer = _calling_trainer()
+        arguments = arguments if arguments is not None else getattr(trainer, "args", None)
+        for name, module in _additions(trainer, model):
+            beside = model if isinstance(model, _Together) else _Together(model)
+            beside.add_module(name, module)
+            model = beside
+        return SymOptimizer(model, **_with_arguments(kwargs, arguments))
 
 
-def trainer_optimizer(lr: float = 0.02, **kwargs: Any) -> tuple[type[TrainerOptimizer], dict[str, Any]]:
+class _Together(nn.Module):
+    """A model beside what a Trainer trains with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def trainer_optimizer(lr: float | None = None, **kwargs: Any) -> tuple[type[TrainerOptimizer], dict[str, Any]]:
     """Return the argument `optimizer_cls_and_kwargs` of a Trainer, in transformers from 5.17 on and in TRL.
 
-    The Trainer's `learning_rate` and `weight_decay` are not used. Its schedule and warm-up scale the rate of every
-    group. Its `max_grad_norm` changes the step of AdamW's groups; rules of degree 0 are affected only by the weight of
-    the gradient in the momentum.
+    The Trainer's schedule and warm-up scale the rate of every group. Its `weight_decay` is taken unless one is given
+    here, its `learning_rate` by the presets `adamw` and `adamw-compatible` alone; of other settings that are not used
+    a warning is given. Its `max_grad_norm` weighs a step inside the momentum.
 
     Args:
-        lr: The rate η, as in `SymOptimizer`.
+        lr: The rate η, as in `SymOptimizer`; 0.02 by default.
         kwargs: The other arguments of `SymOptimizer`, without the model.
 
     Returns:
         The factory class, and the arguments with which the Trainer calls it.
     """
-    return TrainerOptimizer, {"lr": lr, **kwargs}
+    return TrainerOptimizer, kwargs if lr is None else {"lr": lr, **kwargs}
+
+
+def _calling_trainer() -> Any:
+    """Return the Trainer whose method is running: it passes the model alone to a factory."""
+    frame: Any = sys._getframe(2)
+    for _ in range(FRAMES):
+        trainer = frame.f_locals.get("self") if frame else None
+        if hasattr(trainer, "optimizer_cls_and_kwargs") and hasattr(trainer, "args"):
+            return trainer
+        frame = frame.f_back if frame else None
+    return None
+
+
+def _additions(trainer: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the Trainer's losses that have trainable parameters of their own, as sentence-transformers' SoftmaxLoss."""
+    known = set(model.parameters())
+    for name, value in vars(trainer).items() if trainer is not None else ():
+        losses = value.items() if isinstance(value, dict) else [("", value)]
+        for key, loss in losses if "loss" in name else ():
+            if isinstance(loss, nn.Module) and any(p.requires_grad and p not in known for p in loss.parameters()):
+                yield f"{name}_{key}".rstrip("_").replace(".", "_"), loss
+
+
+def _with_arguments(kwargs: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """Return the optimizer's arguments with what a Trainer's own settings mean for it.
+
+    Raises: ValueError for `optim_target_modules`.
+    """
+    given = dict(_changed(arguments))
+    if given.get("optim_target_modules"):
+        raise ValueError(
+            f"optim_target_modules={given['optim_target_modules']!r} has no meaning here: symlm updates every trainable "
+            "parameter by its role. Leave it out, and freeze what must not move"
+        )
+    if given.get("weight_decay") and "weight_decay" not in kwargs:
+        kwargs = {**kwargs, "weight_decay": given["weight_decay"]}
+    if "learning_rate" in given and "lr" not in kwargs and kwargs.get("preset") in ADAMWS_RATE:
+        kwargs = {**kwargs, "lr": given.pop("learning_rate")}
+    if unused := {key: given[key] for key in UNUSED if key in given}:
+        warnings.warn(
+            f"the Trainer's {unused} are not used: symlm's rate is trainer_optimizer(lr=...), here "
+            f"{kwargs.get('lr', 0.02)}, and its other settings are arguments of trainer_optimizer",
+            stacklevel=4,
+        )
+    return kwargs
+
+
+def _changed(arguments: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a Trainer's arguments that are not at their default."""
+    for field in fields(arguments) if is_dataclass(arguments) else ():
+        value = getattr(arguments, field.name, None)
+        if value != field.default and not (
+            field.name == "optim" and str(getattr(value, "value", value)) == DEFAULT_OPTIM
+        ):
+            yield field.name, value
+
+
+DEFAULT_OPTIM = "adamw_torch_fused"

@@ -328,7 +328,9 @@ def test_verify_names_what_no_gradient_has_reached():
     opt = symlm.SymOptimizer(model)
     model.mix.weight.grad = torch.randn(8, 8)
     opt.step()
-    with pytest.raises(RuntimeError, match=r"emb.weight \(embedding\): the last step did not move it.*\n.*lm_head.weight"):
+    with pytest.raises(
+        RuntimeError, match=r"emb.weight \(embedding\): the last step did not move it.*\n.*lm_head.weight"
+    ):
         opt.verify()
 
 

@@ -40,7 +40,7 @@ class Schedules:
         if len(groups) != len(self._beta1):
             self.remember(groups)
         for k, group in enumerate(groups):
-            if group["betas"][0] != self._beta1[k]:
+            if group["betas"][0] != self._beta1[k] or "max_momentum" in group:  # which torch's cyclic schedulers leave
                 self._beta1[k] = group["betas"][0]
                 group["momentum"] = group["betas"][0]
         self._follow_tensor(groups)

@@ -41,7 +41,11 @@ def test_what_is_told_of_overrides_is_what_is_done():
     overrides = {"lm_head": {"rule": "row_norm", "scale": "unit", "lr": 5e-3}, "mlp_in": {"lr": 0.3}}
     told = {"lr": 0.1, "overrides": overrides}
     groups = symlm.param_groups(tiny(), **told)
-    done = {name: (g["rule"], g["view"], g["scale"], g["lr"] * g["lr_multiplier"]) for g in groups for name, _ in g["params"]}
+    done = {
+        name: (g["rule"], g["view"], g["scale"], g["lr"] * g["lr_multiplier"])
+        for g in groups
+        for name, _ in g["params"]
+    }
     for row in symlm.describe_routing(tiny(), **told):
         assert (row.rule, row.view, row.scale, pytest.approx(0.1 * row.lr_multiplier)) == done[row.name]
 

@@ -1,0 +1,184 @@
+"""What a step refuses before anything moves, what it warns of, and what construction refuses."""
+
+import warnings
+
+import pytest
+import torch
+from models import loss_of, tiny, tokens
+from numerics import FP32, relative
+from torch import nn
+
+import symlm
+
+
+def backward(model, seed=0):
+    model.zero_grad()
+    loss_of(model, tokens(seed)).backward()
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("nesterov", "false", "True or False"),
+        ("shared", "false", "True or False"),
+        ("nesterov", 1, "True or False"),
+        ("weight_decay", float("nan"), "a finite number"),
+        ("momentum", "0.8", "a finite number"),
+        ("momentum", True, "a finite number"),
+        ("eps", float("inf"), "a finite number"),
+        ("steps", 3.0, "a whole number"),
+        ("betas", 0.9, "a pair of finite numbers"),
+        ("betas", (0.9, float("nan")), "a pair of finite numbers"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_named_with_its_value(option, value, expected):
+    with pytest.raises(ValueError, match=rf"{option} must be {expected}, got"):
+        symlm.SymOptimizer(tiny(), **{option: value})
+    groups = symlm.param_groups(tiny())
+    groups[0][option] = value
+    with pytest.raises(ValueError, match=rf"{option} must be {expected}, got"):
+        symlm.SymOptimizer(groups)
+
+
+@pytest.mark.parametrize("lr", ["0.1", float("nan"), float("inf"), torch.tensor([0.1, 0.2]), None, True])
+def test_a_rate_that_is_not_one_positive_number_is_refused(lr):
+    with pytest.raises(ValueError, match="lr must be a positive number, got"):
+        symlm.SymOptimizer(tiny(), lr=lr)
+    groups = symlm.param_groups(tiny())
+    groups[1]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        symlm.SymOptimizer(groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_that_changed_its_dtype_is_refused_by_name_before_anything_moves(dtype):
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    backward(model)
+    opt.step()
+    model.to(dtype)
+    before = weights(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=rf"model.embed_tokens.weight is {dtype} now"):
+        opt.step()
+    assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+
+
+def test_a_table_that_grew_is_refused_by_name_before_anything_moves():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    backward(model)
+    opt.step()
+    model.resize_token_embeddings(80)
+    before = weights(model)
+    backward(model)
+    with pytest.raises(RuntimeError, match=r"embed_tokens.weight has shape \[80, 32\] now and had \[64, 32\]"):
+        opt.step()
+    assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+
+
+@pytest.mark.parametrize("options", [{"compute_dtype": "float32"}, {"preset": "muon"}, {"preset": "aro"}])
+def test_a_step_inside_autocast_has_the_same_bits(options):
+    inside, outside = tiny(), tiny()
+    first, second = (symlm.SymOptimizer(model, **options) for model in (inside, outside))
+    for k in range(3):
+        backward(inside, k)
+        backward(outside, k)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            first.step()
+            first.verify()
+        second.step()
+    assert all(torch.equal(W, weights(outside)[name]) for name, W in weights(inside).items())
+
+
+def test_a_strided_vector_moves_whole_and_nothing_beside_it():
+    base = torch.ones(6, 3)
+    module = nn.Module()
+    module.w = nn.Parameter(base[:, 0])
+    twin = nn.Parameter(torch.ones(6))
+    ours = symlm.SymOptimizer(module, lr=0.1, preset="adamw", roles={"w": "vector"})
+    theirs = torch.optim.AdamW([twin], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    for k in range(3):
+        gradient = torch.randn(6, generator=torch.Generator().manual_seed(k))
+        for p, opt in ((module.w, ours), (twin, theirs)):
+            p.grad = gradient.clone()
+            opt.step()
+    assert relative(module.w, twin) < FP32
+    assert (base[:, 1:] == 1).all()
+
+
+def test_a_step_without_any_gradient_is_warned_of_once_and_verify_names_it():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    backward(model)
+    opt.step()
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+
+
+def test_verify_names_what_the_last_step_did_not_move():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    backward(model)
+    opt.step()
+    assert opt.verify()
+    backward(model)
+    model.lm_head.weight.grad = None
+    opt.step()
+    with pytest.raises(RuntimeError, match=r"lm_head.weight \(lm_head\): the last step did not move it"):
+        opt.verify()
+
+
+def test_what_others_store_before_the_first_step_stays():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    for p in model.parameters():
+        opt.state[p]["z"] = p.detach().clone()
+    backward(model)
+    opt.step()
+    assert all({"z"} < set(opt.state[p]) for p in model.parameters())
+
+
+def test_parameters_can_be_swapped_under_the_optimizer():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    torch.utils.swap_tensors(model.lm_head.weight, nn.Parameter(model.lm_head.weight.detach().clone()))
+    backward(model)
+    opt.step()
+    assert opt.verify()
+
+
+def test_an_expanded_parameter_is_refused():
+    module = nn.Module()
+    module.w = nn.Parameter(torch.ones(1, 8).expand(8, 8))
+    with pytest.raises(ValueError, match="w is expanded"):
+        symlm.SymOptimizer(module, roles={"w": "matrix"})
+
+
+def test_clipping_weighs_a_step_inside_the_momentum():
+    """One large batch of four: unclipped it outweighs the others in the momentum, clipped it does not."""
+
+    def trained(clip):
+        model = tiny()
+        opt = symlm.SymOptimizer(model)
+        for k in range(4):
+            backward(model, k)
+            for p in model.parameters():
+                p.grad.mul_(100 if k == 1 else 1)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            opt.step()
+        return model.model.layers[0].mlp.up_proj.weight.detach()
+
+    start = tiny().model.layers[0].mlp.up_proj.weight.detach()
+    plain, clipped = trained(None), trained(0.1)
+    assert relative(clipped - start, plain - start) > 0.1

@@ -1,0 +1,77 @@
+"""What the Trainer's own arguments mean beside the one line, and what it trains beside the model."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from models import tiny, tokens
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import symlm
+
+
+def trainer(folder, line=None, model=None, kind=Trainer, **arguments):
+    blocks = tokens(shape=(16, 16)).tolist()
+    return kind(
+        model or tiny(),
+        TrainingArguments(str(folder), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, **arguments),
+        train_dataset=Dataset.from_dict({"input_ids": blocks, "labels": blocks}),
+        optimizer_cls_and_kwargs=line or symlm.hf.trainer_optimizer(),
+    )
+
+
+def test_the_trainers_weight_decay_is_taken(tmp_path):
+    groups = trainer(tmp_path, weight_decay=0.5).create_optimizer().param_groups
+    assert {group["weight_decay"] for group in groups} == {0.5}
+    line = symlm.hf.trainer_optimizer(weight_decay=0.1)
+    assert {g["weight_decay"] for g in trainer(tmp_path, line, weight_decay=0.5).create_optimizer().param_groups} == {
+        0.1
+    }
+
+
+def test_a_rate_that_is_not_used_is_warned_of_and_an_adamw_preset_takes_it(tmp_path):
+    with pytest.warns(UserWarning, match=r"'learning_rate': 0.0003.*not used.*trainer_optimizer\(lr="):
+        opt = trainer(tmp_path, learning_rate=3e-4).create_optimizer()
+    assert opt.param_groups[0]["lr"] == 0.02
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        line = symlm.hf.trainer_optimizer(preset="adamw-compatible")
+        assert trainer(tmp_path, line, learning_rate=3e-4).create_optimizer().param_groups[0]["lr"] == 3e-4
+        trainer(tmp_path).create_optimizer()
+
+
+def test_target_modules_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="optim_target_modules"):
+        trainer(tmp_path, optim_target_modules=["q_proj"]).create_optimizer()
+
+
+def test_a_loss_with_weights_of_its_own_is_trained(tmp_path):
+    class Classify(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.classifier = model, nn.Linear(64, 3)
+
+    class WithLoss(Trainer):
+        def __init__(self, model, *arguments, **more):
+            super().__init__(model, *arguments, **more)
+            self.loss = Classify(model)
+
+        def compute_loss(self, model, inputs, **more):
+            logits = self.loss.classifier(model(input_ids=inputs["input_ids"]).logits[:, -1])
+            return nn.functional.cross_entropy(logits, inputs["input_ids"][:, 0] % 3)
+
+    run = trainer(tmp_path, kind=WithLoss)
+    before = run.loss.classifier.weight.detach().clone()
+    run.train()
+    assert not torch.equal(run.loss.classifier.weight, before)
+
+
+def test_the_factory_takes_arguments_in_second_place():
+    factory, kwargs = symlm.hf.trainer_optimizer(lr=0.01)
+    opt = factory()(tiny(), SimpleNamespace(weight_decay=0.3), **kwargs)
+    assert isinstance(opt, symlm.SymOptimizer)
+    opt = factory()(tiny(), TrainingArguments("x", weight_decay=0.3, use_cpu=True, report_to="none"), **kwargs)
+    assert opt.param_groups[0]["weight_decay"] == 0.3
