@@ -97,8 +97,8 @@ def _with_arguments(kwargs: dict[str, Any], arguments: Any) -> dict[str, Any]:
     given = dict(_changed(arguments))
     if given.get("optim_target_modules"):
         raise ValueError(
-            f"optim_target_modules={given['optim_target_modules']!r} has no meaning here: symlm updates every trainable "
-            "parameter by its role. Leave it out, and freeze what must not move"
+            f"optim_target_modules={given['optim_target_modules']!r} has no meaning here: symlm updates every "
+            "trainable parameter by its role. Leave it out, and freeze what must not move"
         )
     if given.get("weight_decay") and "weight_decay" not in kwargs:
         kwargs = {**kwargs, "weight_decay": given["weight_decay"]}
@@ -117,10 +117,6 @@ def _changed(arguments: Any) -> Iterator[tuple[str, Any]]:
     """Yield the fields of a Trainer's arguments that are not at their default."""
     for field in fields(arguments) if is_dataclass(arguments) else ():
         value = getattr(arguments, field.name, None)
-        if value != field.default and not (
-            field.name == "optim" and str(getattr(value, "value", value)) == DEFAULT_OPTIM
-        ):
+        plain, default = (getattr(x, "value", x) for x in (value, field.default))  # `optim` becomes an enum
+        if plain != default:
             yield field.name, value
-
-
-DEFAULT_OPTIM = "adamw_torch_fused"
