@@ -4,7 +4,7 @@ An arm is a run's configuration (`configs/adamw.yaml`); a bench gives every arm 
 schedule (`configs/bench/small-dense.yaml`). Each arm gets the same number of trials, all its rates times one factor, on
 a seed that is not reported; its best factor then runs on the reported seeds. With `--shares`, the last arm also makes
 whole runs of fewer tokens, warm-up and decay included: a long run that is looked at early has not decayed yet. Finished
-runs are kept: start it again after a kill. What comes out is `results.json`, and what `report.py` draws from it.
+runs are stored: start it again after a kill. What comes out is `results.json`, and what `report.py` draws from it.
 """
 
 import json
@@ -63,12 +63,12 @@ def main(
             arm: [Run(folder, path, Path(arm), factor, TRIAL_SEED) for factor in factors] for arm in map(str, arms)
         }
         execute([run for runs in trials.values() for run in runs], jobs, more, f"{model}: trials")
-        found = {arm: [run.result() for run in runs] for arm, runs in trials.items()}
-        chosen = {arm: best_factor(each) for arm, each in found.items()}
+        results_of_trials = {arm: [run.result() for run in runs] for arm, runs in trials.items()}
+        chosen = {arm: best_factor(each) for arm, each in results_of_trials.items()}
         reported = [Run(folder, path, Path(arm), chosen[arm], seed + 1) for seed in range(seeds) for arm in arms]
         reported += [replace(run, share=share) for share in shares for run in reported if run.arm == Path(arms[-1])]
         execute(reported, jobs, more, f"{model}: seeds")
-        results += [trial | {"trial": True} for each in found.values() for trial in each]
+        results += [trial | {"trial": True} for each in results_of_trials.values() for trial in each]
         results += [run.result() | {"trial": False} for run in reported]
         (folder / "results.json").write_text(json.dumps({"bench": bench, **origin(), "runs": results}))
     print("\n".join(map(str, page.draw(Path(out) / "results.json", Path(out)))))

@@ -43,15 +43,15 @@ def main(
         for name, shards in (("DDP", 1), ("HSDP", per_node), ("FSDP2", world)):
             if world % shards or (name == "HSDP" and world <= per_node):
                 continue
-            told = symlm.planning.plan(built, shards, world // shards, preset=preset)
+            counted = symlm.planning.plan(built, shards, world // shards, preset=preset)
             rows.append(
                 {
                     "GPUs": world,
                     "layout": name,
-                    "optimizer receives (GB)": f"{told.received / 1e9:.2f}",
-                    "gradients receive (GB)": f"{told.gradients / 1e9:.2f}",
-                    "borrowed (GB)": f"{told.temporary / 1e9:.2f}",
-                    "busiest / mean rank": f"{told.imbalance:.2f}",
+                    "optimizer receives (GB)": f"{counted.received / 1e9:.2f}",
+                    "gradients receive (GB)": f"{counted.gradients / 1e9:.2f}",
+                    "temporary memory (GB)": f"{counted.temporary / 1e9:.2f}",
+                    "busiest / mean rank": f"{counted.imbalance:.2f}",
                 }
             )
     print(pd.DataFrame(rows).to_markdown(index=False))

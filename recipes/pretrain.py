@@ -39,13 +39,13 @@ def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any
     sizes = symlm.diagnostics.logit_metrics(some, accelerator.gather)
     ours = isinstance(job.plain, symlm.SymOptimizer)
     sizes_by_role = symlm.diagnostics.update_rms(job.plain) if ours else {}
-    told = job.control and job.control.last
+    report = job.control and job.control.last
     return {
         **({"skipped_steps": job.plain.skipped_steps} if ours else {}),
         **{f"update_rms/{role}": rms for role, rms in sizes_by_role.items()},
         **{f"logits/{key}": value.item() for key, value in sizes.items()},
         **job.routers.metrics(output, accelerator),
-        **({"radius/proposed": told.proposed, "radius/taken": told.taken} if told else {}),
+        **({"radius/proposed": report.proposed, "radius/taken": report.taken} if report else {}),
         **({"teleport/gradient_ratio": job.teleporter.ratio} if job.teleporter else {}),
     }
 
@@ -103,10 +103,10 @@ def run(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path
         accelerator.init_trackers("symlm")
     stream = iter(accelerator.skip_first_batches(job.loader, first * train.accumulate) if first else job.loader)
     per_step = train.batch * train.accumulate * config.data.length * accelerator.num_processes
-    told = {"unit": "tok", "unit_scale": True, "disable": not accelerator.is_main_process}
+    options = {"unit": "tok", "unit_scale": True, "disable": not accelerator.is_main_process}
     seconds: list[float] = []
     lost = 0
-    with tqdm(total=train.steps * per_step, initial=first * per_step, **told) as bar:
+    with tqdm(total=train.steps * per_step, initial=first * per_step, **options) as bar:
         for step in range(first + 1, train.steps + 1):
             began = time.perf_counter()
             loss, output = train_step(job, stream, accelerator, train)

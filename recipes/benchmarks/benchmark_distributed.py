@@ -92,10 +92,10 @@ class Watched:
             self.bytes += exchange.received_bytes
             return found
 
-        def polar(*told: Any, **more: Any) -> torch.Tensor:
+        def polar(*arguments: Any, **more: Any) -> torch.Tensor:
             synchronize()
             start = time.perf_counter()
-            found = self.polar(*told, **more)
+            found = self.polar(*arguments, **more)
             synchronize()
             self.polar_seconds += time.perf_counter() - start
             return found
@@ -113,9 +113,9 @@ def synchronize() -> None:
 
 
 def slowest(value: float) -> float:
-    told = torch.tensor([value], device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return told.item()
+    largest = torch.tensor([value], device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def main() -> None:

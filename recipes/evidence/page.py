@@ -23,21 +23,23 @@ img{max-width:100%}</style>
 
 def draw(results: Path, out: Path) -> list[Path]:
     """Write curves, sensitivity, table as Markdown, and one HTML page that holds them all; return the paths."""
-    told = json.loads(results.read_text())
+    comparison = json.loads(results.read_text())
     out.mkdir(parents=True, exist_ok=True)
-    title = f"symlm, bench {told['bench']}"
-    # Finished runs are kept, so that a run may be older than the comparison.
+    title = f"symlm, bench {comparison['bench']}"
+    # Finished runs are stored, so that a run may be older than the comparison.
     dates, commits = (
-        ", ".join(sorted({run.get(key, told[key]) for run in told["runs"]})) for key in ("date", "commit")
+        ", ".join(sorted({run.get(key, comparison[key]) for run in comparison["runs"]})) for key in ("date", "commit")
     )
-    note = f"{told['device']}; torch {told['torch']}; {dates}; commit {commits}. Intervals: 95 %, Student's t."
+    note = (
+        f"{comparison['device']}; torch {comparison['torch']}; {dates}; commit {commits}. Intervals: 95 %, Student's t."
+    )
     paths, models, text = [], [], f"# {title}\n\n{note}\n"
-    for model in dict.fromkeys(run["model"] for run in told["runs"]):
-        trials = [run for run in told["runs"] if run["model"] == model and run["trial"]]
-        runs = [run for run in told["runs"] if run["model"] == model and not run["trial"]]
-        pictures = [out / f"{told['bench']}-{model}-curves.png", out / f"{told['bench']}-{model}-rates.png"]
-        draw_curves(complete(runs), f"{told['bench']}, {model}", pictures[0])
-        draw_sensitivity(trials, f"{told['bench']}, {model}", pictures[1])
+    for model in dict.fromkeys(run["model"] for run in comparison["runs"]):
+        trials = [run for run in comparison["runs"] if run["model"] == model and run["trial"]]
+        runs = [run for run in comparison["runs"] if run["model"] == model and not run["trial"]]
+        pictures = [out / f"{comparison['bench']}-{model}-curves.png", out / f"{comparison['bench']}-{model}-rates.png"]
+        draw_curves(complete(runs), f"{comparison['bench']}, {model}", pictures[0])
+        draw_sensitivity(trials, f"{comparison['bench']}, {model}", pictures[1])
         frame = table(runs, trials)
         text += (
             f"\n## {model}\n\n{frame.to_markdown()}\n\n" + "\n".join(f"![{p.stem}]({p.name})" for p in pictures) + "\n"

@@ -44,8 +44,8 @@ class Run:
         return self.out / self.model / f"{self.arm.stem}-x{self.factor:g}-seed{self.seed}{short}"
 
     def command(self, more: tuple[str, ...]) -> list[str]:
-        told = scaled(yaml.safe_load(self.arm.read_text())["optimizer"], self.factor)
-        fields = {f"optimizer.{key}": value for key, value in told.items()}
+        settings = scaled(yaml.safe_load(self.arm.read_text())["optimizer"], self.factor)
+        fields = {f"optimizer.{key}": value for key, value in settings.items()}
         fields |= {"name": self.folder.name, "out": self.folder.parent, "train.seed": self.seed}
         fields |= {"train.tracker": "none", "resume": (self.folder / "config.json").exists()}
         texts = [f"--{key}={json.dumps(x) if isinstance(x, dict) else x}" for key, x in fields.items()]

@@ -28,7 +28,7 @@ class DataConfig:
         tokenizer: a Hub name or a path; none trains a byte-level BPE on the text.
         vocab_size: of that BPE; of .bin shards without a tokenizer, the model's.
         length: tokens of a block.
-        validation_blocks: how many blocks are held out; fewer if the text has fewer, which is told.
+        validation_blocks: how many blocks are held out; fewer, with a warning, if the text has fewer.
     """
 
     dataset: str = corpus.EMBEDDED
@@ -99,7 +99,7 @@ class TrainConfig:
         teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
         load_loss: coefficient of the routers' load loss; the loss that is written is without it.
         z_loss: coefficient of the routers' z-loss; the loss that is written is without it.
-        mixed_precision: "no", "bf16" or "fp16"; none is what the launcher was told.
+        mixed_precision: "no", "bf16" or "fp16"; none takes the launcher's.
         seed: of the model, the data's order and what is random in the step.
         validate_every: steps between validations.
         log_every: steps between rows of metrics.jsonl.
@@ -186,9 +186,9 @@ def read(arguments: list[str] | None = None) -> RunConfig:
     parser = Parser(description="Pretrain a language model from scratch with symlm.")
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RunConfig, None)
-    told = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     try:
-        values = vars(parser.instantiate(told))
+        values = vars(parser.instantiate(given))
     except ValueError as error:
         parser.error(str(error))
     return RunConfig(**{key: value for key, value in values.items() if key != "config"})

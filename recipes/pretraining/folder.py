@@ -24,7 +24,7 @@ LOOSE = {  # what may differ when a run goes on
 
 
 class Checkpoints:
-    """Complete checkpoints `step-N` in a folder: written under another name, renamed when whole, the newest kept."""
+    """Complete checkpoints `step-N` in a folder: written under another name, renamed when whole; the newest stay."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -61,9 +61,9 @@ class Checkpoints:
 
 def resolve(config: RunConfig, precision: str | None = None, processes: int = 1) -> dict[str, Any]:
     """Return what a run is, as it is written to its folder: its fields, and what the launcher decided."""
-    told = asdict(config)
-    told["train"]["mixed_precision"] = precision or config.train.mixed_precision
-    return told | {"samples_a_step": config.train.batch * config.train.accumulate * processes}
+    settings = asdict(config)
+    settings["train"]["mixed_precision"] = precision or config.train.mixed_precision
+    return settings | {"samples_a_step": config.train.batch * config.train.accumulate * processes}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -124,8 +124,8 @@ def open_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> No
             for name in ("metrics.jsonl", "summary.json"):
                 (folder / name).unlink(missing_ok=True)
         temporary = folder / "config.json.unfinished"
-        told = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
-        temporary.write_text(json.dumps(told, indent=1))
+        settings = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
+        temporary.write_text(json.dumps(settings, indent=1))
         temporary.replace(folder / "config.json")
     accelerator.wait_for_everyone()
 

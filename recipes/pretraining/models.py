@@ -91,8 +91,8 @@ def build_model(
     if unknown := [key for key in sizes if not hasattr(config, key)]:
         raise ValueError(f"{type(config).__name__} has no field {unknown}, asked for by model.sizes")
     if sizes:  # made anew, so that what follows from the sizes follows: the layers' types from their number
-        told = {k: v for k, v in config.to_dict().items() if k != "layer_types"} if path else fields
-        config = AutoConfig.for_model(**told | sizes)
+        base = {k: v for k, v in config.to_dict().items() if k != "layer_types"} if path else fields
+        config = AutoConfig.for_model(**base | sizes)
     if vocabulary and not path and "vocab_size" not in fields | sizes:
         config.vocab_size = vocabulary
         config.bos_token_id = config.eos_token_id = config.pad_token_id = end

@@ -42,7 +42,7 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[n
 
 
 def packed_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return all documents' tokens end to end, tokenized once and kept in the cache, mapped from there."""
+    """Return all documents' tokens end to end, tokenized once and stored in the cache, mapped from there."""
     digest = hashlib.sha256("".join([*documents, *sorted(tokenizer.get_vocab())]).encode()).hexdigest()[:16]
     path = CACHE / f"tokens-{digest}.npy"
     if not path.exists():

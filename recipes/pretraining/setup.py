@@ -36,10 +36,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torc
 
 def prepare_model(config: RunConfig, tokenizer: Any) -> torch.nn.Module:
     """Build the model over the tokenizer's vocabulary; without one over `data.vocab_size`, unless `sizes` say more."""
-    told, own = config.model, config.model.sizes.get("vocab_size", config.data.vocab_size)
-    vocabulary, end = (len(tokenizer), tokenizer.eos_token_id) if tokenizer else (own, None)
-    model = build_model(told.preset, told.config, told.sizes, vocabulary, end)
-    if told.gradient_checkpointing:
+    settings, vocabulary_size = config.model, config.model.sizes.get("vocab_size", config.data.vocab_size)
+    vocabulary, end = (len(tokenizer), tokenizer.eos_token_id) if tokenizer else (vocabulary_size, None)
+    model = build_model(settings.preset, settings.config, settings.sizes, vocabulary, end)
+    if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
@@ -62,7 +62,7 @@ class Training:
 def build_accelerator(config: RunConfig) -> Accelerator:
     """Return the launch's accelerator; without a GPU all its processes take the CPU.
 
-    Under DeepSpeed clipping and accumulation are the engine's, and accelerate would clip at 1 unasked: it is told ours.
+    Under DeepSpeed clipping and accumulation are the engine's, and accelerate would clip at 1 unasked: it gets ours.
     """
     train, deepspeed = config.train, parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
@@ -76,8 +76,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     if deepspeed:
-        told = {"gradient_clipping": train.clip or 0.0, "gradient_accumulation_steps": train.accumulate}
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(told)
+        options = {"gradient_clipping": train.clip or 0.0, "gradient_accumulation_steps": train.accumulate}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(options)
     return accelerator
 
 
@@ -85,8 +85,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, accelerator
     """Return the optimizer, its table printed.  Raises: ValueError for an unknown algorithm, and what AGD cannot do."""
     if config.algorithm == "symlm":
         kernels = config.options.get("kernels", "auto")
-        told = {"kernels": kernels, "lr": config.lr, "overrides": config.overrides}
-        accelerator.print(symlm.describe_routing(model, config.preset, **told))
+        options = {"kernels": kernels, "lr": config.lr, "overrides": config.overrides}
+        accelerator.print(symlm.describe_routing(model, config.preset, **options))
         return symlm.SymOptimizer(model, config.lr, config.preset, config.overrides, **config.options)
     if config.algorithm != "agd":
         raise ValueError(f"unknown optimizer.algorithm {config.algorithm!r}; choose 'symlm' or 'agd'")

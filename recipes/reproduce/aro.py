@@ -1,6 +1,6 @@
 """ARO's rotation, and ARO and AuON beside Muon at one size of update:  python recipes/reproduce/aro.py
 
-Source: arXiv 2602.09006 and 2509.24320. Base rules, orientation and constants of ARO are told alike by several second
+Source: arXiv 2602.09006 and 2509.24320. Base rules, orientation and constants of ARO are the same in several second
 hands [RECONSTRUCTED]; no loss table was found. The language model is of bytes, with every arm's inner updates at RMS
 0.2·lr and AdamW at both ends; Hybrid-AuON's, whose Newton–Schulz step ends at no known size, within a factor of two.
 """
@@ -95,7 +95,7 @@ def objective(axes) -> list[Check]:
 
 
 def arms(axes) -> list[Check]:
-    """Train the language model with every arm, each at every rate; seed 0 chooses the rate, the others are told."""
+    """Train the language model with every arm, each at every rate; seed 0 chooses the rate, the others are reported."""
     checks = []
     with tqdm(total=len(ARMS) * (len(RATES) + len(SEEDS) - 1), desc="language model", mininterval=2) as bar:
         for name, routes in ARMS.items():
@@ -104,14 +104,16 @@ def arms(axes) -> list[Check]:
                 found[rate], _ = _trained(name, routes, rate, SEEDS[0])
                 bar.update()
             best = min(found, key=found.__getitem__)
-            told, sizes = [], []
+            losses, sizes = [], []
             for seed in SEEDS[1:]:
                 loss, size = _trained(name, routes, best, seed)
-                told.append(loss)
+                losses.append(loss)
                 sizes.append(size)
                 bar.update()
             axes.plot(found.keys(), found.values(), marker="o", label=name)
-            checks.append(Check(f"bytes, {name}, lr {best:g}: held-out loss", "none published", sum(told) / len(told)))
+            checks.append(
+                Check(f"bytes, {name}, lr {best:g}: held-out loss", "none published", sum(losses) / len(losses))
+            )
             size, near = sum(sizes) / len(sizes), 2.0 if name in FACTORS else 1.1
             checks.append(Check("  its updates' RMS / 0.2·lr", 1.0, size, 1 / near < size < near))
     axes.set(xscale="log", xlabel="lr; updates have RMS 0.2·lr", ylabel="held-out loss (nats a byte)")

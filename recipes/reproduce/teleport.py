@@ -78,8 +78,8 @@ def two_numbers(panels) -> list[Check]:
         plain, _ = descend(loss, act, start, lr, steps, lambda t: False, ascent, 0)
         runs = [descend(loss, act, start, lr, steps, jump, ascent, seed) for seed in range(10)]
         found = median(losses[-1] for losses, _ in runs)
-        change = max(told[0] for _, jumps in runs for told in jumps)
-        grown = min(told[1] for _, jumps in runs for told in jumps)
+        change = max(jump[0] for _, jumps in runs for jump in jumps)
+        grown = min(jump[1] for _, jumps in runs for jump in jumps)
         passed = found < 1e-6 if name == "Rosenbrock" else abs(found / targets[name][1] - 1) < 0.01
         checks.append(Check(f"{name}, gradient descent: last loss", targets[name][0], plain[-1]))
         checks.append(Check(f"{name}, teleports: last loss, median of 10", targets[name][1], found, passed))
@@ -146,7 +146,7 @@ def regression(axes) -> list[Check]:
         def loss(weights: list[Tensor], X=X, Y=Y) -> Tensor:
             return 0.5 * (forward(weights, X) - Y).square().sum()
 
-        for arm, told in at_50.items():
+        for arm, losses_of_arm in at_50.items():
             weights, losses = first, []
             for step in range(300):
                 if arm == "teleported" and step == 5:
@@ -158,7 +158,7 @@ def regression(axes) -> list[Check]:
                 gradients = torch.autograd.grad(loss(weights), weights)
                 weights = [(W - 1e-4 * G).detach() for W, G in zip(weights, gradients, strict=True)]
                 losses.append(loss(weights).item())
-            told.append(losses[50])
+            losses_of_arm.append(losses[50])
             if n == 0:
                 axes.plot(losses, label=arm)
     axes.set(title="LeakyReLU regression", yscale="log", xlabel="step")
