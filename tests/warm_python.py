@@ -2,7 +2,8 @@
 
 `executable()` returns a command that takes a script, or `-m` and a module, as Python itself does. The process it starts
 has its own arguments, environment, folder and streams, and imports the modules of this repository anew; what is shared
-is third-party code alone. What it starts by `sys.executable` starts the same way. It dies with the command.
+is third-party code alone. What it starts by `sys.executable` starts the same way. It dies with the command. Where there
+is no pidfd, as outside Linux, the command is Python itself.
 """
 
 import array
@@ -10,6 +11,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,6 +57,8 @@ _command = ""
 def executable() -> str:
     """Return the path of the command, its server started if it is not there yet."""
     global _server, _command
+    if not hasattr(os, "pidfd_open"):
+        return sys.executable
     if _server is None:
         folder = tempfile.mkdtemp(prefix="symlm-python-")
         _command = os.path.join(folder, "python")
@@ -65,8 +69,16 @@ def executable() -> str:
         _server = subprocess.Popen([sys.executable, __file__, "--serve", folder], **told)
         if _server.stdout.readline() != b"ready\n":
             raise RuntimeError("the warm Python did not start: see its errors above")
-        atexit.register(_server.communicate)
+        atexit.register(stop)
     return _command
+
+
+def stop() -> None:
+    """End the server, which waits for nothing that still runs."""
+    _server.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        _server.wait(60)
+    shutil.rmtree(os.path.dirname(_command))
 
 
 def serve(folder: str) -> None:
