@@ -329,13 +329,12 @@ def run(world, names, limit=LIMIT):
             time.sleep(0.05)
         for process in ranks:
             process.kill()
+        files = {(name, rank): Path(folder, f"{name}-{rank}.pt") for name in names for rank in range(world)}
+        results = {place: torch.load(file, weights_only=True) for place, file in files.items() if file.exists()}
         if any(codes):
-            raise RuntimeError(f"ranks ended with {codes}: see their errors above")
-        load = torch.load
-        return {
-            name: [load(Path(folder, f"{name}-{rank}.pt"), weights_only=True) for rank in range(world)]
-            for name in names
-        }
+            raised = [f"{place}: {text}" for place, text in results.items() if str(text).startswith("Traceback")]
+            raise RuntimeError("\n".join((f"the ranks ended with {codes}", *raised)))
+        return {name: [results[name, rank] for rank in range(world)] for name in names}
 
 
 def disagreement(rank, world):

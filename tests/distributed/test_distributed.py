@@ -34,7 +34,10 @@ def ran():
     @functools.cache
     def of(world):
         names = [case for case, size in PAIRS if size == world]
-        return run(world, names + [name for name in EXTRA_CASES if name not in ("save", "load", "missing peer")])
+        try:
+            return run(world, names + [name for name in EXTRA_CASES if name not in ("save", "load", "missing peer")])
+        except RuntimeError as error:
+            return error
 
     return of
 
@@ -47,7 +50,9 @@ def checked(results):
 
 
 def result(ran, case, world):
-    return checked(ran(world)[case])
+    if isinstance(results := ran(world), RuntimeError):
+        raise results
+    return checked(results[case])
 
 
 @pytest.mark.parametrize(
