@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.distributed.tensors import gathered, local
+from symlm.distributed.tensors import gathered
 from symlm.routing.options import named_parameters
 from symlm.rules import Rule, get_rule
 from symlm.rules.rule import DENSE
@@ -99,7 +99,9 @@ def verified(
                 failures.append(f"{name} ({group['role']}): no step has reached it")
             elif p not in moved:
                 failures.append(f"{name} ({group['role']}): the last step did not move it, it had no gradient")
-            elif p.numel() and not any(local(state[key]).any() for key in MEANS & state.keys()):
+            elif p.numel() and not any(
+                gathered(state[key]).any() for key in sorted(MEANS & state.keys())
+            ):  # by all ranks
                 failures.append(f"{name} ({group['role']}): no gradient has reached it, or zeros alone")
             elif p.numel() and not rule.elementwise:
                 for promise, departure in departures(group, state, matrices).items():
