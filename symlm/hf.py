@@ -102,8 +102,9 @@ def _with_arguments(kwargs: dict[str, Any], arguments: Any) -> dict[str, Any]:
         )
     if given.get("weight_decay") and "weight_decay" not in kwargs:
         kwargs = {**kwargs, "weight_decay": given["weight_decay"]}
-    if "learning_rate" in given and "lr" not in kwargs and kwargs.get("preset") in ADAMWS_RATE:
-        kwargs = {**kwargs, "lr": given.pop("learning_rate")}
+    if hasattr(arguments, "learning_rate") and "lr" not in kwargs and kwargs.get("preset") in ADAMWS_RATE:
+        kwargs = {**kwargs, "lr": arguments.learning_rate}
+        given.pop("learning_rate", None)
     if unused := {key: given[key] for key in UNUSED if key in given}:
         warnings.warn(
             f"the Trainer's {unused} are not used: symlm's rate is trainer_optimizer(lr=...), here "

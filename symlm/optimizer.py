@@ -11,7 +11,15 @@ from symlm.distributed.partitions import refuse_settings
 from symlm.distributed.tensors import local
 from symlm.polar.precision import without_autocast
 from symlm.roles.role import whole_shape
-from symlm.routing.options import DEFAULTS, ROUTED, check_group, named_parameters, refuse_unknown, with_rate
+from symlm.routing.options import (
+    DEFAULTS,
+    ROUTED,
+    check_group,
+    check_options,
+    named_parameters,
+    refuse_unknown,
+    with_rate,
+)
 from symlm.routing.param_groups import param_groups
 from symlm.rules import get_rule
 from symlm.state.agreement import Agreement, shapes_of_several_ranks
@@ -70,7 +78,7 @@ class SymOptimizer(torch.optim.Optimizer):
     """
 
     # Of the class, since a pickled optimizer comes back without what its constructor set.
-    _moved: Collection[Tensor] = frozenset()  # the parameters that had a gradient in the last step
+    _moved: Collection[Tensor] | None = None  # those with a gradient in the last step; None where nobody knows
     _warned = False
     update_size: UpdateSize | None = None  # of the last step; None before one and after one that was skipped
 
@@ -101,7 +109,7 @@ class SymOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_originals", Originals())
         self.__dict__.setdefault("_agreement", Agreement())
-        self.__dict__.setdefault("_schedules", Schedules()).remember(self.param_groups)
+        self.__dict__.setdefault("_schedules", Schedules()).remember(self.param_groups, self.defaults["lr"])
         if "_loading" in self.__dict__:  # before torch calls the hooks that come after a load
             restore_dtypes(self.state, self._loading["state"], self.param_groups)
 
@@ -122,7 +130,7 @@ class SymOptimizer(torch.optim.Optimizer):
         check_group(group)
         for _, p in named_parameters(group):
             MatrixView.parse(group["view"]).shape(whole_shape(p))
-        self._schedules.remember(self.param_groups)
+        self._schedules.remember(self.param_groups, self.defaults["lr"])
 
     @property
     def skipped_steps(self) -> int:
@@ -152,15 +160,16 @@ class SymOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        self._schedules.follow(self.param_groups)
+        self._schedules.follow(self.param_groups, self.defaults["lr"])
         is_first = self._agreement.compare(self.param_groups, self._originals)
         for group in self.param_groups:
+            check_options(group)
             create_state(group, self.state, self._originals)
             check_parameters(group, self.state)
         members = [(group, list(members_of(group, self.state, self._originals))) for group in self.param_groups]
         finite = self._examine(members)
         if finite is None:
-            self.update_size = None
+            self.update_size, self._moved = None, frozenset()
             return
         self._moved = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
         size = self.update_size = self.update_size or UpdateSize()
@@ -230,7 +239,7 @@ class SymOptimizer(torch.optim.Optimizer):
         hook = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
-            self.update_size = None  # which would hold the states before
+            self.update_size = self._moved = None  # which would hold the states before
         finally:
             hook.remove()
             self.__dict__.pop("_loading", None)

@@ -74,7 +74,7 @@ def verified(
     groups: list[dict[str, Any]],
     states: Mapping[Tensor, dict[str, Any]],
     matrices: int,
-    moved: Collection[Tensor],
+    moved: Collection[Tensor] | None,
 ) -> Verification:
     """Check the last step of all parameters.
 
@@ -82,7 +82,7 @@ def verified(
         groups: The optimizer's groups.
         states: Its states.
         matrices: How many matrices of each parameter are checked at most.
-        moved: The parameters that had a gradient in the last step.
+        moved: The parameters that had a gradient in the last step; none if it was skipped, None if nobody knows.
 
     Returns:
         The checks.
@@ -97,8 +97,8 @@ def verified(
             state = states.get(p, {})
             if not state or group.get("step", 0) < 1:
                 failures.append(f"{name} ({group['role']}): no step has reached it")
-            elif p not in moved:
-                failures.append(f"{name} ({group['role']}): the last step did not move it, it had no gradient")
+            elif moved is not None and p not in moved:
+                failures.append(f"{name} ({group['role']}): the last step did not move it: no finite gradient")
             elif p.numel() and not any(
                 gathered(state[key]).any() for key in sorted(MEANS & state.keys())
             ):  # by all ranks

@@ -46,7 +46,7 @@ def resolve_dtype(M: Tensor, compute_dtype: str | torch.dtype, gram: bool = Fals
         return torch.float64
     if compute_dtype == "auto":
         return fastest_dtype(M.device.type, gram)
-    dtype = getattr(torch, compute_dtype, None)
+    dtype = getattr(torch, compute_dtype, None) if isinstance(compute_dtype, str) else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"compute_dtype is 'auto' or a floating-point dtype such as 'float32', got {compute_dtype!r}")
     return dtype

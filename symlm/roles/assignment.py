@@ -49,13 +49,15 @@ def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tupl
         UnplacedParameters: As `assign_roles`.
         ValueError: As `assign_roles`.
     """
+    if roles is not None and not isinstance(roles, Mapping):
+        raise ValueError(f"roles must be {{pattern: role}}, got {roles!r}")
     patterns = {pattern: _parse_role(role) for pattern, role in (roles or {}).items()}
     sites = list(_sites(model))
     ends = EndMatrices(model)
     placed: dict[int, tuple[Site, Role]] = {}
     unplaced, used = [], set()
     for site in sites:
-        matches = [pattern for pattern in patterns if fnmatchcase(site.name, pattern)]
+        matches = [pattern for pattern in patterns if fnmatchcase(site.name, str(pattern))]
         used.update(matches)
         role = patterns[matches[0]] if matches else classify(site, ends)
         if role is None:
@@ -72,16 +74,16 @@ def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tupl
         example = f"; names look like {sites[0].name!r}" if sites else ", and the model has no trainable one"
         raise ValueError(f"the patterns {unmatched} in roles match no trainable parameter{example}")
     if unplaced:
-        raise UnplacedParameters(_report(unplaced))
+        raise UnplacedParameters(_report(unplaced, ends))
     return list(placed.values())
 
 
-def _report(unplaced: list[Site]) -> str:
+def _report(unplaced: list[Site], ends: EndMatrices) -> str:
     """Return the error message: the remedy first, then the parameters, those that differ in numbers alone together."""
     groups: dict[str, list[Site]] = {}
     for site in unplaced:
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", site.name), []).append(site)
-    remedy = {pattern: _remedy(sites[0]) for pattern, sites in list(groups.items())[:LINES]}
+    remedy = {pattern: _remedy(sites[0], ends) for pattern, sites in list(groups.items())[:LINES]}
     lines = [
         f"  {pattern} {list(sites[0].shape)} in {type(sites[0].module).__name__}"
         + (f", {len(sites)} times" if len(sites) > 1 else "")
@@ -101,10 +103,12 @@ def _report(unplaced: list[Site]) -> str:
 LINES = 12
 
 
-def _remedy(site: Site) -> str:
+def _remedy(site: Site, ends: EndMatrices) -> str:
     """Return the role that a person would most likely assign."""
-    if site.leaf in HEADS:
+    if site.leaf in HEADS or (ends.is_unclear(site) and not is_fused(site.leaf)):
         return "lm_head"
+    if any(name in site.name for name in ("lora_A", "lora_B", "lora_a", "lora_b")):
+        return "lora"
     if is_fused(site.leaf):
         return "attention_qkv"
     if any(name in site.name.lower() for name in ("trainable_tokens", "oft_", ".hada_", ".lokr_")):

@@ -1,15 +1,17 @@
 """The token matrices at the ends of every model inside a module: embeddings and heads."""
 
 from collections.abc import Collection, Iterator
-from itertools import takewhile
 from typing import Any
 
 from torch import nn
 
 from symlm.roles.role import Role, Site, whole_shape
-from symlm.roles.wrappers import unwrapped_path
+from symlm.roles.wrappers import inner_module, unwrapped_path
 
-HEADS = ("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier")
+HEADS = (
+    *("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier"),
+    *("to_logits", "logits", "unembedding", "vocab_proj"),
+)
 
 
 class EndMatrices:
@@ -28,9 +30,11 @@ class EndMatrices:
         self.tables = {path: module for path, module in self.modules.items() if isinstance(module, kinds)}
         if sparse := [path for path, table in self.tables.items() if table.sparse and table.weight.requires_grad]:
             raise ValueError(f"{sparse} give sparse gradients, which no rule accepts: build them with sparse=False")
-        self.inputs = set(self._weights("get_input_embeddings")) | {id(t.weight) for t in self.tables.values()}
-        self.outputs = set(self._weights("get_output_embeddings"))
-        self.outputs |= {id(module.weight) for _, module in self._heads_by_shape()}
+        self.inputs = {id(p) for table in self.tables.values() for p in _weights_of(table)}
+        self.inputs |= {id(p) for end in self._ends("get_input_embeddings") if _is_table(end) for p in _weights_of(end)}
+        self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in _weights_of(end)}
+        self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
+        self.vocabulary = max((table.num_embeddings for table in self.tables.values()), default=0)
 
     def role(self, site: Site) -> Role | None:
         """Return the role of a parameter if it is a token matrix.
@@ -50,23 +54,35 @@ class EndMatrices:
         return Role.EMBEDDING if is_input else None
 
     def is_unclear(self, site: Site) -> bool:
-        """Tell whether a parameter may be a head whose tokens are elsewhere, as in a pipeline's last stage.
+        """Tell whether a layer that no structure around it explains may be a head.
+
+        It has as many rows as there are tokens, or a few more, as a padded vocabulary has; or it is named like a head
+        in a module with attention and without tokens, as a pipeline's last stage.
 
         Args:
             site: The parameter's site.
         """
+        path = ".".join(site.path)
+        if len(site.shape) != 2 or min(site.shape) < 2 or self._has_getter(path):
+            return False
+        if self.tables:
+            rows, columns = site.shape[::-1] if site.transposed else site.shape
+            widths = {whole_shape(table.weight)[1] for table in self.tables.values()}
+            padded = columns in widths and 0 < rows - self.vocabulary <= max(self.vocabulary // 8, 8)
+            over_tokens = (rows == self.vocabulary or padded) and rows not in widths
+            return over_tokens and not self._feeds_another(path, rows)
         blocks = any("attention" in type(module).__name__.lower() for module in self.modules.values())
-        return not self.tables and blocks and site.leaf in HEADS and len(site.shape) == 2 and site.shape[0] > 1
+        return blocks and site.leaf in HEADS
 
-    def _weights(self, getter: str) -> Iterator[int]:
-        """Yield the ids of the weights that any module's getter returns, those of wrapped modules too."""
+    def _ends(self, getter: str) -> Iterator[nn.Module]:
+        """Yield the modules that any module's getter returns."""
         for module in self.modules.values():
             try:
                 end: Any = getattr(module, getter)()
             except (AttributeError, NotImplementedError, TypeError):
                 continue
             if isinstance(end, nn.Module):
-                yield from (id(p) for name, p in end.named_parameters() if _is_weight(name) and min(p.shape) > 1)
+                yield end
 
     def _is_named_head(self, site: Site) -> bool:
         if site.leaf not in HEADS or len(site.shape) != 2 or min(site.shape) < 2:
@@ -85,27 +101,24 @@ class EndMatrices:
                 return config.problem_type not in ("regression", "multi_label_classification")
         return True
 
-    def _heads_by_shape(self) -> Iterator[tuple[str, nn.Linear]]:
+    def _heads_by_shape(self) -> Iterator[nn.Linear]:
         """Yield the linear layers over a table's tokens in the smallest module with both, hidden layers left out."""
         linears = {
             path: module
             for path, module in self.modules.items()
-            if isinstance(module, nn.Linear) and module.weight.requires_grad and module.out_features > 1
+            if isinstance(module, nn.Linear) and any(p.requires_grad for p in _weights_of(module))
         }
         for table_path, table in self.tables.items():
             if self._has_getter(table_path):
                 continue
             shape = whole_shape(table.weight)
-            alike = {path: linear for path, linear in linears.items() if whole_shape(linear.weight) == shape}
+            alike = {path: linear for path, linear in linears.items() if _shape_of(linear) == shape and shape[0] > 1}
+            heads = {path: linear for path, linear in alike.items() if not self._is_hidden(path, linear, alike)}
             scope = table_path
-            while scope and not any(_is_inside(path, scope) for path in alike):
+            while scope and not any(_is_inside(path, scope) for path in heads):
                 scope = scope.rpartition(".")[0]
-            heads = [
-                (path, linear)
-                for path, linear in alike.items()
-                if _is_inside(path, scope) and not self._is_hidden(path, linear, alike)
-            ]
-            yield from heads[-1:] if shape[0] == shape[1] else heads
+            inside = [linear for path, linear in heads.items() if _is_inside(path, scope)]
+            yield from inside[-1:] if shape[0] == shape[1] else inside
 
     def _has_getter(self, path: str) -> bool:
         """Tell whether a model around a table has named its head already."""
@@ -124,10 +137,16 @@ class EndMatrices:
         parts = unwrapped_path(path.split("."))
         if parts[-1] not in HEADS and len({other for other in alike if _block(other) == _block(path)}) > 1:
             return True
+        return self._feeds_another(path, linear.out_features)
+
+    def _feeds_another(self, path: str, rows: int) -> bool:
+        """Tell whether a layer beside this one, and after it, takes as many inputs as it has outputs."""
+        parts = unwrapped_path(path.split("."))
         above = self.modules.get(".".join(parts[:-1]))
-        siblings = list(above.children()) if above is not None else []
-        later = siblings[len(list(takewhile(lambda child: child is not linear, siblings))) + 1 :]
-        return any(isinstance(child, nn.Linear) and child.in_features == linear.out_features for child in later)
+        siblings = dict(above.named_children()) if above is not None and parts[-1] else {}
+        later = list(siblings)[list(siblings).index(parts[-1]) + 1 :] if parts[-1] in siblings else []
+        children = (inner_module(siblings[name]) for name in later)
+        return any(isinstance(child, nn.Linear) and child.in_features == rows for child in children)
 
 
 def _block(path: str) -> str:
@@ -138,8 +157,22 @@ def _block(path: str) -> str:
     )
 
 
-def _is_weight(name: str) -> bool:
-    return name.rpartition(".")[2] in ("weight", "weight_v") or "parametrizations." in name
+def _weights_of(end: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the matrices of a table or a head, inside wrappers too, and not those of adapters on it."""
+    for name, p in end.named_parameters():
+        path = unwrapped_path(["end", *name.split(".")[:-1]])
+        if path == ["end"] and p.ndim == 2 and min(whole_shape(p)) > 1:
+            yield p
+
+
+def _shape_of(linear: nn.Linear) -> tuple[int, int]:
+    """Return (outputs, inputs), also where the weight is computed from others or emptied."""
+    return linear.out_features, linear.in_features
+
+
+def _is_table(end: nn.Module) -> bool:
+    """Tell whether an input embedding is over tokens: patches go through a linear layer or a convolution."""
+    return any("embedding" in type(module).__name__.lower() for module in end.modules())
 
 
 def _is_inside(path: str, above: str) -> bool:

@@ -94,7 +94,7 @@ class Site:
         return "k v" if order == "q k v" and getattr(self.parent, "is_cross_attention", False) else order
 
 
-TENSORS = ("weight", "bias", "weight_v", "weight_g")  # the last two of the old weight_norm
+TENSORS = ("weight", "bias", "weight_v", "weight_g", "weight_orig")  # of the old weight_norm and spectral_norm
 FUSED_ATTENTION = {
     ("Phi3Attention", "qkv_proj"): "q k v",
     ("GPT2Attention", "c_attn"): "q k v",

@@ -7,19 +7,26 @@ from torch import nn
 from symlm.roles.ends import EndMatrices
 from symlm.roles.role import Role, Site
 
-QUERIES = ("q_proj", "q_b_proj", "q_attn", "query", "q", "wq", "Wq", "to_q", "c_q", "q_lin", "query_proj", "linear_q")
-KEYS = ("k_proj", "key", "k", "wk", "Wk", "to_k", "c_k", "k_lin", "key_proj", "linear_k")
-VALUES = ("v_proj", "value", "v", "wv", "Wv", "to_v", "c_v", "v_lin", "value_proj", "linear_v")
-OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "wo", "Wo", "to_out", "out_lin", "linear_out", "proj")
-ATTENTION = {
-    **dict.fromkeys(QUERIES, Role.ATTENTION_Q),
-    **dict.fromkeys(KEYS, Role.ATTENTION_K),
-    **dict.fromkeys(VALUES, Role.ATTENTION_V),
-    **dict.fromkeys(OUTPUTS, Role.ATTENTION_O),
+TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query` or `q_lin` have them
+    Role.ATTENTION_Q: {"q", "qs", "query", "queries", "wq"},
+    Role.ATTENTION_K: {"k", "ks", "key", "keys", "wk"},
+    Role.ATTENTION_V: {"v", "vs", "value", "values", "wv"},
+    Role.ATTENTION_O: {"o", "out", "output", "dense", "wo"},
 }
-BESIDE_FUSED = ("q_proj", "q_b_proj", "q_attn", "k_proj", "v_proj", "o_proj", "out_proj", "c_proj", "dense")
-FUSED = re.compile(r"(.*_)?(qkv|qkvz|kv|ba)(_.*|\d*)|[wW](qkv|pack)|c_attn|query_key_value|in_proj|qkv_proj|kv_b_proj")
+FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "layer"}
+OUTPUTS = ("c_proj", "proj")
+FUSED_TOKENS = {
+    *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
+    *("wqkv", "wkv", "wqk", "wpack"),
+}
+FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
 NOT_FUSED = ("kv_a_proj_with_mqa",)  # a view splits it
+BESIDE_FUSED = {
+    **dict.fromkeys(("q_proj", "q_b_proj", "q_attn"), Role.ATTENTION_Q),
+    "k_proj": Role.ATTENTION_K,
+    "v_proj": Role.ATTENTION_V,
+    **dict.fromkeys(("o_proj", "out_proj", "c_proj", "dense"), Role.ATTENTION_O),
+}
 
 
 MLP = {
@@ -50,8 +57,6 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
     shape, owner = site.shape, type(site.module).__name__
     if role := ends.role(site):
         return role
-    if ends.is_unclear(site):
-        return None
     if len(shape) == 3 and owner.endswith("Experts"):
         return EXPERTS.get(site.leaf)
     if len(shape) == 2 and any(name in site.name for name in ADAPTERS):
@@ -62,7 +67,8 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return Role.ROUTER
     if len(shape) != 2 or not (_is_linear(site) or owner == "Conv1D"):
         return None
-    return _classify_linear(site)
+    role = _classify_linear(site)
+    return None if role is Role.MATRIX and ends.is_unclear(site) else role
 
 
 def _classify_linear(site: Site) -> Role | None:
@@ -72,14 +78,25 @@ def _classify_linear(site: Site) -> Role | None:
     if is_fused(site.leaf):
         return None
     children = {name for name, _ in site.parent.named_children()} if site.parent else set()
-    together = all(children & set(names) for names in (QUERIES, KEYS, VALUES))
-    if together and site.leaf in ATTENTION:
-        return ATTENTION[site.leaf]
-    if "attention" in type(site.parent).__name__.lower() and site.leaf in BESIDE_FUSED:
-        return ATTENTION[site.leaf]
     if site.leaf in MLP and {MLP.get(name) for name in children} >= {Role.MLP_IN, Role.MLP_OUT}:
         return MLP[site.leaf]
+    beside = {projection(name) for name in children}
+    if beside >= {Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V} and (role := projection(site.leaf)):
+        return role
+    if "attention" in type(site.parent).__name__.lower() and site.leaf in BESIDE_FUSED:
+        return BESIDE_FUSED[site.leaf]
     return None if site.leaf == "gate_up_proj" else Role.MATRIX
+
+
+def projection(leaf: str) -> Role | None:
+    """Return which projection of an attention a name is for, if any; it counts where q, k and v stand together.
+
+    Args:
+        leaf: The name of the projection.
+    """
+    tokens = set(_parts(leaf)) - FILLERS
+    roles = [role for role, names in TOKENS.items() if tokens and tokens <= names]
+    return roles[0] if roles else Role.ATTENTION_O if leaf in OUTPUTS else None
 
 
 def is_fused(leaf: str) -> bool:
@@ -88,7 +105,12 @@ def is_fused(leaf: str) -> bool:
     Args:
         leaf: The name of the projection.
     """
-    return leaf not in NOT_FUSED and FUSED.fullmatch(leaf) is not None
+    return leaf not in NOT_FUSED and (leaf.lower() in FUSED_NAMES or bool(FUSED_TOKENS & set(_parts(leaf))))
+
+
+def _parts(leaf: str) -> list[str]:
+    """Cut a name at underscores, at numbers behind it, and where a capital follows a small letter."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])|\d+$", "_", leaf).lower().strip("_").split("_")
 
 
 def _is_router(site: Site, owner: str) -> bool:

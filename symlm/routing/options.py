@@ -81,7 +81,7 @@ def check_group(group: dict[str, Any]) -> None:
             f"group {role}: rule {rule.name!r} has a state, which needs {needed}, and its view is {view}; set "
             f"another rule, e.g. overrides={{{role!r}: {{'rule': 'row_norm'}}}}"
         )
-    _check_types(group)
+    check_options(group)
     get_schedule(group["schedule"]).steps(group["steps"])
     choices = {
         "scale": tuple(SCALES),
@@ -97,16 +97,6 @@ def check_group(group: dict[str, Any]) -> None:
     for key, allowed in choices.items():
         if group[key] not in allowed:
             raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
-    if group["lr"] < 0 or not 0 <= group["momentum"] < 1 or group["weight_decay"] < 0:
-        raise ValueError(
-            f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
-            f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
-        )
-    if not all(0 <= beta < 1 for beta in group["betas"]) or group["eps"] < 0:
-        raise ValueError(
-            f"group {role}: betas must have 0 <= beta < 1 and eps must not be negative, "
-            f"got {group['betas']}, {group['eps']}"
-        )
     resolve_dtype(torch.empty(0), group["compute_dtype"])
     for name, p in named_parameters(group):
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
@@ -127,8 +117,35 @@ def is_number(value: Any) -> bool:
         value: Any value.
     """
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and (value.is_meta or bool(value.isfinite()))
+        # A device is not waited for.
+        return value.numel() == 1 and not value.is_complex() and (value.device.type != "cpu" or bool(value.isfinite()))
     return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Refuse numbers and flags of a group that no step can use; cheap enough for every step.
+
+    Args:
+        group: A parameter group with every option.
+
+    Raises:
+        ValueError: A value has the wrong type or is out of range. The message names group, option and value.
+    """
+    _check_types(group)
+    role = group["role"]
+    if min(group[key] for key in NOT_NEGATIVE) < 0 or not 0 <= group["momentum"] < 1:
+        raise ValueError(
+            f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
+            f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
+        )
+    if not all(0 <= beta < 1 for beta in group["betas"]) or group["eps"] < 0:
+        raise ValueError(
+            f"group {role}: betas must have 0 <= beta < 1 and eps must not be negative, "
+            f"got {group['betas']}, {group['eps']}"
+        )
+
+
+NOT_NEGATIVE = ("lr", "lr_multiplier", "weight_decay", "weight_decay_multiplier")
 
 
 def _check_types(group: dict[str, Any]) -> None:

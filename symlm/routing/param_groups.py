@@ -80,10 +80,8 @@ def param_groups(
 ROUTE_KEYS = ("rule", "view", "scale")
 
 
-OVERRIDABLE = {*DEFAULTS, *ROUTED} - {
-    "nonfinite",
-    "lr_multiplier",
-}  # a non-finite gradient skips the step for all roles together
+# What a bad gradient does, and what a parameter is, are not a role's options.
+OVERRIDABLE = {*DEFAULTS, *ROUTED} - {"nonfinite", "lr_multiplier", "role", "outputs"}
 
 
 def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, dict[str, Any]]:
@@ -98,6 +96,8 @@ def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, di
     Raises:
         ValueError: An unknown role, key, rule, scale or view, or a rate that is not positive.
     """
+    if not isinstance(overrides, Mapping) or not all(isinstance(values, Mapping) for values in overrides.values()):
+        raise ValueError(f"overrides must be {{role: {{option: value}}}}, got {overrides!r}")
     names = [str(role) for role in Role]
     for role, values in overrides.items():
         if role not in names:

@@ -166,6 +166,6 @@ def get_preset(name: str) -> dict[Role, Route]:
     Raises:
         ValueError: There is no preset of that name; the message lists the names.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {sorted(PRESETS)}")
     return PRESETS[name]

@@ -28,11 +28,22 @@ def create_state(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]],
     Raises:
         RuntimeError: The rule stores whole matrices, and a parameter is a partition.
     """
-    mean = "exp_avg" if get_rule(group["rule"]).elementwise else "momentum"
+    needed = stored_keys(group)
     for name, p in named_parameters(group):
-        if mean not in states[p]:
+        if not needed <= states[p].keys():
             for key, value in new_state(group, name, p, originals.fragments(group, p)).items():
                 states[p].setdefault(key, value)
+
+
+def stored_keys(group: dict[str, Any]) -> set[str]:
+    """Return the names of the tensors that a step reads from a parameter's state.
+
+    Args:
+        group: The parameter group.
+    """
+    rule = get_rule(group["rule"])
+    means = {"exp_avg", "exp_avg_sq"} if rule.elementwise else {"momentum"}
+    return means | set(rule.state) | ({"step"} if rule.elementwise or rule.state else set())
 
 
 def count_step(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], finite: Tensor) -> None:

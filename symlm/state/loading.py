@@ -1,13 +1,14 @@
 """A saved state is matched to an optimizer's parameters by name; where it differs, it is refused before any change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from symlm.routing.options import DEFAULTS, ROUTED, check_group, named_parameters
-from symlm.rules import get_rule
+from symlm.state.creation import stored_keys
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -30,6 +31,8 @@ def matched(state_dict: State, groups: Sequence[State]) -> State:
     Raises:
         ValueError: The state is of another optimizer, of other parameters, rules, views or shapes, or incomplete.
     """
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("this is not the state of a SymOptimizer: it has no 'state' and 'param_groups'")
     saved = state_dict["param_groups"]
     for group in saved:
         if missing := [key for key in (*ROUTED, "params") if key not in group]:
@@ -76,8 +79,8 @@ def _pairs(saved: Sequence[State], groups: Sequence[State]) -> list[tuple[State,
     if ours == theirs:  # also of groups without names, as long as both have none
         return [(group, list(range(len(group["params"])))) for group in saved]
     flat_ours, flat_theirs = ([name for names in some for name in names] for some in (ours, theirs))
-    prefix = _common_prefix(flat_theirs, flat_ours)
-    where = {prefix(name): (k, place) for k, names in enumerate(theirs) for place, name in enumerate(names)}
+    translate = _translation(flat_theirs, flat_ours)
+    where = {translate(name): (k, place) for k, names in enumerate(theirs) for place, name in enumerate(names)}
     if set(where) != set(flat_ours) or len(flat_ours) != len(flat_theirs):
         missing, extra = sorted(set(flat_ours) - set(where)), sorted(set(where) - set(flat_ours))
         raise ValueError(
@@ -94,11 +97,13 @@ def _pairs(saved: Sequence[State], groups: Sequence[State]) -> list[tuple[State,
 
 
 def _names(group: State) -> list[str]:
-    """Return a group's parameter names without the prefixes of wrappers; places where it has none."""
-    names = group.get("param_names")
-    if not names:
-        return [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
-    return [_unwrapped(name) for name in names]
+    """Return a group's parameter names; places where it has none.
+
+    torch.distributed.checkpoint writes names in the place of indices, and these are those of the parameters' order.
+    """
+    if group["params"] and all(isinstance(p, str) for p in group["params"]):
+        return list(group["params"])
+    return list(group.get("param_names", ())) or [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
 
 
 def _unwrapped(name: str) -> str:
@@ -107,17 +112,27 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _common_prefix(theirs: Sequence[str], ours: Sequence[str]) -> Any:
-    """Return what maps their names to ours: nothing, or the exchange of one prefix that all of them have."""
-    if set(theirs) == set(ours) or not theirs or not ours:
-        return lambda name: name
-    first = min(theirs)
-    for other in ours:
-        for a, b in ((first.removesuffix(other), ""), ("", other.removesuffix(first))):
-            swapped = {b + name.removeprefix(a) for name in theirs if name.startswith(a)}
-            if (a or b) and swapped == set(ours):
-                return lambda name, a=a, b=b: b + name.removeprefix(a)
-    return lambda name: name
+def _translation(theirs: Sequence[str], ours: Sequence[str]) -> Callable[[str], str]:
+    """Return what maps their names to ours: nothing, without wrappers, or with one common prefix for another."""
+    if set(theirs) == set(ours):
+        return str
+    for change in (_unwrapped, str):
+        plain, target = [change(name) for name in theirs], [change(name) for name in ours]
+        back = dict(zip(target, ours, strict=True))
+        if len(back) < len(ours) or len(set(plain)) < len(theirs):
+            continue  # two parameters would share a name
+        for a, b in (("", ""), (_common_prefix(plain), _common_prefix(target))):
+            if {b + name.removeprefix(a) for name in plain} == set(target):
+                names = {name: back[b + change(name).removeprefix(a)] for name in theirs}
+                return names.__getitem__
+    return str
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Return the modules that all names begin with, and a dot; nothing for no names."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return "".join(f"{parts[0]}." for parts in shared)
 
 
 def _check_route(theirs: State, ours: State) -> None:
@@ -134,11 +149,12 @@ def _completed(group: State, name: str, p: Tensor, state: State) -> State:
 
     Raises: ValueError for a state of another shape, or without what the rule stores.
     """
-    rule = get_rule(group["rule"])
-    needed = {"exp_avg", "exp_avg_sq"} if rule.elementwise else {"momentum"}
-    needed |= set(rule.state) | ({"step"} if rule.elementwise or rule.state else set())
-    if missing := sorted(needed - set(state)):
-        raise ValueError(f"the state of {name} ({group['role']}, {rule.name}) lacks {missing}: the file is incomplete")
+    tensors = {key for key, value in state.items() if isinstance(value, Tensor)}
+    known = tensors | ({"step"} if isinstance(state.get("step"), int | float) else set())
+    if missing := sorted(stored_keys(group) - known):
+        raise ValueError(
+            f"the state of {name} ({group['role']}, {group['rule']}) lacks {missing}: it is incomplete, save it anew"
+        )
     for key in ("momentum", "exp_avg", "exp_avg_sq"):
         if key in state and state[key].shape != p.shape:
             raise ValueError(f"{name}: its saved {key} is {list(state[key].shape)}, the parameter is {list(p.shape)}")

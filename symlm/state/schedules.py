@@ -20,40 +20,49 @@ class Schedules:
         self._beta1: list[float] = []
         self._rates: list[float | None] = []
         self._versions: list[int | None] = []
-        self._multipliers: list[Tensor] = []
+        self._shares: list[Tensor | None] = []
+        self._dial: int | None = None
         self._warned = False
 
-    def remember(self, groups: list[Group]) -> None:
-        """Take the groups' values as they are now for those that were chosen."""
+    def remember(self, groups: list[Group], dial: Any) -> None:
+        """Take the groups' values as they are now for those that were chosen.
+
+        Args:
+            groups: The parameter groups.
+            dial: The rate that the caller gave; a tensor is watched.
+        """
         self._beta1 = [group["betas"][0] for group in groups]
         self._rates = [_number(group["lr"]) for group in groups]
         self._versions = [_version(group["lr"]) for group in groups]
-        dial = groups[0]["lr"]
-        self._multipliers = (
-            [(group["lr"] / dial).detach() for group in groups]
-            if all(isinstance(group["lr"], Tensor) for group in groups) and _number(dial) != 0
-            else []
-        )
+        dial = _dial_of(groups, dial)
+        self._dial = _version(dial)
+        self._shares = [_share(group["lr"], dial) for group in groups]
 
-    def follow(self, groups: list[Group]) -> None:
-        """Carry over what schedulers and callers wrote since the last step."""
+    def follow(self, groups: list[Group], dial: Any) -> None:
+        """Carry over what schedulers and callers wrote since the last step.
+
+        Args:
+            groups: The parameter groups; momenta and rates are written.
+            dial: The rate that the caller gave.
+        """
         if len(groups) != len(self._beta1):
-            self.remember(groups)
+            self.remember(groups, dial)
         for k, group in enumerate(groups):
             if group["betas"][0] != self._beta1[k] or "max_momentum" in group:  # which torch's cyclic schedulers leave
                 self._beta1[k] = group["betas"][0]
                 group["momentum"] = group["betas"][0]
-        self._follow_tensor(groups)
+        self._follow_tensor(groups, _dial_of(groups, dial))
         self._check_proportions(groups)
 
-    def _follow_tensor(self, groups: list[Group]) -> None:
-        """Where the first group's tensor alone was written to, it is the caller's dial: fill the others from it."""
-        versions = [_version(group["lr"]) for group in groups]
-        if versions == self._versions or not self._multipliers:
-            return
-        if versions[1:] == self._versions[1:]:
-            for group, multiplier in zip(groups[1:], self._multipliers[1:], strict=True):
-                group["lr"].copy_(groups[0]["lr"] * multiplier)
+    def _follow_tensor(self, groups: list[Group], dial: Any) -> None:
+        """Where the caller wrote to the dial, fill the rates from it that nobody else wrote to."""
+        if _version(dial) != self._dial:
+            for k, group in enumerate(groups):
+                share = self._shares[k]
+                if share is not None and _version(group["lr"]) == self._versions[k]:
+                    group["lr"].copy_(dial.view(()) * share)
+            self._dial = _version(dial)
+            self._rates = [_number(group["lr"]) for group in groups]
         self._versions = [_version(group["lr"]) for group in groups]
 
     def _check_proportions(self, groups: list[Group]) -> None:
@@ -83,3 +92,14 @@ def _number(lr: float | Tensor) -> float | None:
 
 def _version(lr: float | Tensor) -> int | None:
     return lr._version if isinstance(lr, Tensor) else None
+
+
+def _dial_of(groups: list[Group], dial: Any) -> Any:
+    return dial if isinstance(dial, Tensor) or not groups else groups[0]["lr"]
+
+
+def _share(lr: float | Tensor, dial: Any) -> Tensor | None:
+    """Return a rate's share of the dial; None for one that is not a tensor, or that shares the dial's memory."""
+    if not isinstance(lr, Tensor) or not isinstance(dial, Tensor) or lr.data_ptr() == dial.data_ptr():
+        return None
+    return (lr / dial.view(())).detach() if _number(dial) != 0 else None

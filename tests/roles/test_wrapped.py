@@ -228,3 +228,58 @@ def test_a_message_of_many_parameters_is_short_and_begins_with_the_remedy():
 def test_a_role_that_the_shape_does_not_have_is_refused_by_name(parameter, role):
     with pytest.raises(ValueError, match=r"^w \[4.*needs a matrix"):
         symlm.param_groups(holder(w=nn.Parameter(torch.ones(parameter))), roles={"w": role})
+
+
+def test_a_head_inside_a_block_of_the_vocabularys_width_is_found():
+    block = holder(c_fc=nn.Linear(32, 64), c_proj=nn.Linear(64, 32))
+    net = holder(transformer=holder(wte=nn.Embedding(64, 32), h=nn.ModuleList([block])), logits=nn.Linear(32, 64))
+    roles = symlm.assign_roles(net)
+    assert roles["logits.weight"] == "lm_head"
+    assert roles["transformer.h.0.c_fc.weight"] == "mlp_in"
+
+
+UNCLEAR = {
+    "padded": lambda: holder(emb=nn.Embedding(64, 32), to_logits=nn.Linear(32, 72)),
+    "medusa": lambda: holder(policy=qwen(), medusa=nn.Sequential(nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 96))),
+    "bottleneck": lambda: nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 16), nn.Linear(16, 64)),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_a_layer_that_may_be_a_head_is_refused_with_the_remedy(case):
+    with pytest.raises(UnplacedParameters, match="'lm_head'"):
+        symlm.assign_roles(UNCLEAR[case]())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_a_plain_nets_normed_head_is_a_head(norm):
+    net = Plain()
+    norm(net.out)
+    roles = symlm.assign_roles(net)
+    assert sum(role == "lm_head" for role in roles.values()) == 1
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_the_head_is_an_adapter(dora):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(qwen(), LoraConfig(r=2, target_modules=["lm_head"], use_dora=dora))
+    roles = {role for name, role in symlm.assign_roles(model).items() if "lora_A" in name or "lora_B" in name}
+    assert roles == {"lora"}
+    symlm.SymOptimizer(model)
+
+
+@pytest.mark.parametrize(
+    "names", ["w_q w_k w_v w_o", "W_query W_key W_value out_proj", "queries keys values out", "fc_q fc_k fc_v fc_o"]
+)
+def test_other_names_of_q_k_and_v_are_known_together(names):
+    module = holder(**{leaf: nn.Linear(32, 32, bias=False) for leaf in names.split()}, num_heads=4)
+    roles = symlm.assign_roles(holder(block=module))
+    assert [str(role) for role in roles.values()] == [f"attention_{x}" for x in "qkvo"]
+
+
+@pytest.mark.parametrize("leaf", ["W_pack", "kqv", "Wkv", "key_value", "to_qk", "in_proj_zba", "to_kv", "qkv1"])
+def test_more_names_of_fused_projections_are_refused(leaf):
+    with pytest.raises(UnplacedParameters, match=leaf):
+        symlm.assign_roles(holder(mixer=holder(**{leaf: nn.Linear(32, 96, bias=False)})))

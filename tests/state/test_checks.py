@@ -182,3 +182,46 @@ def test_clipping_weighs_a_step_inside_the_momentum():
     start = tiny().model.layers[0].mlp.up_proj.weight.detach()
     plain, clipped = trained(None), trained(0.1)
     assert relative(clipped - start, plain - start) > 0.1
+
+
+def test_verify_after_a_step_that_moved_nothing_says_so_and_a_loaded_state_is_not_blamed():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    backward(model)
+    opt.step()
+    again = symlm.SymOptimizer(model)
+    again.load_state_dict(opt.state_dict())
+    assert again.verify()
+    model.lm_head.weight.grad.fill_(torch.nan)
+    opt.step()
+    with pytest.raises(RuntimeError, match="the last step did not move it"):
+        opt.verify()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("lr", float("nan")), ("momentum", "0.8"), ("nesterov", "false"), ("lr", -1.0)]
+)
+def test_an_option_that_turned_wrong_is_refused_before_anything_moves(option, value):
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    opt.param_groups[3][option] = value
+    before = weights(model)
+    backward(model)
+    with pytest.raises(ValueError, match=option):
+        opt.step()
+    assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"overrides": {"matrix": 3}},
+        {"overrides": ["lm_head"]},
+        {"roles": "matrix"},
+        {"preset": ["muon"]},
+        {"compute_dtype": 3},
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"got|unknown preset"):
+        symlm.SymOptimizer(tiny(), **arguments)
