@@ -239,7 +239,7 @@ def test_a_head_inside_a_block_of_the_vocabularys_width_is_found():
 
 
 UNCLEAR = {
-    "padded": lambda: holder(emb=nn.Embedding(64, 32), to_logits=nn.Linear(32, 72)),
+    "padded": lambda: holder(emb=nn.Embedding(64, 32), last=nn.Linear(32, 72)),
     "medusa": lambda: holder(policy=qwen(), medusa=nn.Sequential(nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 96))),
     "bottleneck": lambda: nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 16), nn.Linear(16, 64)),
 }
