@@ -93,7 +93,7 @@ class TrainConfig:
         schedule: "linear" (warm-up, constant, then linear to zero) or "cosine".
         warmup: steps over which the rate grows.
         decay: the part of the run in which a linear schedule falls to zero.
-        clip: the largest norm of the gradients, which scale-free rules do not feel; none is no clipping.
+        clip: the largest norm of the gradients; it weighs a step inside the momentum. none is no clipping.
         r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
         r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
         teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
