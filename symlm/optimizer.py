@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from symlm.distributed.partitions import refuse_settings
 from symlm.distributed.tensors import local
 from symlm.polar.precision import without_autocast
-from symlm.roles.role import whole_shape
 from symlm.routing.options import (
     DEFAULTS,
     ROUTED,
     check_group,
     check_options,
-    named_parameters,
     refuse_unknown,
     with_rate,
 )
@@ -38,7 +36,6 @@ from symlm.update.apply import apply
 from symlm.update.rounding import store
 from symlm.update.size import UpdateSize
 from symlm.verification import Verification, verified
-from symlm.views.matrix_view import MatrixView
 
 log = logging.getLogger("symlm")
 
@@ -46,8 +43,7 @@ log = logging.getLogger("symlm")
 class SymOptimizer(torch.optim.Optimizer):
     """Update every parameter by the rule of its role: `M <- βM + (1−β)G`, `W <- (1 − ηλ)W − η·s·U(M)`.
 
-    Gradient clipping weighs a step inside the momentum; rules of degree 0 do not feel it otherwise. The update itself
-    is never clipped.
+    Gradient clipping weighs a step inside the momentum; the update itself is never clipped.
 
     Args:
         params: A model; or the output of `symlm.param_groups(model, ...)`, which then holds rates and overrides.
@@ -57,10 +53,8 @@ class SymOptimizer(torch.optim.Optimizer):
         roles: Ordered `{pattern: role}` for parameters whose role the structure does not show.
         options: Defaults of every group, which `overrides` may set by role:
 
-            - `momentum` β (0.95; 0.7 to 0.95 in the default table, by role); `nesterov`: `U((1−β)G + βM)` instead
-              (False; True in the default table); `weight_decay` λ (0.0);
-            - `momentum_of`: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM` (PolarGrad's
-              polar-first);
+            - `momentum` β (0.95; by role in the default table); `nesterov`: `U((1−β)G + βM)` instead; `weight_decay` λ;
+            - `momentum_of`: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM`;
             - `betas`, `eps`: AdamW's, for roles routed to it; β₂ is also that of `row_adam` and `aro_adam`;
             - `polar_method`, `schedule`, `steps`, `compute_dtype`, `kernels`: see `symlm.polar.polar`;
             - `momentum_dtype`: "float32", or "bfloat16" to save memory;
@@ -105,7 +99,6 @@ class SymOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, **DEFAULTS, **options})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a pickled or a loaded state."""
         super().__setstate__(state)
         self.__dict__.setdefault("_originals", Originals())
         self.__dict__.setdefault("_agreement", Agreement())
@@ -126,10 +119,7 @@ class SymOptimizer(torch.optim.Optimizer):
             )
         self._originals.register(getattr(param_group["params"], "holders", ()))
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_group(group)
-        for _, p in named_parameters(group):
-            MatrixView.parse(group["view"]).shape(whole_shape(p))
+        check_group(self.param_groups[-1])
         self._schedules.remember(self.param_groups, self.defaults["lr"])
 
     @property
@@ -196,8 +186,7 @@ class SymOptimizer(torch.optim.Optimizer):
     def verify(self, matrices: int = 4) -> Verification:
         """Check that every route's rule really ran, from what the last step left. No step is made, nothing changes.
 
-        Directions are computed again from the momenta and compared to what their rules promise,
-        `symlm.verification.PROMISES`.
+        Directions are computed again from the momenta and compared to `symlm.verification.PROMISES`.
 
         Args:
             matrices: How many matrices of a parameter are checked.
@@ -216,8 +205,8 @@ class SymOptimizer(torch.optim.Optimizer):
     @property
     def is_sharded(self) -> bool:
         """Whether this rank holds parts of parameters."""
-        parts = (local(p) is not p for group in self.param_groups for p in group["params"])
-        return self._originals.partitioned or any(parts)
+        parameters = (p for group in self.param_groups for p in group["params"])
+        return self._originals.partitioned or any(local(p) is not p for p in parameters)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state by the parameters' names; each state keeps its own dtype: fp32 momentum stays fp32.
@@ -228,8 +217,7 @@ class SymOptimizer(torch.optim.Optimizer):
             state_dict: What `state_dict()` of an optimizer with the same table returned.
 
         Raises:
-            ValueError: Before anything changed: the state is of another kind of optimizer, of other parameters, rules
-                or shapes, or incomplete.
+            ValueError: Before anything changed: the state is of other parameters, rules or shapes, or incomplete.
         """
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:

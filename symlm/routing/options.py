@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from symlm.polar.factor import METHODS
 from symlm.polar.precision import resolve_dtype
 from symlm.polar.schedules import get_schedule
+from symlm.roles.role import whole_shape
 from symlm.rules import get_rule
 from symlm.rules.scaling import SCALES
 from symlm.views.matrix_view import MatrixView
@@ -99,6 +100,7 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
     resolve_dtype(torch.empty(0), group["compute_dtype"])
     for name, p in named_parameters(group):
+        view.shape(whole_shape(p))
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)")
         if is_traceable_wrapper_subclass(p.data) and not hasattr(p, "placements"):
