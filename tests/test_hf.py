@@ -75,3 +75,10 @@ def test_the_factory_takes_arguments_in_second_place():
     assert isinstance(opt, symlm.SymOptimizer)
     opt = factory()(tiny(), TrainingArguments("x", weight_decay=0.3, use_cpu=True, report_to="none"), **kwargs)
     assert opt.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_an_adamw_preset_takes_the_trainers_default_rate_too(tmp_path):
+    line = symlm.hf.trainer_optimizer(preset="adamw")
+    assert trainer(tmp_path, line).create_optimizer().param_groups[0]["lr"] == 5e-5
+    line = symlm.hf.trainer_optimizer(lr=1e-3, preset="adamw")
+    assert trainer(tmp_path, line, learning_rate=1e-3).create_optimizer().param_groups[0]["lr"] == 1e-3
