@@ -105,3 +105,17 @@ def test_groups_have_names_of_their_own():
     names = [group["name"] for group in symlm.param_groups(tiny("phi3"))]
     assert len(set(names)) == len(names)
     assert {"embedding", "lm_head", "mlp_in"} <= set(names)
+
+
+def test_a_filled_rate_reaches_the_others_where_a_role_has_its_own():
+    rate = torch.tensor(0.02)
+    for role in ("embedding", "mlp_in"):
+        rate.fill_(0.02)
+        opt = symlm.SymOptimizer(model := tiny(), lr=rate, overrides={role: {"lr": 5e-3}})
+        before = {group["role"]: float(group["lr"]) for group in opt.param_groups}
+        rate.fill_(0.01)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(model, opt)
+        after = {group["role"]: float(group["lr"]) for group in opt.param_groups}
+        assert after == {name: lr if name == role else pytest.approx(lr / 2) for name, lr in before.items()}
