@@ -1,0 +1,32 @@
+"""A comparison's runs: their commands are read in one thread, by relative paths too."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from evidence import runs
+from recipe import ROOT
+
+
+@pytest.mark.parametrize("jobs", [1, 8])
+def test_arms_are_read_by_relative_paths_however_many_run_at_once(tmp_path, monkeypatch, jobs):
+    """jsonargparse changes the working directory while it reads a file: in many threads a relative path gets lost."""
+    monkeypatch.chdir(ROOT)
+    started = []
+
+    def pretend(command, **_):
+        started.append(command)
+        fields = dict(part.removeprefix("--").split("=", 1) for part in command[2:])
+        folder = Path(fields["out"], fields["name"])
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(runs.subprocess, "run", pretend)
+    bench, arms = Path("recipes/configs/bench/tiny-dense.yaml"), ("adamw", "muon", "default")
+    wanted = [
+        runs.Run(tmp_path, bench, Path(f"recipes/configs/{a}.yaml"), 1.0, seed) for a in arms for seed in range(6)
+    ]
+    runs.execute(wanted, jobs, (), "runs")
+    assert len(started) == len(wanted)
