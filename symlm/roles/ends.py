@@ -161,7 +161,7 @@ def _weights_of(end: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the matrices of a table or a head, inside wrappers too, and not those of adapters on it."""
     for name, p in end.named_parameters():
         path = unwrapped_path(["end", *name.split(".")[:-1]])
-        if path == ["end"] and p.ndim == 2 and whole_shape(p)[1] > 1:
+        if path == ["end"] and len(whole_shape(p)) == 2 and whole_shape(p)[1] > 1:
             yield p
 
 
