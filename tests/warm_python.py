@@ -161,6 +161,7 @@ def become(request: dict, streams: list[int], command: str) -> None:
     code = 0
     try:
         if module:
+            sys.modules.pop(arguments[0], None)  # else runpy warns of it
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(arguments[0], run_name="__main__")
