@@ -135,12 +135,12 @@ def check_options(group: dict[str, Any]) -> None:
     """
     _check_types(group)
     role = group["role"]
-    if min(group[key] for key in NOT_NEGATIVE) < 0 or not 0 <= group["momentum"] < 1:
+    if any(_is_below(group[key], 0) for key in NOT_NEGATIVE) or not _is_mean(group["momentum"]):
         raise ValueError(
             f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
             f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
         )
-    if not all(0 <= beta < 1 for beta in group["betas"]) or group["eps"] < 0:
+    if not all(map(_is_mean, group["betas"])) or _is_below(group["eps"], 0):
         raise ValueError(
             f"group {role}: betas must have 0 <= beta < 1 and eps must not be negative, "
             f"got {group['betas']}, {group['eps']}"
@@ -148,6 +148,17 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 NOT_NEGATIVE = ("lr", "lr_multiplier", "weight_decay", "weight_decay_multiplier")
+
+
+def _is_below(value: float | Tensor, bound: float) -> bool:
+    """Compare a number; one on a device counts as right, since reading it would wait, or break a graph's capture."""
+    return not (isinstance(value, Tensor) and value.device.type != "cpu") and bool(value < bound)
+
+
+def _is_mean(beta: float | Tensor) -> bool:
+    """Tell whether 0 <= beta < 1, as far as it can be read without waiting."""
+    on_device = isinstance(beta, Tensor) and beta.device.type != "cpu"
+    return on_device or bool(0 <= beta < 1)
 
 
 def _check_types(group: dict[str, Any]) -> None:

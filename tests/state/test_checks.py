@@ -9,6 +9,7 @@ from numerics import FP32, relative
 from torch import nn
 
 import symlm
+from symlm.routing.options import check_options
 
 
 def backward(model, seed=0):
@@ -225,3 +226,12 @@ def test_an_option_that_turned_wrong_is_refused_before_anything_moves(option, va
 def test_arguments_of_the_wrong_type_are_refused(arguments):
     with pytest.raises(ValueError, match=r"got|unknown preset"):
         symlm.SymOptimizer(tiny(), **arguments)
+
+
+def test_a_rate_on_a_device_is_not_read_in_a_step():
+    """A meta tensor raises where its value is asked for, as a GPU's would wait, or break the capture of a graph."""
+    (group, *_) = symlm.SymOptimizer(tiny()).param_groups
+    rate = torch.tensor(0.02, device="meta")
+    check_options({**group, "lr": rate, "weight_decay": rate, "betas": (rate, rate)})
+    with pytest.raises(ValueError, match="must not be negative"):
+        check_options({**group, "lr": rate, "weight_decay": -1.0})
