@@ -130,6 +130,20 @@ CASES |= {
     "zero3 small groups": {"kind": "qwen3", **ODD},
     "zero3 secondary": {"kind": "qwen3", **ODD},
 }
+# Every constraint that measures, on heads and whole matrices that shards cut, and on experts.
+CASES |= {f"{kind} constrained": {"kind": "qwen3", **ODD} for kind in ("ddp", "fsdp2", "zero2", "zero3")}
+CASES["fsdp2 experts constrained"] = {"kind": "qwen3_moe", "vocab_size": 61, "num_experts": 5}
+CASES["fsdp2 constrained normuon"] = {"kind": "qwen3", **ODD}
+CONSTRAINED = {
+    "attention_q": {"constraint": "fixed_norm"},
+    "attention_k": {"constraint": "relative", "floor": 3.0},
+    "attention_v": {"constraint": "radial_brake"},
+    "attention_o": {"constraint": "relative+radial_brake+cautious_decay", "view": "heads"},
+    "mlp_in": {"constraint": "fixed_norm"},
+    "mlp_out": {"constraint": "cautious_decay"},
+    "expert_in": {"constraint": "relative+radial_brake", "floor": 3.0},
+    "expert_out": {"constraint": "fixed_norm"},
+}
 CASES |= {f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")}
 WORLDS = {"hsdp": (4,), "hsdp fp32": (4,), "tp fsdp2": (4,), "ddp": (2, 4), "fsdp2": (2, 4), "zero3 secondary": (4,)}
 WORLDS["fsdp2 narrow"] = (2, 4)
@@ -146,7 +160,10 @@ def optimizer_of(case, model):
     preset = next((name for name in ("muon", "aro") if name in case), "default")
     rotation = "layer" if "layer" in case else "own"
     lr = 1e-3 if "fp32" in case else 0.02  # fp32 rounding of the gradients, times the rate, is what remains
-    return symlm.SymOptimizer(model, lr=lr, preset=preset, weight_decay=0.1, rotation=rotation)
+    overrides = {role: dict(values) for role, values in CONSTRAINED.items()} if "constrained" in case else {}
+    if "normuon" in case:
+        overrides["mlp_in"]["rule"] = "normuon"
+    return symlm.SymOptimizer(model, lr, preset, overrides, weight_decay=0.1, rotation=rotation)
 
 
 def run_case(case, rank, world):

@@ -30,6 +30,7 @@ class RoutedParameter:
         view: The view as text, see `symlm.views.MatrixView`.
         rule: The name of the rule.
         scale: The name of the scale.
+        constraint: What a step may do to the weight's size, see `symlm.rules.constraints`.
         lr_multiplier: Its rate over the dial.
         products: Whose matrix products or fused rows its update takes, "torch", "triton" or "triton, fused"; "" for
             neither.
@@ -42,6 +43,7 @@ class RoutedParameter:
     view: str
     rule: str
     scale: str
+    constraint: str
     lr_multiplier: float
     products: str
     why: str
@@ -54,14 +56,14 @@ class Routing(list[RoutedParameter]):
         lines: dict[tuple[str, ...], list[int]] = {}
         for row in self:
             multiplier = f"{row.lr_multiplier:g}"
-            key = (row.role, row.view, row.rule, row.scale, multiplier, row.products, row.why)
+            key = (row.role, row.view, row.rule, row.scale, row.constraint, multiplier, row.products, row.why)
             count = lines.setdefault(key, [0, 0])
             count[0] += 1
             count[1] += prod(row.shape)
-        head = ("role", "tensors", "parameters", "view", "rule", "scale", "lr ×", "products", "why")
+        head = ("role", "tensors", "parameters", "view", "rule", "scale", "constraint", "lr ×", "products", "why")
         body = [(key[0], str(tensors), f"{count:,}", *key[1:]) for key, (tensors, count) in lines.items()]
         widths = [max(len(cells[k]) for cells in (head, *body)) for k in range(len(head))]
-        right = (1, 2, 6)
+        right = (1, 2, 7)
         return "\n".join(
             "  ".join(
                 cell.rjust(width) if k in right else cell.ljust(width)
@@ -106,6 +108,7 @@ def describe_routing(
             str(view_of(site, role, table[role].view)),
             table[role].rule,
             table[role].scale,
+            table[role].constraint,
             settings.get(role, {}).get("lr", lr * table[role].lr) / lr,
             _products(site, role, table[role], {"kernels": kernels, **settings.get(role, {})}),
             "set by overrides" if set(settings.get(role, ())) & {"rule", "view"} else table[role].why,

@@ -15,7 +15,8 @@ from symlm.polar.factor import METHODS
 from symlm.polar.precision import resolve_dtype
 from symlm.polar.schedules import get_schedule
 from symlm.roles.role import whole_shape
-from symlm.rules import get_rule
+from symlm.rules import Rule, get_rule
+from symlm.rules.constraints import get_constraint
 from symlm.rules.scaling import SCALES
 from symlm.views.matrix_view import MatrixView
 from symlm.views.storage import WHOLE
@@ -26,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "momentum_of": "gradients",
     "weight_decay": 0.0,
     "weight_decay_multiplier": 1.0,
+    "constraint": "decay",
+    "floor": 0.57,  # 0.0143 of the weight's norm at the rate 0.025: modded-nanogpt, track 3
     "lr_multiplier": 1.0,  # of the group's lr, where frameworks log that of the first group: it is the dial itself
     "betas": (0.9, 0.95),
     "eps": 1e-8,
@@ -82,6 +85,7 @@ def check_group(group: dict[str, Any]) -> None:
             f"group {role}: rule {rule.name!r} has a state, which needs {needed}, and its view is {view}; set "
             f"another rule, e.g. overrides={{{role!r}: {{'rule': 'row_norm'}}}}"
         )
+    check_constraint(role, rule, group["constraint"])
     check_options(group)
     get_schedule(group["schedule"]).steps(group["steps"])
     choices = {
@@ -112,6 +116,26 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} is expanded, many of its entries are one number: make it a tensor of its own")
 
 
+def check_constraint(role: str, rule: Rule, name: str) -> None:
+    """Refuse a constraint that the rule's step cannot respect.
+
+    Args:
+        role: The group's role, for the message.
+        rule: Its rule.
+        name: The name of the constraint.
+
+    Raises:
+        ValueError: It is unknown; or it measures matrices, or compares signs, where a rule's step goes by rows or is
+            torch's AdamW.
+    """
+    constraint = get_constraint(name)
+    if (constraint.measures and (rule.row_map or rule.elementwise)) or (constraint.cautious and rule.elementwise):
+        raise ValueError(
+            f"group {role}: constraint {name!r} needs a whole step at once, and rule {rule.name!r} is not taken at "
+            "once; set its constraint to 'decay' or 'none', or another rule"
+        )
+
+
 def is_number(value: Any) -> bool:
     """Tell whether a value is a finite real number, or a tensor of one; a bool is not.
 
@@ -137,8 +161,8 @@ def check_options(group: dict[str, Any]) -> None:
     role = group["role"]
     if any(_is_below(group[key], 0) for key in NOT_NEGATIVE) or not _is_mean(group["momentum"]):
         raise ValueError(
-            f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
-            f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
+            f"group {role}: lr, weight_decay and floor must not be negative and 0 <= momentum < 1, "
+            f"got {group['lr']}, {group['weight_decay']}, {group['floor']}, {group['momentum']}"
         )
     if not all(map(_is_mean, group["betas"])) or _is_below(group["eps"], 0):
         raise ValueError(
@@ -147,7 +171,7 @@ def check_options(group: dict[str, Any]) -> None:
         )
 
 
-NOT_NEGATIVE = ("lr", "lr_multiplier", "weight_decay", "weight_decay_multiplier")
+NOT_NEGATIVE = ("lr", "lr_multiplier", "weight_decay", "weight_decay_multiplier", "floor")
 
 
 def _is_below(value: float | Tensor, bound: float) -> bool:
@@ -163,7 +187,7 @@ def _is_mean(beta: float | Tensor) -> bool:
 
 def _check_types(group: dict[str, Any]) -> None:
     """Raises: ValueError, with option and value, for what is not of the option's type."""
-    numbers = ("lr", "lr_multiplier", "momentum", "weight_decay", "weight_decay_multiplier", "eps")
+    numbers = ("lr", "lr_multiplier", "momentum", "weight_decay", "weight_decay_multiplier", "floor", "eps")
     wrong = [(key, "a finite number") for key in numbers if not is_number(group[key])]
     wrong += [(key, "True or False") for key in ("nesterov", "shared") if not isinstance(group[key], bool)]
     if not isinstance(group["steps"], int) or isinstance(group["steps"], bool):

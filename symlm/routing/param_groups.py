@@ -12,6 +12,7 @@ from symlm.routing.options import DEFAULTS, ROUTED, is_number, refuse_unknown
 from symlm.routing.presets import get_preset
 from symlm.routing.table import ADAMW, GRANULARITIES, Route, Table
 from symlm.rules import get_rule
+from symlm.rules.constraints import get_constraint
 from symlm.rules.scaling import SCALES
 from symlm.views.storage import view_of
 
@@ -77,7 +78,7 @@ def param_groups(
     return list(groups.values())
 
 
-ROUTE_KEYS = ("rule", "view", "scale")
+ROUTE_KEYS = ("rule", "view", "scale", "constraint")
 
 
 # What a bad gradient does, and what a parameter is, are not a role's options.
@@ -106,6 +107,8 @@ def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, di
             refuse_unknown(f"overrides[{role!r}] key", key, OVERRIDABLE)
         if "rule" in values:
             get_rule(values["rule"])
+        if "constraint" in values:
+            get_constraint(values["constraint"])
         for key, allowed in (("scale", list(SCALES)), ("view", list(GRANULARITIES))):
             if values.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}")
@@ -146,6 +149,7 @@ def _group(role: Role, view: str, route: Route, lr: float | Tensor, settings: di
         "outputs": "columns" if route.view == "transposed" else "rows",
         "rule": route.rule,
         "scale": route.scale,
+        "constraint": route.constraint,
         "weight_decay_multiplier": 1.0 if "weight_decay" in options else route.weight_decay,
         **route.options,
         **options,

@@ -10,6 +10,7 @@ from typing import Any
 
 from symlm.roles.role import Role
 from symlm.rules import get_rule
+from symlm.rules.constraints import get_constraint
 from symlm.rules.scaling import SCALES
 from symlm.symmetry import Symmetry, permutations, rotations, trivial
 
@@ -50,6 +51,7 @@ class Route:
         weight_decay: The multiple of the optimizer's weight decay.
         why: The reason, for the reader of `describe_routing`.
         options: Options of the optimizer for this role; those that the user sets come first.
+        constraint: What a step may do to the weight's size, see `symlm.rules.constraints`.
     """
 
     rule: str
@@ -59,6 +61,7 @@ class Route:
     weight_decay: float = 1.0
     why: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    constraint: str = "decay"
 
 
 Table = Mapping[Role, Route]
@@ -83,9 +86,15 @@ def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Rol
         raise ValueError(f"the table has no route for {missing}; give one for every role")
     for role, route in routes.items():
         claim = get_rule(route.rule).symmetry
+        sized = get_constraint(route.constraint).symmetry
         for key, name, allowed in (("view", route.view, GRANULARITIES), ("scale", route.scale, list(SCALES))):
             if name not in allowed:
                 raise ValueError(f"route of {role}: unknown {key} {name!r}; choose one of {allowed}")
+        if not baseline and not replace(SYMMETRIES[role], shift=False) <= sized:
+            raise ValueError(
+                f"route of {role}: its symmetry {SYMMETRIES[role]} is larger than what {route.constraint!r} preserves, "
+                f"{sized}; choose a constraint that claims more, or baseline=True"
+            )
         if not baseline and not SYMMETRIES[role] <= claim:
             raise ValueError(
                 f"route of {role}: its symmetry {SYMMETRIES[role]} is larger than what {route.rule!r} preserves, "

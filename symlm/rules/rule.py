@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -97,7 +98,8 @@ class Rule:
         """
         if M.ndim < 2:
             raise ValueError(f"rule {self.name!r} expects matrices (..., m, n), got shape {tuple(M.shape)}; reshape M")
-        return self.direction(M, self.refreshed(M, self.start(M)), polar=polar)
+        polar = cache(polar)  # of M: the refresh and the direction may both ask for it
+        return self.direction(M, self.refreshed(M, self.start(M), polar=polar), polar=polar)
 
     def start(self, M: Tensor) -> dict[str, Tensor]:
         """Return the state before the first step.
@@ -117,6 +119,7 @@ class Rule:
         beta2: float = 0.95,
         shared_rotation: Tensor | None = None,
         step: Any = 1,
+        polar: Polar = polar_factor,
     ) -> dict[str, Tensor]:
         """Return the state after a step of M, `refresh(M, s)`.
 
@@ -126,11 +129,12 @@ class Rule:
             beta2: The decay β₂ of the means over steps, where the state is one.
             shared_rotation: The next rotation, where the matrices of a layer share one.
             step: How often the state was refreshed, this time included.
+            polar: How polar factors are computed.
 
         Returns:
             The state tensors by name; empty for a rule without state.
         """
-        arguments = {"beta2": beta2, "shared_rotation": shared_rotation, "step": step, **state}
+        arguments = {"beta2": beta2, "shared_rotation": shared_rotation, "step": step, "polar": polar, **state}
         return _call(self.refresh, M, arguments) if self.refresh else {}
 
     def pulled(self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95) -> Tensor:

@@ -1,9 +1,9 @@
 """Rules by polar factors: those of dense matrices, and the two hybrids with rows of unit length."""
 
-from symlm_kernels.reference import center, unit_rows
+from symlm_kernels.reference import center, normal, unit_rows
 from torch import Tensor
 
-from symlm.rules.rule import CENTERED_ROWS, DENSE, ROWS, Polar, rule
+from symlm.rules.rule import A_NUMBER_A_ROW, CENTERED_ROWS, DENSE, ROWS, Polar, rule
 from symlm.rules.scaling import nuclear_norm
 
 
@@ -107,6 +107,32 @@ def polar_then_row(M: Tensor, polar: Polar) -> Tensor:
         arXiv 2605.18106, the published code, which has the hybrid in either order.
     """
     return unit_rows(polar(M))
+
+
+def _mean_square(M: Tensor, polar: Polar, row_square: Tensor, beta2: float) -> dict[str, Tensor]:
+    """Refresh the mean square of each row of the polar factor, `v_i <- β₂v_i + (1−β₂)·mean_j U_ij²`."""
+    return {"row_square": row_square.lerp(polar(M).square().mean(dim=-1, keepdim=True), 1 - beta2)}
+
+
+@rule(ROWS, state={"row_square": A_NUMBER_A_ROW}, refresh=_mean_square)
+def normuon(M: Tensor, polar: Polar, row_square: Tensor) -> Tensor:
+    """Return the polar factor with rows over their size in the mean of steps, `U_i/√v_i` at U's Frobenius norm.
+
+    Args:
+        M: The momentum, (..., m, n).
+        polar: How polar factors are computed.
+        row_square: The mean squares v after this step, (..., m, 1); a bias of all rows cancels in the norm.
+
+    Returns:
+        The directions, same shape; a row of zeros stays one.
+
+    Source:
+        NorMuon, arXiv 2510.05491.
+    """
+    U = polar(M)
+    scaled = U / normal(row_square).sqrt()
+    norm = scaled.norm(dim=(-2, -1), keepdim=True)
+    return scaled * (U.norm(dim=(-2, -1), keepdim=True) / normal(norm))
 
 
 @rule(CENTERED_ROWS)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symlm.distributed.layout import layout_of
 from symlm.routing.options import named_parameters
+from symlm.rules.constraints import get_constraint
 
 MEANS = ("momentum", "exp_avg")
 
@@ -30,6 +32,11 @@ def check_parameters(group: dict[str, Any], states: Mapping[Tensor, dict[str, An
             raise RuntimeError(
                 f"{name} is {p.dtype} now, which this optimizer was not built for: convert the model before you build "
                 "SymOptimizer, to float32 or bfloat16 (autocast may compute in float16)"
+            )
+        if get_constraint(group["constraint"]).measures and layout_of(p, group["shared"]).gathered:
+            raise RuntimeError(
+                f"{name} is placed as {list(p.placements)}, and constraint {group['constraint']!r} measures whole "  # type: ignore[attr-defined]
+                "matrices, which it can where rows are sharded over one axis of the mesh: use 'decay'"
             )
         if mean is not None and mean.shape != p.shape:
             raise RuntimeError(

@@ -1,5 +1,6 @@
 """From whole momenta to directions `s·U(M)`, all of one shape as one stack, and the cost of that."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def _stack_directions(
     rule, stack, shape = get_rule(group["rule"]), view.to_matrices(momenta), tuple(momenta.shape)
     count = len(stack) // len(momenta)
     settings: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
+    if rule.state:  # the refresh and the direction may both ask for it
+        settings["polar"] = cache(settings["polar"])
     if rule.state and states:
         parts = {key: [state[key].view(count, -1, state[key].shape[-1]) for state in states] for key in rule.state}
         stacked = {key: torch.cat(part) for key, part in parts.items()}
@@ -79,7 +82,8 @@ def _stack_directions(
         stacked = rule.start(stack)
     if refresh:
         shared_rotation = stacked["rotation"] if shares_layer_rotation(group) else None
-        stacked = rule.refreshed(stack, stacked, settings["beta2"], shared_rotation, settings.get("step", 1))
+        step, polar = settings.get("step", 1), settings["polar"]
+        stacked = rule.refreshed(stack, stacked, settings["beta2"], shared_rotation, step, polar)
     U = rule.direction(stack, stacked, **settings).mul_(scale_of(group, view, shape[1:]))
     after = [{key: value[k * count : (k + 1) * count] for key, value in stacked.items()} for k in range(len(momenta))]
     return view.from_matrices(U, shape), after

@@ -58,7 +58,7 @@ def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor
         beta1=group["betas"][0],
         beta2=group["betas"][1],
         lr=group["lr"],
-        weight_decay=group["weight_decay"] * group["weight_decay_multiplier"],
+        weight_decay=group["weight_decay"] * group["weight_decay_multiplier"] * (group["constraint"] != "none"),
         eps=group["eps"],
         maximize=False,
     )

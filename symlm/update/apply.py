@@ -1,4 +1,4 @@
-"""Phase 3: from a direction to the weight."""
+"""Phase 3: from a direction to the weight, under the constraint of its route."""
 
 from typing import Any
 
@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from symlm.distributed.layout import Layout
+from symlm.rules.constraints import get_constraint
 from symlm.step.member import Member
 from symlm.step.momentum import masked
 from symlm.step.rows.blocks import Block
+from symlm.update.constrained import factors
 
 
 def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Tensor:
-    """Update a block of weights, `W <- (1 − ηλ)W − η·s·U`; with a momentum of directions, that takes the place of U.
+    """Update a block of weights, `W <- (1 − ηλ)W − η·s·U` under `decay`; see `symlm.rules.constraints` for the others.
+
+    With a momentum of directions, that takes the place of U.
 
     Args:
         group: The parameter group.
@@ -25,16 +29,16 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
         `Σ(ηsU)²` over the block, from which the diagnostics compute the size of a role's update.
     """
     lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
-    decay = group["weight_decay"] * group["weight_decay_multiplier"]
-    decay_factor = 1 - lr * decay
+    if group["momentum_of"] == "directions":
+        momenta = [block.of(member.momentum) for member in members]
+        pairs = zip(momenta, updates, strict=True)
+        updates = [M.lerp_(masked(U, M, finite), 1 - group["momentum"]) for M, U in pairs]
+    if get_constraint(group["constraint"]).measures:
+        return _apply_measured(group, members, updates, lr)
     norms, steps = [], []
     for member, U in zip(members, updates, strict=True):
         W = block.of(member.master)
-        if group["momentum_of"] == "directions":
-            M = block.of(member.momentum)
-            U = M.lerp_(masked(U, M, finite), 1 - group["momentum"])
-        if decay:
-            W.mul_(decay_factor)
+        _decay(group, W, U, lr)
         active = None if member.active is None else _spread(member.active, member.layout, U)
         norms.append(_norm(U, active))
         steps.append(finite if active is None or active.ndim else active)
@@ -48,6 +52,32 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
     if any(member.active is not None for member in members):  # one launch for all members
         sizes = sizes * torch.stack([step.to(sizes.dtype) for step in steps])
     return (lr * sizes).square().sum()
+
+
+def _decay(group: dict[str, Any], W: Tensor, U: Tensor, lr: float | Tensor) -> None:
+    """Decay a block of weights, in place: all entries, or those that the step makes smaller."""
+    constraint = get_constraint(group["constraint"])
+    rate = lr * (group["weight_decay"] * group["weight_decay_multiplier"])
+    if group["weight_decay"] and constraint.cautious:
+        W.mul_(1 - rate * (U * W > 0))
+    elif group["weight_decay"] * group["weight_decay_multiplier"] and "decay" in constraint.parts:
+        W.mul_(1 - rate)
+
+
+def _apply_measured(group: dict[str, Any], members: list[Member], updates: list[Tensor], lr: float | Tensor) -> Tensor:
+    """Update weights under a constraint that measures them, `W <- κW − γU`; return `Σ(γU)²`."""
+    squares = []
+    for member, U, (keep, move) in zip(members, updates, factors(group, members, updates, lr), strict=True):
+        W = member.master
+        if member.active is not None:
+            active = _spread(member.active, member.layout, U)
+            keep, move = torch.where(active > 0, keep, 1.0), move * active
+        change = U * move
+        squares.append(change.square().sum())
+        W.mul_(keep).sub_(change)
+        if get_constraint(group["constraint"]).cautious:
+            _decay(group, W, U, lr)
+    return torch.stack(squares).sum()
 
 
 def _spread(active: Tensor, layout: Layout, U: Tensor) -> Tensor:

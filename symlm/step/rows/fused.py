@@ -36,7 +36,7 @@ def serves(group: dict[str, Any], layout: Layout, W: Tensor) -> bool:
         RuntimeError: The group's `kernels` is "triton", and Triton cannot run here.
     """
     rule = get_rule(group["rule"])
-    if not rule.fused or group["momentum_of"] != "gradients":
+    if not rule.fused or group["momentum_of"] != "gradients" or group["constraint"] != "decay":
         return False
     if cut_rows(layout) or ((rule.symmetry.shift or rule.whitens) and not layout.whole):
         return False

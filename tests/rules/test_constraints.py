@@ -1,0 +1,148 @@
+"""Every constraint is its source's formula in float64, matrix by matrix, and keeps the symmetry that it claims."""
+
+import pytest
+import torch
+from numerics import EXACT, MUST_FAIL, relative
+from torch import nn
+
+import symlm
+from symlm.roles.role import Role
+from symlm.routing import ROUTES, Route, make_table
+from symlm.rules.constraints import CONSTRAINTS, get_constraint
+from symlm.symmetry import Symmetry, act, rotations, signed_permutations
+
+LR, DECAY, FLOOR = 0.3, 0.2, 4.0
+NAMES = [*CONSTRAINTS, "relative+radial_brake", "cautious_decay+radial_brake", "decay+relative"]
+
+
+def matrix(m, n, seed=0):
+    return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def stepped(name, W, G, view="whole"):
+    """Return W after one step of G's polar factor under the constraint, and that factor, both by the optimizer."""
+    net = nn.Module()
+    net.weight = nn.Parameter(W.clone())
+    net.weight.grad = G.clone()
+    settings = {"matrix": {"constraint": name, "scale": "unit", "polar_method": "svd", "lr": LR, "floor": FLOOR}}
+    options = {"momentum": 0.0, "nesterov": False, "weight_decay": DECAY}
+    symlm.SymOptimizer(net, 0.02, "muon", settings, {"weight": "matrix"}, **options).step()
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    return net.weight.detach(), U @ Vh
+
+
+def on_sphere(W, X):
+    return X * W.norm() / X.norm()
+
+
+def floored(W, U):
+    return U * max(1.0, (FLOOR * W.norm() / U.norm()).item())
+
+
+def braked(W, U):
+    """The growth along W is halved, and the norm after the step is the norm before times 1 + c."""
+    c = (-LR * U * W).sum() / W.square().sum()
+    X = W - LR * U
+    return X * W.norm() * (1 + (c / 2 if c > 0 else c)) / X.norm()
+
+
+def cautious(W, U):
+    return W * (1 - LR * DECAY * (U * W > 0))
+
+
+FORMULAS = {
+    "none": lambda W, U: W - LR * U,
+    "decay": lambda W, U: (1 - LR * DECAY) * W - LR * U,
+    "cautious_decay": lambda W, U: cautious(W, U) - LR * U,
+    "fixed_norm": lambda W, U: on_sphere(W, W - LR * W.norm() * U / U.norm()),
+    "relative": lambda W, U: W - LR * floored(W, U),
+    "radial_brake": braked,
+    "relative+radial_brake": lambda W, U: braked(W, floored(W, U)),
+    "cautious_decay+radial_brake": lambda W, U: cautious(braked(W, U), U),
+    "decay+relative": lambda W, U: (1 - LR * DECAY) * W - LR * floored(W, U),
+}
+
+
+def test_every_constraint_has_a_formula_here():
+    assert set(FORMULAS) == set(NAMES)
+
+
+@pytest.mark.parametrize("sign", [1, -1])  # the weight grows, and shrinks
+@pytest.mark.parametrize("name", NAMES)
+def test_constraint_is_its_formula(name, sign):
+    W = matrix(6, 9)
+    G = sign * (matrix(6, 9, 1) - W)
+    found, U = stepped(name, W, G)
+    assert relative(found, FORMULAS[name](W, U)) < EXACT
+    assert relative(found, W - LR * U) > MUST_FAIL / 5 or name in ("none", "radial_brake")
+
+
+@pytest.mark.parametrize("name", [*NAMES[:2], *NAMES[3:7]])
+def test_no_rotation_changes_what_a_constraint_does(name):
+    W, G = matrix(6, 9), matrix(6, 9, 1)
+    L, R = Symmetry(rotations, rotations).sample(6, 9, torch.Generator().manual_seed(0))
+    assert get_constraint(name).symmetry == Symmetry(rotations, rotations)
+    assert relative(stepped(name, act(W, L, R), act(G, L, R))[0], act(stepped(name, W, G)[0], L, R)) < EXACT
+
+
+def test_the_cautious_decay_keeps_signed_permutations_and_no_rotation():
+    W, G = matrix(6, 9), matrix(6, 9, 1)
+    claim = get_constraint("cautious_decay+radial_brake").symmetry
+    assert claim == Symmetry(signed_permutations, signed_permutations)
+    for symmetry, holds in ((claim, True), (Symmetry(rotations, rotations), False)):
+        L, R = symmetry.sample(6, 9, torch.Generator().manual_seed(0))
+        moved = stepped("cautious_decay", act(W, L, R), act(G, L, R))[0]
+        departure = relative(moved, act(stepped("cautious_decay", W, G)[0], L, R))
+        assert (departure < EXACT) if holds else (departure > 1e-3)
+
+
+@pytest.mark.parametrize("name", ["fixed_norm", "relative", "radial_brake", "relative+radial_brake"])
+def test_a_weight_or_a_gradient_of_zeros_is_harmless(name):
+    zero, G = torch.zeros(6, 9, dtype=torch.float64), matrix(6, 9, 1)
+    free, U = stepped(name, zero, G)
+    assert relative(free, -LR * U) < EXACT  # a weight of zeros has no size: the first step is free
+    W = matrix(6, 9)
+    net = nn.Linear(9, 6, bias=False).double()
+    net.weight.data = W.clone()
+    net.weight.grad = zero.clone()
+    symlm.SymOptimizer(net, 0.1, "muon", {"matrix": {"constraint": name}}, {"weight": "matrix"}).step()
+    assert torch.equal(net.weight.detach(), W)
+
+
+def test_a_head_has_a_norm_of_its_own():
+    from models import tiny
+
+    model = tiny(vocab_size=61, dtype=torch.float64)
+    q = model.model.layers[0].self_attn.q_proj.weight
+    heads = (model.config.num_attention_heads, -1)
+    before = q.detach().clone().view(*heads).norm(dim=1)
+    optimizer = symlm.SymOptimizer(model, 0.1, overrides={"attention_q": {"constraint": "fixed_norm"}})
+    ids = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert relative(q.detach().view(*heads).norm(dim=1), before) < EXACT
+    assert relative(q.detach().view(*heads), before[:, None]) > MUST_FAIL
+
+
+def test_a_table_refuses_a_constraint_of_a_smaller_symmetry():
+    route = Route("polar", constraint="cautious_decay")
+    with pytest.raises(ValueError, match="larger than what 'cautious_decay' preserves"):
+        make_table({**ROUTES, Role.MATRIX: route})
+    assert make_table({**ROUTES, Role.MATRIX: route}, baseline=True)[Role.MATRIX] == route
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"matrix": {"constraint": "sphere"}}, "unknown constraint 'sphere'"),
+        ({"lm_head": {"constraint": "relative"}}, "group lm_head: constraint 'relative' needs a whole step at once"),
+        ({"vector": {"constraint": "cautious_decay"}}, "group vector: constraint 'cautious_decay' needs a whole step"),
+        ({"mlp_in": {"constraint": "relative", "floor": -1.0}}, "floor must not be negative"),
+    ],
+)
+def test_a_constraint_that_cannot_be_respected_is_refused_by_name(values, message):
+    from models import tiny
+
+    with pytest.raises(ValueError, match=message):
+        symlm.SymOptimizer(tiny(vocab_size=61), overrides=values)
