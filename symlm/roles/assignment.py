@@ -6,9 +6,11 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from symlm.roles.ends import HEADS, EndMatrices
+from symlm.roles.ends import EndMatrices
+from symlm.roles.recognizers.attention import is_fused
+from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.role import Role, Site
-from symlm.roles.structure import classify, is_fused
+from symlm.roles.structure import classify
 from symlm.roles.wrappers import unwrapped_path
 
 
@@ -131,11 +133,11 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         parts = unwrapped_path(path.split(".")) if path else []
         if len(parts) > 1 and parts[-1].isdigit() and parts[-2] in IN_A_LIST:
             parts = parts[:-1]
-        parent = modules.get(".".join(parts[:-1])) if parts else None
+        above = tuple(modules[".".join(parts[:k])] for k in range(len(parts) - 1, -1, -1)) if path else ()
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not is_quantized(parameter):
                 name = f"{path}.{key}" if path else key
-                yield Site(name, parameter, module, parent, tuple(parts))
+                yield Site(name, parameter, module, above, tuple(parts))
 
 
 IN_A_LIST = ("to_out",)  # a projection that stands first in a list, its dropout behind it

@@ -5,13 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from symlm.roles.recognizers.logits import HEADS, caps_logits
 from symlm.roles.role import Role, Site, whole_shape
 from symlm.roles.wrappers import inner_module, unwrapped_path
-
-HEADS = (
-    *("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier"),
-    *("to_logits", "logits", "unembedding", "vocab_proj"),
-)
 
 
 class EndMatrices:
@@ -49,6 +45,8 @@ class EndMatrices:
             The role, or None for any other parameter.
         """
         is_input = id(site.parameter) in self.inputs
+        if is_input and site.path and "bias" in site.path[-1]:
+            return Role.VECTOR  # a number for each bucket and head: no rotation mixes heads
         if id(site.parameter) in self.outputs or self._is_named_head(site):
             return Role.TIED_EMBEDDING if is_input else Role.LM_HEAD
         return Role.EMBEDDING if is_input else None
@@ -74,6 +72,16 @@ class EndMatrices:
         blocks = any("attention" in type(module).__name__.lower() for module in self.modules.values())
         return blocks and site.leaf in HEADS
 
+    def is_capped(self, site: Site) -> bool:
+        """Tell whether the logits of a head are capped, by the nearest module around it that shows it.
+
+        Args:
+            site: The head's site.
+        """
+        around = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
+        said = (caps_logits(module) for module in around if module is not None)
+        return next((capped for capped in said if capped is not None), False)
+
     def _ends(self, getter: str) -> Iterator[nn.Module]:
         """Yield the modules that any module's getter returns."""
         for module in self.modules.values():
@@ -85,7 +93,8 @@ class EndMatrices:
                 yield end
 
     def _is_named_head(self, site: Site) -> bool:
-        if site.leaf not in HEADS or len(site.shape) != 2 or min(site.shape) < 2:
+        in_a_list = len(site.path) > 1 and site.path[-1].isdigit() and site.path[-2].rstrip("s") in HEADS
+        if (site.leaf not in HEADS and not in_a_list) or len(site.shape) != 2 or min(site.shape) < 2:
             return False
         if not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not isinstance(site.module, nn.Linear):
             return False

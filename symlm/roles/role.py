@@ -9,14 +9,18 @@ from torch import Tensor, nn
 class Role(StrEnum):
     """Name a class of parameters with a symmetry of its own.
 
-    `attention_qkv` is a projection that fuses several of q, k and v, `lora` is a factor of a low-rank adapter, `matrix`
-    is any other dense matrix, and `vector` is what is not a matrix.
+    `capped_lm_head` and `sigmoid_router` are those whose loss feels a shift of all rows. `attention_qkv` is a
+    projection that fuses several of q, k and v. `mlp_in` and `mlp_out` read the residual stream into channels that
+    nothing mixes, and out of them: an MLP, a state space, a gate, a low rank with a norm inside. `lora` is a factor of
+    a low-rank adapter, `matrix` is any other dense matrix, and `vector` is what is not a matrix.
     """
 
     EMBEDDING = "embedding"
     LM_HEAD = "lm_head"
+    CAPPED_LM_HEAD = "capped_lm_head"
     TIED_EMBEDDING = "tied_embedding"
     ROUTER = "router"
+    SIGMOID_ROUTER = "sigmoid_router"
     ATTENTION_Q = "attention_q"
     ATTENTION_K = "attention_k"
     ATTENTION_V = "attention_v"
@@ -51,14 +55,14 @@ class Site:
         name: The full name.
         parameter: The parameter.
         module: The module that holds it.
-        parent: The module that holds that module, wrappers left out; None at the root.
+        ancestors: The modules around that module, the nearest first, wrappers left out.
         path: The parts of the module's path, wrappers left out.
     """
 
     name: str
     parameter: nn.Parameter
     module: nn.Module
-    parent: nn.Module | None
+    ancestors: tuple[nn.Module, ...] = ()
     path: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -88,16 +92,9 @@ class Site:
         return type(self.module).__name__ == "Conv1D" or bool(getattr(self.module, "is_transposed", False))
 
     @property
-    def fused(self) -> str | None:
-        """The order of q, k and v in this fused projection, if the parent's class is in `FUSED_ATTENTION`."""
-        order = FUSED_ATTENTION.get((type(self.parent).__name__, self.leaf))
-        return "k v" if order == "q k v" and getattr(self.parent, "is_cross_attention", False) else order
+    def parent(self) -> nn.Module | None:
+        """The module that holds the parameter's module; None at the root."""
+        return self.ancestors[0] if self.ancestors else None
 
 
 TENSORS = ("weight", "bias", "weight_v", "weight_g", "weight_orig")  # of the old weight_norm and spectral_norm
-FUSED_ATTENTION = {
-    ("Phi3Attention", "qkv_proj"): "q k v",
-    ("GPT2Attention", "c_attn"): "q k v",
-    ("GPTNeoXAttention", "query_key_value"): "heads of q k v",
-    ("DeepseekV3Attention", "kv_b_proj"): "heads of k v",
-}

@@ -1,43 +1,17 @@
 """The role of one parameter, from the structure around it first and from its name last."""
 
-import re
-
 from torch import nn
 
 from symlm.roles.ends import EndMatrices
+from symlm.roles.recognizers.attention import attention_role, is_dense, is_fused
+from symlm.roles.recognizers.channels import channel_role, is_mixer, role_by_shapes
+from symlm.roles.recognizers.leaves import leaf_role
+from symlm.roles.recognizers.logits import ignores_a_shift
 from symlm.roles.role import Role, Site
 
-TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query` or `q_lin` have them
-    Role.ATTENTION_Q: {"q", "qs", "query", "queries", "wq"},
-    Role.ATTENTION_K: {"k", "ks", "key", "keys", "wk"},
-    Role.ATTENTION_V: {"v", "vs", "value", "values", "wv"},
-    Role.ATTENTION_O: {"o", "out", "output", "dense", "wo"},
-}
-FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "layer"}
-OUTPUTS = ("c_proj", "proj")
-FUSED_TOKENS = {
-    *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
-    *("wqkv", "wkv", "wqk", "wpack"),
-}
-FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
-NOT_FUSED = ("kv_a_proj_with_mqa",)  # a view splits it
-BESIDE_FUSED = {
-    **dict.fromkeys(("q_proj", "q_b_proj", "q_attn"), Role.ATTENTION_Q),
-    "k_proj": Role.ATTENTION_K,
-    "v_proj": Role.ATTENTION_V,
-    **dict.fromkeys(("o_proj", "out_proj", "c_proj", "dense"), Role.ATTENTION_O),
-}
-
-
-MLP = {
-    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h"), Role.MLP_IN),
-    **dict.fromkeys(("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h"), Role.MLP_OUT),
-}
-
-
 EXPERTS = {
-    **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj"), Role.EXPERT_IN),
-    "down_proj": Role.EXPERT_OUT,
+    **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "input_linear", "w1", "w3", "wi", "w13"), Role.EXPERT_IN),
+    **dict.fromkeys(("down_proj", "output_linear", "w2", "wo"), Role.EXPERT_OUT),
 }
 
 
@@ -56,70 +30,35 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
     """
     shape, owner = site.shape, type(site.module).__name__
     if role := ends.role(site):
-        return role
+        return Role.CAPPED_LM_HEAD if role is Role.LM_HEAD and ends.is_capped(site) else role
     if len(shape) == 3 and owner.endswith("Experts"):
-        return EXPERTS.get(site.leaf)
+        queries = type(site.parent).__name__.endswith("MoA")  # experts that are queries and outputs of an attention
+        return Role.MATRIX if queries else EXPERTS.get(site.leaf)
     if len(shape) == 2 and any(name in site.name for name in ADAPTERS):
         return Role.LORA
     if len(shape) <= 1 or site.name.endswith("bias") or (len(shape) == 2 and 1 in shape):
         return Role.VECTOR
     if len(shape) == 2 and _is_router(site, owner):
-        return Role.ROUTER
-    if len(shape) != 2 or not (_is_linear(site) or owner == "Conv1D"):
-        return None
-    role = _classify_linear(site)
-    return None if role is Role.MATRIX and ends.is_unclear(site) else role
-
-
-def _classify_linear(site: Site) -> Role | None:
-    """Find the role of a dense projection by its block: attention, MLP, or neither."""
-    if site.fused:
-        return Role.ATTENTION_QKV
-    if is_fused(site.leaf):
-        return None
-    children = {name for name, _ in site.parent.named_children()} if site.parent else set()
-    if site.leaf in MLP and {MLP.get(name) for name in children} >= {Role.MLP_IN, Role.MLP_OUT}:
-        return MLP[site.leaf]
-    beside = {projection(name) for name in children}
-    if beside >= {Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V} and (role := projection(site.leaf)):
+        return Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
+    if len(shape) != 2 or not (is_dense(site.module) or site.leaf == "in_proj_weight"):
+        return leaf_role(site)
+    mixes = site.parent is not None and is_mixer(site.parent)
+    role = channel_role(site) if mixes else attention_role(site) or channel_role(site)
+    if role or (is_fused(site.leaf) and shape[0] != shape[1]) or site.leaf == "gate_up_proj":
         return role
-    if "attention" in type(site.parent).__name__.lower() and site.leaf in BESIDE_FUSED:
-        return BESIDE_FUSED[site.leaf]
-    return None if site.leaf == "gate_up_proj" else Role.MATRIX
-
-
-def projection(leaf: str) -> Role | None:
-    """Return which projection of an attention a name is for, if any; it counts where q, k and v stand together.
-
-    Args:
-        leaf: The name of the projection.
-    """
-    tokens = set(_parts(leaf)) - FILLERS
-    roles = [role for role, names in TOKENS.items() if tokens and tokens <= names]
-    return roles[0] if roles else Role.ATTENTION_O if leaf in OUTPUTS else None
-
-
-def is_fused(leaf: str) -> bool:
-    """Tell whether a projection's name says that it fuses several, in an order that only the module's code shows.
-
-    Args:
-        leaf: The name of the projection.
-    """
-    return leaf not in NOT_FUSED and (leaf.lower() in FUSED_NAMES or bool(FUSED_TOKENS & set(_parts(leaf))))
-
-
-def _parts(leaf: str) -> list[str]:
-    """Cut a name at underscores, at numbers behind it, and where a capital follows a small letter."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])|\d+$", "_", leaf).lower().strip("_").split("_")
+    return None if ends.is_unclear(site) else role_by_shapes(site, ends.inputs | ends.outputs) or Role.MATRIX
 
 
 def _is_router(site: Site, owner: str) -> bool:
     """Decide by the class of the module or its parent, or by experts beside a linear layer named gate or router."""
-    if owner.lower().endswith("router") or type(site.parent).__name__.lower().endswith("router"):
+    above = [*site.ancestors[:2], None, None]
+    if owner.lower().endswith("router"):
         return True
-    return isinstance(site.module, nn.Linear) and hasattr(site.parent, "experts") and site.leaf in ("gate", "router")
-
-
-def _is_linear(site: Site) -> bool:
-    """Decide by the class; of a parametrized layer, whose weight is in a list of its own, by what the list holds."""
-    return isinstance(site.module, nn.Linear) or (type(site.module).__name__ == "ParametrizationList")
+    if type(above[0]).__name__.lower().endswith("router"):
+        dense = [module for module in above[0].modules() if is_dense(module)] if above[0] is not None else []
+        return dense[-1:] == [site.module]  # the layers before it are an MLP
+    boxed = type(above[0]).__name__.endswith(("Gate", "Gating")) and hasattr(above[1], "experts")
+    named = site.path[-1:] in (("gate",), ("router",)) or site.path[-2:-1] == ("router",)
+    return boxed or (
+        isinstance(site.module, nn.Linear) and named and (hasattr(above[0], "experts") or "router" in site.path)
+    )

@@ -105,7 +105,7 @@ def describe_routing(
             site.name,
             str(role),
             site.shape,
-            str(view_of(site, role, table[role].view)),
+            str(view_of(site, role, table[role].view, bool(get_rule(table[role].rule).state))),
             table[role].rule,
             table[role].scale,
             table[role].constraint,
@@ -119,7 +119,7 @@ def describe_routing(
 
 def _products(site: Site, role: Role, route: Route, settings: Mapping[str, Any]) -> str:
     """Name whose matrix products a polar factor takes, or whose fused step a row rule takes, if any."""
-    _, m, n = view_of(site, role, route.view).shape(site.shape)
+    _, m, n = view_of(site, role, route.view, bool(get_rule(route.rule).state)).shape(site.shape)
     device, kernels = site.parameter.device.type, settings["kernels"]
     if get_rule(route.rule).fused and n <= LARGEST_ROW and site.parameter.dtype == torch.float32:
         return "triton, fused" if choose(device, torch.float32, n, kernels, "rows") == "triton" else ""

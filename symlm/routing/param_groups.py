@@ -64,7 +64,7 @@ def param_groups(
     for site, role in place(model, roles):
         if site.parameter.is_complex():
             raise ValueError(f"{site}: complex parameters have no route; store real and imaginary parts, or freeze it")
-        view = str(view_of(site, role, table[role].view))
+        view = str(view_of(site, role, table[role].view, bool(get_rule(table[role].rule).state)))
         group = groups.setdefault((role, view), _group(role, view, table[role], lr, settings.get(role, {})))
         group["params"].add(site)
     if not groups:

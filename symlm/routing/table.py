@@ -21,7 +21,9 @@ SYMMETRIES: dict[Role, Symmetry] = {
     Role.EMBEDDING: Symmetry(permutations, rotations),
     Role.TIED_EMBEDDING: Symmetry(permutations, rotations),
     Role.LM_HEAD: Symmetry(permutations, rotations, shift=True),
+    Role.CAPPED_LM_HEAD: Symmetry(permutations, rotations),
     Role.ROUTER: Symmetry(permutations, rotations, shift=True),
+    Role.SIGMOID_ROUTER: Symmetry(permutations, rotations),
     # RoPE leaves q and k only one rotation per frequency pair; the group here is that of a head without RoPE.
     Role.ATTENTION_Q: Symmetry(rotations, rotations),
     Role.ATTENTION_K: Symmetry(rotations, rotations),
@@ -81,6 +83,8 @@ def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Rol
         ValueError: A role is missing, a rule, view or scale is unknown, or a role's symmetry is larger than the claim
             of its rule.
     """
+    if {Role.LM_HEAD, Role.ROUTER} <= set(routes):
+        routes = with_shifted_logits(routes) | dict(routes)
     missing = [str(role) for role in Role if role not in routes]
     if missing:
         raise ValueError(f"the table has no route for {missing}; give one for every role")
@@ -101,6 +105,39 @@ def make_table(routes: Mapping[Role, Route], baseline: bool = False) -> dict[Rol
                 f"{claim}; choose a rule that claims more, or baseline=True"
             )
     return dict(routes)
+
+
+UNCENTERED = {
+    "centered_row_norm": "row_norm",
+    "centered_row_adam": "row_adam",
+    "centered_whitened_row_adam": "whitened_row_adam",
+    "centered_polar": "left_spectral",
+    "centered_row_then_polar": "row_then_polar",
+    "centered_polar_then_row": "polar_then_row",
+}
+
+
+def uncentered(route: Route, why: str) -> Route:
+    """Return a route whose rule is not centered, for logits that feel a shift of all rows.
+
+    Args:
+        route: The route of logits that a softmax makes blind to a shift.
+        why: The reason, for the reader.
+    """
+    return replace(route, rule=UNCENTERED.get(route.rule, route.rule), why=why)
+
+
+def with_shifted_logits(routes: Mapping[Role, Route]) -> dict[Role, Route]:
+    """Return routes with those of capped heads and sigmoid routers, made from the head's and the router's.
+
+    Args:
+        routes: Routes, of `lm_head` and `router` among them.
+    """
+    return {
+        **routes,
+        Role.CAPPED_LM_HEAD: uncentered(routes[Role.LM_HEAD], "capped logits feel a shared shift"),
+        Role.SIGMOID_ROUTER: uncentered(routes[Role.ROUTER], "a sigmoid feels a shared shift"),
+    }
 
 
 # Nesterov momentum for every role with momentum: LOG 2026-11-21, "the embedded default", 14 trials.

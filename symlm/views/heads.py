@@ -1,5 +1,6 @@
 """How many heads an attention projection has and how wide they are, as its module or its config names them."""
 
+from symlm.roles.recognizers.attention import core_of, fused_order
 from symlm.roles.role import Role, Site
 
 HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "d_head", "d_kv")
@@ -14,6 +15,7 @@ HEAD_COUNTS = (
     "nheads",
     "num_head",
     "n_local_heads",
+    "groups",
 )
 KV_COUNTS = (
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups", "num_query_groups"),
@@ -39,8 +41,9 @@ def head_dim(site: Site, role: Role) -> int:
     channels = site.shape[int((role is Role.ATTENTION_O) != site.transposed)]
     count = _asked(site, HEAD_COUNTS)
     if role is Role.ATTENTION_QKV and count:  # of equal q, k and v each is as wide as the model
-        kv_count = kv_heads(site) or (count if channels == 3 * site.shape[int(not site.transposed)] else None)
-        count = count + 2 * kv_count if kv_count else None
+        cross = fused_order(site) == "k v"
+        kv_count = kv_heads(site) or (count if cross or channels == 3 * site.shape[int(not site.transposed)] else None)
+        count = count * (not cross) + 2 * kv_count if kv_count else None
     elif role in (Role.ATTENTION_K, Role.ATTENTION_V):
         count = kv_heads(site) or _heads_as_queries(site, channels, count)
     if count and channels % count == 0:
@@ -75,7 +78,7 @@ def _heads_as_queries(site: Site, channels: int, count: int | None) -> int | Non
 
 def _asked(site: Site, names: tuple[str, ...]) -> int | None:
     """Return the first positive number with one of these names on the parent, the module, or one of their configs."""
-    owners = (site.parent, site.module)
+    owners = dict.fromkeys((site.parent, core_of(site), site.module))
     configs = (getattr(owner, "config", None) for owner in owners)
     for owner in (*owners, *configs):
         for name in names:

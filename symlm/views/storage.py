@@ -1,7 +1,10 @@
 """The view of a parameter: its storage from its module, its split into matrices from its route."""
 
-from symlm.roles.role import Role, Site
-from symlm.views.heads import head_dim, shared_heads
+from symlm.roles.recognizers.attention import fused_order
+from symlm.roles.recognizers.channels import Blocks, blocks_of_outputs
+from symlm.roles.recognizers.leaves import is_convolution
+from symlm.roles.role import Role, Site, whole_shape
+from symlm.views.heads import head_dim, kv_heads, shared_heads
 from symlm.views.matrix_view import MatrixView
 
 WHOLE = MatrixView("m n -> 1 m n")
@@ -17,6 +20,12 @@ STACK = MatrixView("b m n -> b m n")
 
 
 TRANSPOSED_STACK = MatrixView("b n m -> b m n")
+
+
+ATTENTION = (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_O)
+
+
+CHANNELS = (Role.MLP_IN, Role.MLP_OUT)
 
 
 STACKED = (Role.EXPERT_IN, Role.EXPERT_OUT, Role.MLP_IN, Role.MLP_OUT, Role.MATRIX)
@@ -64,7 +73,7 @@ def gate_up(transposed: bool, concatenated: bool, paired: bool) -> MatrixView:
     return MatrixView(f"b {stored} -> {'b m (p n)' if paired else '(b p) m n'}", {"p": (2,)})
 
 
-def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
+def view_of(site: Site, role: Role, granularity: str, equal: bool = False) -> MatrixView:
     """Return the view of a parameter: its storage from its module, its split from the route.
 
     Args:
@@ -73,6 +82,8 @@ def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
         granularity: The split: "whole"; "heads", one matrix a head for attention; "qk_heads", heads of q and k, v and o
             whole; "transposed", the neurons of a down projection as rows; or "pair", gate and up of a neuron in one
             row.
+        equal: Whether all matrices must have one shape, as a rule with a state needs it; unequal blocks are one matrix
+            then.
 
     Returns:
         The view.
@@ -81,6 +92,10 @@ def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
         ValueError: The module has no head dimension, or it does not divide the projection.
     """
     axes = len(site.shape)
+    if axes > 2 and is_convolution(site.module) and role is not Role.VECTOR:
+        return _filters(site)
+    if role in ATTENTION and axes == 3:
+        return _heads_on_an_axis(role, granularity)
     if role is not Role.VECTOR and (axes not in (2, 3) or (axes == 3 and role not in STACKED)):
         raise ValueError(
             f"{site}: the role {role} needs a matrix, or for a stack of matrices one of {[str(r) for r in STACKED]}; "
@@ -92,11 +107,9 @@ def view_of(site: Site, role: Role, granularity: str) -> MatrixView:
         return _expert_view(site, role, granularity)
     if role is Role.ATTENTION_QKV:
         return _fused_view(site, granularity)
-    if site.leaf == "gate_up_proj" and granularity != "transposed":
-        stored = _stored("(p m)", "n", site.transposed)
-        return MatrixView(f"{stored} -> {'1 m (p n)' if granularity == 'pair' else 'p m n'}", {"p": (2,)})
-    if site.leaf == "kv_a_proj_with_mqa":
-        return MatrixView("m n -> 1 m n", {"m": _sizes(site, "kv_lora_rank", "qk_rope_head_dim")})
+    blocks = blocks_of_outputs(site) if role in CHANNELS else None
+    if blocks and not (equal and any(len(sizes) > 1 for sizes in blocks.sizes.values())):
+        return _blocks_view(site, blocks, role, granularity)
     if granularity == "heads" or (granularity == "qk_heads" and role in (Role.ATTENTION_Q, Role.ATTENTION_K)):
         return _head_view(site, role)
     return TRANSPOSED if (granularity == "transposed") != site.transposed else WHOLE
@@ -122,35 +135,85 @@ def _head_view(site: Site, role: Role) -> MatrixView:
     return (column_heads if columns else row_heads)(channels // width, site.transposed)
 
 
+def _heads_on_an_axis(role: Role, granularity: str) -> MatrixView:
+    """Return the view of an attention projection stored `[d, h, head_dim]`, q, k and v read and o written that way."""
+    if granularity == "whole":
+        return MatrixView("d h m -> 1 (h m) d" if role is not Role.ATTENTION_O else "d h m -> 1 d (h m)")
+    return MatrixView("d h m -> h m d" if role is not Role.ATTENTION_O else "d h m -> h d m")
+
+
+def _filters(site: Site) -> MatrixView:
+    """Return the view of a convolution as one matrix a group, `outputs × (inputs · positions)`."""
+    places = [f"k{k}" for k in range(len(site.shape) - 2)]
+    columns, groups = f"(c {' '.join(places)})", int(getattr(site.module, "groups", 1))
+    if getattr(site.module, "transposed", False):
+        return MatrixView(f"(g c) m {' '.join(places)} -> g m {columns}", {"g": (groups,)})
+    return MatrixView(f"(g m) c {' '.join(places)} -> g m {columns}", {"g": (groups,)})
+
+
+def _blocks_view(site: Site, blocks: Blocks, role: Role, granularity: str) -> MatrixView:
+    """Return the view of a layer whose outputs are blocks: each is a matrix of its own."""
+    stored = _stored(blocks.axis, "n", site.transposed)
+    if blocks.axis in ("(p m)", "(m p)"):
+        if granularity == "transposed":
+            return MatrixView(f"{stored} -> p n m", blocks.sizes)
+        return MatrixView(f"{stored} -> {'1 m (p n)' if granularity == 'pair' else 'p m n'}", blocks.sizes)
+    rows = blocks.axis if blocks.axis.startswith("(") else "m"
+    return MatrixView(f"{stored} -> {f'1 n {rows}' if granularity == 'transposed' else f'1 {rows} n'}", blocks.sizes)
+
+
 def _fused_view(site: Site, granularity: str) -> MatrixView:
-    """Return the view of a fused projection, in the order of `site.fused`: its heads, or q, k and v in sequence."""
-    if site.fused == "heads of k v":
+    """Return the view of a fused projection, in its `fused_order`."""
+    order = fused_order(site)
+    if order == "heads of k v":
         stacks = {"heads": "h m n", "qk_heads": "h m n | 1 (h m) n"}.get(granularity, "1 (h m) n")
-        sizes = {"h": _sizes(site, "num_heads"), "m": _sizes(site, "qk_nope_head_dim", "v_head_dim")}
-        return MatrixView(f"(h m) n -> {stacks}", sizes)
+        heads = site.shape[0] // sum(_sizes(site, "qk_nope_head_dim", "v_head_dim"))
+        return MatrixView(f"(h m) n -> {stacks}", {"h": (heads,), "m": _sizes(site, "qk_nope_head_dim", "v_head_dim")})
     channels, width = site.shape[int(site.transposed)], head_dim(site, Role.ATTENTION_QKV)
     if channels % width:
         raise ValueError(f"{site}: head_dim {width} does not divide its {channels} channels; set the module's head_dim")
-    if site.fused == "heads of q k v":
-        stacks = {"heads": "(h p) m n", "qk_heads": "(h p) m n | p (h m) n"}.get(granularity, "p (h m) n")
-        sizes = {"p": (2, 1) if granularity == "qk_heads" else (3,), "m": (width,)}
-        return MatrixView(f"{_stored('(h p m)', 'n', site.transposed)} -> {stacks}", sizes)
     heads = channels // width
+    if order == "four of q v k":
+        stored = _stored("(g p h m)", "n", site.transposed)
+        by_head = {"heads": "(g p h) m n", "qk_heads": "(g p h) m n | p (g h m) n | (g p h) m n"}
+        sizes: dict[str, tuple[int, ...]] = {"g": (4,), "p": (1, 1, 1), "m": (width,)}
+        return MatrixView(f"{stored} -> {by_head.get(granularity, 'p (g h m) n')}", sizes)
+    if order in ("heads of q k v", "groups of q k v"):
+        return _groups_view(site, granularity, heads, width)
     if granularity == "heads":
         return row_heads(heads, site.transposed)
     # A cross-attention has its queries in another projection.
-    shared = heads // 2 if site.fused == "k v" else shared_heads(site, heads)
+    shared = heads // 2 if order == "k v" else shared_heads(site, heads)
     queries = heads - 2 * shared
-    if queries < 0 or (queries == 0) != (site.fused == "k v") or (shared and queries % shared):
+    if queries < 0 or (queries == 0) != (order == "k v") or (shared and queries % shared):
         raise ValueError(
             f"{site}: {channels} channels in heads of {width} do not split into q, k, v with {shared} heads of k "
             f"and of v; set num_key_value_heads on {type(site.parent).__name__}"
         )
     if granularity == "qk_heads":
-        stacks, sizes = "h m n | 1 (h m) n", {"h": (heads - shared, shared)}
-        return MatrixView(f"{_stored('(h m)', 'n', site.transposed)} -> {stacks}", sizes)
+        stored = _stored("(h m)", "n", site.transposed)
+        return MatrixView(f"{stored} -> h m n | 1 (h m) n", {"h": (heads - shared, shared)})
     blocks = (queries * width,) * (queries > 0) + (shared * width,) * 2
     return MatrixView(f"{_stored('m', 'n', site.transposed)} -> 1 m n", {"m": blocks})
+
+
+def _groups_view(site: Site, granularity: str, heads: int, width: int) -> MatrixView:
+    """Return the view of a projection fused by groups: query heads, then the k and v that they share."""
+    groups = kv_heads(site) if fused_order(site) == "groups of q k v" else heads // 3
+    if not groups or heads % groups or heads // groups < 3:
+        raise ValueError(
+            f"{site}: {heads} heads do not split into groups of q, k and v; set num_key_value_heads on "
+            f"{type(site.parent).__name__}"
+        )
+    queries = heads // groups - 2
+    stored = _stored("(h p m)", "n", site.transposed)
+    if granularity == "heads":
+        return MatrixView(f"{stored} -> (h p) m n", {"p": (queries + 2,), "m": (width,)})
+    if granularity == "qk_heads":
+        return MatrixView(f"{stored} -> (h p) m n | p (h m) n", {"p": (queries + 1, 1), "m": (width,)})
+    if queries == 1:
+        return MatrixView(f"{stored} -> p (h m) n", {"p": (3,), "m": (width,)})
+    return MatrixView(f"{stored} -> 1 (h p m) n", {"p": (queries, 1, 1), "m": (width,)})
 
 
 def _sizes(site: Site, *names: str) -> tuple[int, ...]:
@@ -160,7 +223,15 @@ def _sizes(site: Site, *names: str) -> tuple[int, ...]:
 
 def _expert_view(site: Site, role: Role, granularity: str) -> MatrixView:
     """Return the view of a parameter that stacks the matrices of all experts."""
-    if role is Role.EXPERT_IN and site.leaf == "gate_up_proj" and granularity != "transposed":
+    if role is Role.EXPERT_IN and _is_pair(site) and granularity != "transposed":
         concatenated = bool(getattr(site.module, "is_concatenated", True))
         return gate_up(site.transposed, concatenated, paired=granularity == "pair")
     return TRANSPOSED_STACK if site.transposed != (granularity == "transposed") else STACK
+
+
+def _is_pair(site: Site) -> bool:
+    """Tell whether experts' inputs are gate and up in one tensor: by the name, or twice as wide as what is read."""
+    if site.leaf == "gate_up_proj":
+        return True
+    out = getattr(getattr(site.parent, "output_linear", None), "weight", None)
+    return site.leaf == "input_linear" and out is not None and site.shape[1] == 2 * whole_shape(out)[2]

@@ -71,14 +71,15 @@ def test_bad_overrides_are_refused():
 
 
 def test_the_remedy_fits_what_it_is_for():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3))
-    with pytest.raises(UnplacedParameters, match=r"roles=\{'0.weight': 'vector'\}"):
+    model = nn.Module()
+    model.odd = nn.Parameter(torch.ones(3, 4, 5, 6))
+    with pytest.raises(UnplacedParameters, match=r"roles=\{'odd': 'vector'\}"):
         symlm.SymOptimizer(model)
-    assert symlm.SymOptimizer(model, roles={"0.weight": "vector"})
+    assert symlm.SymOptimizer(model, roles={"odd": "vector"})
     for p in model.parameters():
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="the model has no trainable one"):
-        symlm.SymOptimizer(model, roles={"0.weight": "vector"})
+        symlm.SymOptimizer(model, roles={"odd": "vector"})
 
 
 def test_heads_that_do_not_divide_are_named():

@@ -71,7 +71,8 @@ def test_a_plain_nets_head_is_the_one_over_its_tokens(around):
     roles = {name.rpartition("net.")[2]: role for name, role in symlm.assign_roles(around(net)).items()}
     assert roles["out.weight"] == "lm_head"
     assert roles["emb.weight"] == "embedding"
-    assert roles["probe.weight"] == roles["blocks.0.0.weight"] == "matrix"  # as wide as the vocabulary, and hidden
+    assert roles["probe.weight"] == "matrix"
+    assert roles["blocks.0.0.weight"] == "mlp_in"  # as wide as the vocabulary, and hidden
 
 
 def test_a_frozen_copy_beside_a_plain_net_does_not_take_its_head():

@@ -1,0 +1,1 @@
+"""Recognizers: each knows one kind of layer by what its module is, and by names last."""

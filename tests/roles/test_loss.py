@@ -1,0 +1,126 @@
+"""What a role says may be moved is moved, in all layers together, and the loss of the model stays; not one alone."""
+
+from collections import Counter
+
+import pytest
+from judge import attention_moves, judged, loss_of, loud, replaced, rolled
+from zoo import classes, small
+
+import symlm
+from symlm.roles import assign_roles, place
+
+QUICK = {
+    "CAUSAL_LM": (
+        *("Qwen3ForCausalLM", "OlmoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "Gemma2ForCausalLM"),
+        *("GPT2LMHeadModel", "GPTNeoXForCausalLM", "BloomForCausalLM", "FalconForCausalLM", "CodeGenForCausalLM"),
+        *("MptForCausalLM", "GPTBigCodeForCausalLM", "OpenAIGPTLMHeadModel", "PersimmonForCausalLM", "Phi3ForCausalLM"),
+        *("BertLMHeadModel", "XLMWithLMHeadModel", "ModernBertDecoderForCausalLM", "Llama4ForCausalLM"),
+        *("MambaForCausalLM", "BambaForCausalLM", "Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM"),
+        *("DeepseekV2ForCausalLM", "MiniCPM3ForCausalLM", "JetMoeForCausalLM", "Glm4MoeForCausalLM", "Lfm2ForCausalLM"),
+    ),
+    "MASKED_LM": ("BertForMaskedLM", "ModernBertForMaskedLM", "DebertaForMaskedLM", "MPNetForMaskedLM"),
+    "SEQ_TO_SEQ_CAUSAL_LM": (
+        "T5ForConditionalGeneration",
+        "BartForConditionalGeneration",
+        "UMT5ForConditionalGeneration",
+    ),
+}
+WITHOUT_ATTENTION = (  # this small, or at all
+    *("JetMoeForCausalLM", "MambaForCausalLM", "BambaForCausalLM", "Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM"),
+)
+# Their heads are not alone: two of them are subtracted, values choose what is looked at, a convolution mixes them in.
+HEADS_ARE_MIXED = ("DiffLlamaForCausalLM", "DogeForCausalLM", "ConvBertForMaskedLM")
+
+
+def verdicts(kind, name):
+    """Return {parameter: verdict} and the roles of one class; None where it cannot be built or run this small."""
+    model = small(kind, name, "cpu")
+    if model is None or sum(p.numel() for p in model.parameters()) > 1e6:
+        return None
+    try:
+        return judged(loud(model))
+    except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError, LookupError):
+        return None  # its small form does not run, or not in float64
+
+
+@pytest.mark.parametrize(("mapping", "name"), [(mapping, name) for mapping, names in QUICK.items() for name in names])
+def test_the_loss_confirms_the_roles(mapping, name):
+    kinds = [kind for kind, found in classes(mapping) if found == name]
+    verdict, roles = next(said for kind in kinds if (said := verdicts(kind, name)))
+    wrong = {key: str(roles[key]) for key, said in verdict.items() if said == "wrong"}
+    assert not wrong
+    by_role = {str(roles[key]) for key, said in verdict.items() if said == "right"}
+    assert by_role & {"attention_q", "attention_qkv"} or name in WITHOUT_ATTENTION
+    assert by_role & {"mlp_in", "expert_in"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", QUICK)
+def test_the_loss_shows_no_role_wrong_in_a_whole_mapping(mapping):
+    total, wrong, ran = Counter(), {}, 0
+    for kind, name in classes(mapping):
+        if (said := verdicts(kind, name)) is None:
+            continue
+        ran += 1
+        total += Counter(said[0].values())
+        if bad := [key for key, verdict in said[0].items() if verdict == "wrong"]:
+            wrong[name] = bad
+    print(f"{mapping}: {ran} classes, {dict(total)}, shown wrong: {sorted(wrong)}")
+    assert ran > 20
+    assert set(wrong) <= set(HEADS_ARE_MIXED), wrong
+    assert total["right"] > 0.6 * sum(total.values())
+
+
+def test_the_judge_sees_a_wrong_order():
+    """Blocks of a fused projection that are moved by one head more change the loss."""
+    model = loud(small("gpt2", "GPT2LMHeadModel", "cpu"))
+    base = loss_of(model)
+    (moved, *_) = attention_moves(place(model), rolled)
+    with replaced(model, moved):
+        assert abs(loss_of(model) - base) < 1e-9
+    name = next(name for name in moved if "c_attn.weight" in name)
+    moved[name] = moved[name].roll(8, 1)
+    with replaced(model, moved):
+        assert abs(loss_of(model) - base) > 1e-4
+
+
+def roles_of(kind, name, part):
+    """Return the roles of the parameters with a part in their names."""
+    return {str(role) for key, role in assign_roles(small(kind, name)).items() if part in key}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "part", "roles"),
+    [
+        ("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "gate.wg", {"router"}),
+        ("t5", "T5ForConditionalGeneration", "relative_attention_bias", {"vector"}),
+        ("t5", "T5ForConditionalGeneration", "DenseReluDense", {"mlp_in", "mlp_out"}),
+        ("nanochat", "NanoChatForCausalLM", "lm_head", {"capped_lm_head"}),
+        ("gemma3_text", "Gemma3ForCausalLM", "embed", {"tied_embedding"}),
+        ("deepseek_v3", "DeepseekV3ForCausalLM", "mlp.gate.weight", {"sigmoid_router"}),
+        ("phimoe", "PhimoeForCausalLM", "mlp.router.weight", {"sigmoid_router"}),
+        ("olmoe", "OlmoeForCausalLM", "mlp.gate.weight", {"router"}),
+        ("mamba", "MambaForCausalLM", "A_log", {"vector"}),
+        ("mamba", "MambaForCausalLM", "conv1d.weight", {"vector"}),
+        ("mamba", "MambaForCausalLM", "in_proj", {"mlp_in"}),
+        ("qwen3_next", "Qwen3NextForCausalLM", "in_proj_qkvz", {"mlp_in"}),
+        ("vit", "ViTForMaskedImageModeling", "patch_embeddings.projection.weight", {"matrix"}),
+        ("bert", "BertForMaskedLM", "layer.0.output.dense.weight", {"mlp_out"}),
+        ("xlnet", "XLNetLMHeadModel", "rel_attn.o", {"attention_o"}),
+        ("lfm2", "Lfm2ForCausalLM", "feed_forward.w", {"mlp_in", "mlp_out"}),
+    ],
+)
+def test_a_parameter_has_the_role_that_its_loss_shows(kind, name, part, roles):
+    assert roles_of(kind, name, part) == roles
+
+
+def test_blocks_of_a_state_space_are_matrices_of_their_own():
+    groups = symlm.param_groups(small("bamba", "BambaForCausalLM"))
+    views = {
+        group["view"] for group in groups if any(n.split(".", 3)[-1] == "mamba.in_proj.weight" for n in names(group))
+    }
+    assert views == {"m n -> 1 m n, m=64+64+8+8+8"}  # gate, state space's input, B, C and the step's size
+
+
+def names(group):
+    return [name for name, _ in group["params"]]
