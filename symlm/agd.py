@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class AGD(torch.optim.Optimizer):
     """Update every layer by `W_k <- W_k − gain·(η/L)·s_k·g_k/|g_k|`, with one rate η for all layers and no tuning.
 
-    s_k = √(outputs/inputs), for a convolution divided by the root of its kernel's positions; L is the number of layers;
+    s_k = √(outputs/inputs), of an embedding √(dim/tokens). Every position of a convolution's kernel is a matrix with a
+    norm of its own, and s_k is divided by the root of their number; L is the number of layers;
     `G = (1/L) Σ s_k |g_k|_F`, `η = log((1 + √(1 + 4G))/2)`, the minimizer of `−ηG + (e^η − 1)²/2`.
     Call `initialize_(model)` first. Momentum, layerwise steps and weight decay are reconstructed from descriptions, not
     from a published formula.
@@ -45,7 +46,8 @@ class AGD(torch.optim.Optimizer):
                 f"{gain}, {momentum}, {weight_decay}"
             )
         defaults = {"lr": gain, "momentum": momentum, "layerwise": layerwise, "weight_decay": weight_decay}
-        super().__init__(_layers(model), defaults)
+        layers = _layers(model)
+        super().__init__(list(layers), {**defaults, "tables": list(layers.values())})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the group of all layers, which the constructor does.
@@ -91,10 +93,11 @@ class AGD(torch.optim.Optimizer):
             bad = [k for k, good in enumerate(finite) if not good]
             raise FloatingPointError(f"non-finite gradients in layers {bad}, counted from 0; nothing was updated")
         gradients = [self._gradient(group, p) for p in layers]
-        norms = [g.norm() for g in gradients]
-        scales = [layer_scale(p) for p in layers]
-        summary = sum(s * norm for s, norm in zip(scales, norms, strict=True)) / len(layers)
-        decay = group["weight_decay"] * sum(_fans(p)[0] / _fans(p)[1] for p in layers) / len(layers) ** 2
+        norms = [torch.linalg.vector_norm(g, dim=(0, 1), keepdim=True) for g in gradients]  # one a position of a kernel
+        scales = [layer_scale(p, is_table) for p, is_table in zip(layers, group["tables"], strict=True)]
+        summary = sum(s * norm.sum() for s, norm in zip(scales, norms, strict=True)) / len(layers)
+        fans = [_fans(p, is_table) for p, is_table in zip(layers, group["tables"], strict=True)]
+        decay = group["weight_decay"] * sum(outputs / inputs for outputs, inputs in fans) / len(layers) ** 2
         eta = rate(torch.as_tensor(summary), decay)
         for k, (p, g, s, norm) in enumerate(zip(layers, gradients, scales, norms, strict=True), start=1):
             size = group["lr"] * s / len(layers) / (k if group["layerwise"] else 1)
@@ -132,16 +135,17 @@ def rate(G: Tensor, decay: float = 0.0) -> Tensor:
     return eta
 
 
-def layer_scale(W: Tensor) -> float:
+def layer_scale(W: Tensor, is_table: bool = False) -> float:
     """Compute the scale of a layer, `√(outputs/(inputs·positions))`.
 
     Args:
         W: The weight, (outputs, inputs), or (outputs, inputs, ...) with the positions of a convolution's kernel.
+        is_table: Whether it is an embedding, whose rows are inputs.
 
     Returns:
         The scale.
     """
-    outputs, inputs = _fans(W)
+    outputs, inputs = _fans(W, is_table)
     return sqrt(outputs / inputs / prod(W.shape[2:]))
 
 
@@ -158,15 +162,18 @@ def initialize_(model: nn.Module) -> None:
     Source:
         Bernstein et al., arXiv 2304.05187, algorithm 1.
     """
-    for p in _layers(model):
+    for p, is_table in _layers(model).items():
         for position in p.flatten(2).unbind(2) if p.ndim > 2 else [p]:
             position.copy_(nn.init.orthogonal_(torch.empty_like(position)))
-        p.mul_(layer_scale(p))
+        p.mul_(layer_scale(p, is_table))
 
 
-def _layers(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable weights, in order; raise ValueError for those that are not a layer with a known scale."""
-    layers: dict[nn.Parameter, None] = {}  # a tied weight is one layer
+def _layers(model: nn.Module) -> dict[nn.Parameter, bool]:
+    """Return the trainable weights in order, and whether each is an embedding alone.
+
+    Raises: ValueError, for those that are not a layer with a known scale.
+    """
+    layers: dict[nn.Parameter, bool] = {}  # a tied weight is one layer, the head
     for path, module in model.named_modules():
         known = isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
         for leaf, p in module.named_parameters(path, recurse=False):
@@ -176,13 +183,13 @@ def _layers(model: nn.Module) -> list[nn.Parameter]:
                     "nn.Embedding and convolutions, without biases and norm gains (or freeze them)"
                 )
             if p.requires_grad:
-                layers[p] = None
-    return list(layers)
+                layers[p] = layers.get(p, True) and isinstance(module, nn.Embedding)
+    return layers
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _fans(W: Tensor) -> tuple[int, int]:
-    """Return the numbers of outputs and inputs of a weight."""
-    return W.shape[0], W.shape[1]
+def _fans(W: Tensor, is_table: bool = False) -> tuple[int, int]:
+    """Return the numbers of outputs and inputs of a weight; the rows of an embedding are inputs."""
+    return (W.shape[1], W.shape[0]) if is_table else (W.shape[0], W.shape[1])

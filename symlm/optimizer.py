@@ -54,7 +54,7 @@ class SymOptimizer(torch.optim.Optimizer):
         options: Defaults of every group, which `overrides` may set by role:
 
             - `momentum` β (0.95; by role in the default table); `nesterov`: `U((1−β)G + βM)` instead; `weight_decay` λ;
-            - `momentum_of`: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM`;
+            - `momentum_of`: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM`, of PolarGrad times ν;
             - `betas`, `eps`: AdamW's, for roles routed to it; β₂ is also that of `row_adam` and `aro_adam`;
             - `polar_method`, `schedule`, `steps`, `compute_dtype`, `kernels`: see `symlm.polar.polar`;
             - `momentum_dtype`: "float32", or "bfloat16" to save memory;

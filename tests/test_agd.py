@@ -90,6 +90,23 @@ def test_initialization_is_semi_orthogonal_times_the_scale():
         assert relative(position @ position.T, torch.eye(3)) < EXACT
 
 
+def test_a_kernel_is_stepped_position_by_position_and_a_table_by_its_inputs():
+    """The source's code: norms over outputs and inputs alone, one a position; rows of an embedding are inputs."""
+    kernel = nn.Conv2d(5, 3, 2, bias=False).double()
+    table = nn.Embedding(11, 4).double()
+    model = nn.ModuleList([table, kernel])
+    before = [p.detach().clone() for p in model.parameters()]
+    for seed, p in enumerate(model.parameters()):
+        p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(seed))
+    scales = [(4 / 11) ** 0.5, (3 / 5 / 4) ** 0.5]
+    norms = [p.grad.norm(dim=(0, 1), keepdim=True) for p in model.parameters()]
+    G = sum(s * norm.sum() for s, norm in zip(scales, norms, strict=True)) / 2
+    eta = torch.log((1 + (1 + 4 * G).sqrt()) / 2)
+    AGD(model).step()
+    for p, W, s, norm in zip(model.parameters(), before, scales, norms, strict=True):
+        assert relative(p, W - eta / 2 * s * p.grad / norm) < EXACT
+
+
 def test_what_the_bound_does_not_cover_is_refused():
     with pytest.raises(ValueError, match=r"no rate for .*bias"):
         AGD(nn.Linear(3, 3))

@@ -11,6 +11,7 @@ from numerics import BF16_POLAR, EXACT, FP32, RUN, relative
 from torch import nn
 
 import symlm
+from symlm.rules import RULES
 from symlm.update.rounding import stochastic_round
 
 OPTIONS = {"polar_method": "svd"}
@@ -485,22 +486,56 @@ def test_a_pickled_optimizer_steps_on():
     assert all(torch.equal(W, weights(again)[name]) for name, W in weights(model).items())
 
 
-def test_polar_first_is_its_formula():
-    """PolarGrad's other order: the momentum is of nuclear norm times polar factor, arXiv 2505.21799."""
-    layer = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_polar_first_is_its_formula(shape):
+    """PolarGrad's other order, `M <- βM + (1−β)U`, `W <- W − ηνM`, arXiv 2505.21799: the mean has no norms."""
+    layer = nn.Linear(*shape[::-1], bias=False, dtype=torch.float64)
     opt = symlm.SymOptimizer(
         layer, lr=0.1, preset="polargrad", momentum_of="directions", polar_method="svd", nesterov=False
     )
-    W, M = layer.weight.detach().clone(), torch.zeros(4, 6, dtype=torch.float64)
-    for seed in range(3):
-        G = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    W, M = layer.weight.detach().clone(), torch.zeros(shape, dtype=torch.float64)
+    for seed in range(6):
+        G = (10.0**seed) * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         layer.weight.grad = G.clone()
         opt.step()
         U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-        M = 0.95 * M + 0.05 * S.sum() * U @ Vh
-        W = W - 0.1 * M
+        M = 0.95 * M + 0.05 * U @ Vh
+        W = W - 0.1 * S.sum() * M
     assert relative(layer.weight, W) < EXACT
-    assert symlm.diagnostics.update_rms(opt)["matrix"] == pytest.approx(0.1 * M.square().mean().sqrt().item())
+    step = 0.1 * S.sum() * M
+    assert symlm.diagnostics.update_rms(opt)["matrix"] == pytest.approx(step.square().mean().sqrt().item())
+
+
+def test_aro_adam_has_its_second_moment_of_the_momentum_itself():
+    """`V <- β₂V + (1−β₂)(RᵀM)²` remembers sizes: two momenta of one direction and other lengths."""
+    rule = RULES["aro_adam"]
+    M = [
+        c * torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+        for k, c in enumerate((1.0, 30.0, 0.01))
+    ]
+    state, R, V = rule.start(M[0]), torch.eye(5, dtype=torch.float64), torch.zeros(5, 7, dtype=torch.float64)
+    for X in M:
+        state = rule.refreshed(X, state, 0.95)
+        Y = R.T @ X
+        A = X @ (Y / (0.95 * V + 0.05 * Y.square()).sqrt()).T
+        A = A / A.norm() + 1e-3 * R / 5**0.5  # the term that keeps the old rotation is ours
+        Q, upper = torch.linalg.qr(A)
+        R = Q * upper.diagonal().sign()
+        V = 0.95 * V + 0.05 * (R.T @ X).square()
+        D = R @ ((R.T @ X) / V.sqrt())
+        assert relative(rule.direction(X, state), D / D.square().mean().sqrt()) < 1e-6
+        assert relative(state["roots"].square(), V) < 1e-6
+
+
+def test_scions_constrained_form_decays_every_layer_at_one_rate():
+    """`W <- (1 − η)W − ηρ·lmo`: with a zero gradient each weight shrinks by η = lr/50, whatever its radius."""
+    model = tiny(dtype=torch.float64)
+    opt = symlm.SymOptimizer(model, lr=0.02, preset="scion-constrained")
+    for group in opt.param_groups:
+        rate = group["lr"] * group["lr_multiplier"]
+        assert rate * group["weight_decay"] * group["weight_decay_multiplier"] == pytest.approx(0.02 / 50), group[
+            "role"
+        ]
 
 
 def test_row_adam_is_its_formula_over_the_steps():

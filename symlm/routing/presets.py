@@ -64,7 +64,7 @@ _PAPER_HYBRID = _preset(
     {
         **_PAPER_ROW,
         **_changed(_PAPER_ROW, _ENDS, rule="row_then_polar", why="hybrid, alpha = 0"),
-        **_changed(ROUTES, _MLP, rule="row_then_polar", lr=1.0, options={}, why="hybrid, alpha = 0; rows are neurons"),
+        **_changed(ROUTES, _MLP, rule="row_then_polar", scale="unit", lr=1.0, options={}, why="hybrid, alpha = 0"),
         Role.LM_HEAD: replace(_PAPER_ROW[Role.LM_HEAD], rule="centered_row_then_polar", why="hybrid, alpha = 0"),
     }
 )
@@ -80,10 +80,8 @@ _MUON: dict[Role, Route] = {
 
 # ARO takes AdamW's rate: 0.25 is 5e-3 at the dial 0.02, near AdamW's best (4e-3; LOG 2026-11-21, "the embedded
 # default") and the rate of the one run of ARO-Adam there (LOG 2026-11-21, "rows with a second moment"). Momentum 0.95
-# is the paper's; that it is Nesterov's was chosen here; no record.
-_READS = Route(
-    "aro_sinkhorn", "transposed", "adamw_rms", lr=0.25, why="rows are the residual stream's, rotated", options=NESTEROV
-)
+# is the paper's.
+_READS = Route("aro_sinkhorn", "transposed", "adamw_rms", lr=0.25, why="rows are the residual stream's, rotated")
 
 
 _READERS = (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.MLP_IN, Role.EXPERT_IN)
@@ -96,12 +94,34 @@ _WRITERS = (Role.ATTENTION_O, Role.MLP_OUT, Role.EXPERT_OUT)
 _SCION_SIGN = Route("sign", scale="inverse_inputs", lr=60.0, why="Scion: sign norm, radius 3000 against 50")
 
 
+# Pethick et al., arXiv 2502.07529: operator norms by layer, momentum 0.9. The dial is the spectral radius times the
+# rate, 50 · 4e-4 = 0.02.
+_SCION: dict[Role, Route] = {
+    **dict.fromkeys(_INNER, Route("polar", scale="rms_to_rms", options={"momentum": 0.9}, why="spectral norm")),
+    **dict.fromkeys((Role.TIED_EMBEDDING, Role.LM_HEAD, Role.ROUTER), replace(_SCION_SIGN, options={"momentum": 0.9})),
+    Role.EMBEDDING: Route("row_norm", scale="row_rms", options={"momentum": 0.9}, why="column norm, transposed"),
+    Role.VECTOR: Route("row_norm", scale="row_rms", options={"momentum": 0.9}, why="RMS norm of a bias"),
+}
+
+
+def _constrained(route: Route) -> Route:
+    """Return Scion's constrained step, `W <- (1 − η)W − η·ρ·lmo`: a rate of ηρ and a decay of 1/ρ, ρ = 50·multiple."""
+    return replace(route, options={**route.options, "weight_decay": 1 / (50 * route.lr)})
+
+
 PRESETS: dict[str, dict[Role, Route]] = {
     "default": ROUTES,
     "paper-row": _PAPER_ROW,
     "paper-hybrid": _PAPER_HYBRID,
     "paper-left-router": _preset(
         {**_PAPER_ROW, Role.ROUTER: replace(_PAPER_ROW[Role.ROUTER], rule="centered_polar", why="left-spectral")}
+    ),
+    # The scripts of the source have alpha = 1: the step is as long as the momentum's nuclear norm.
+    "paper-left-router-alpha-1": _preset(
+        {
+            **_PAPER_ROW,
+            Role.ROUTER: replace(_PAPER_ROW[Role.ROUTER], rule="centered_polargrad", why="left-spectral, alpha = 1"),
+        }
     ),
     # The router's baseline of the paper: AdamW at the README's rate of every arm, 7.5e-4 / 2e-2.
     "paper-row-adamw-router": _preset(
@@ -133,21 +153,8 @@ PRESETS: dict[str, dict[Role, Route]] = {
         },
         baseline=True,
     ),
-    # Pethick et al., arXiv 2502.07529: operator norms by layer, momentum 0.9. The dial is the spectral radius times the
-    # rate, 50 · 4e-4 = 0.02.
-    "scion": _preset(
-        {
-            **dict.fromkeys(_INNER, Route("polar", scale="rms_to_rms", options={"momentum": 0.9}, why="spectral norm")),
-            **dict.fromkeys(
-                (Role.TIED_EMBEDDING, Role.LM_HEAD, Role.ROUTER), replace(_SCION_SIGN, options={"momentum": 0.9})
-            ),
-            Role.EMBEDDING: Route(
-                "row_norm", scale="row_rms", options={"momentum": 0.9}, why="column norm, transposed"
-            ),
-            Role.VECTOR: Route("row_norm", scale="row_rms", options={"momentum": 0.9}, why="RMS norm of a bias"),
-        },
-        baseline=True,
-    ),
+    "scion": _preset(_SCION, baseline=True),
+    "scion-constrained": _preset({role: _constrained(route) for role, route in _SCION.items()}, baseline=True),
     # Loshchilov & Hutter, arXiv 1711.05101: one rule, rate and weight decay for everything.
     "adamw": make_table({role: replace(ADAMW, lr=1.0, weight_decay=1.0) for role in Role}, baseline=True),
     # The default's rules at an update RMS of 0.2, as Liu et al. (arXiv 2502.16982) match Muon: give it AdamW's rate, of

@@ -112,6 +112,7 @@ UNCENTERED = {
     "centered_row_adam": "row_adam",
     "centered_whitened_row_adam": "whitened_row_adam",
     "centered_polar": "left_spectral",
+    "centered_polargrad": "polargrad",
     "centered_row_then_polar": "row_then_polar",
     "centered_polar_then_row": "polar_then_row",
 }

@@ -97,12 +97,13 @@ def hybrid_auon(M: Tensor) -> Tensor:
     Source:
         arXiv 2509.24320, the hybrid of the paper.
     """
-    return _hybrid(M, steps=1)
+    Y = _partly_polar(M, steps=1)
+    return Y / brake(Y)
 
 
 @rule(ELEMENTS)
 def hybrid_auon_five(M: Tensor) -> Tensor:
-    """Return `Y/√(mean cosh²Y)`, where Y is `M/|M|_F` after five Newton–Schulz steps, nearly the polar factor.
+    """Return `Y/√(mean cosh²(γY/|Y|_F))`, γ = 1.5; Y is `M/|M|_F` after five Newton–Schulz steps.
 
     Args:
         M: The momentum, (..., m, n).
@@ -111,19 +112,20 @@ def hybrid_auon_five(M: Tensor) -> Tensor:
         The directions, same shape.
 
     Source:
-        arXiv 2509.24320, the hybrid of the published code.
+        arXiv 2509.24320, the hybrid of the published code, γ as there.
     """
-    return _hybrid(M, steps=5)
+    Y = _partly_polar(M, steps=5)
+    return Y / brake(1.5 * unit_matrix(Y))
 
 
-def _hybrid(M: Tensor, steps: int) -> Tensor:
-    """Return `Y/√(mean cosh²Y)`, where Y is `M/|M|_F` after `steps` steps with Muon's coefficients."""
+def _partly_polar(M: Tensor, steps: int) -> Tensor:
+    """Return `M/|M|_F` after `steps` Newton–Schulz steps with Muon's coefficients."""
     tall = M.shape[-2] > M.shape[-1]
     Y = unit_matrix(M.mT if tall else M)
     for a, b, c in get_schedule("muon").steps(steps):
         A = Y @ Y.mT
         Y = a * Y + (b * A + c * A @ A) @ Y
-    return (Y.mT if tall else Y) / brake(Y)
+    return Y.mT if tall else Y
 
 
 @rule(ELEMENTS, elementwise=True)

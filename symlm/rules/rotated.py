@@ -14,7 +14,7 @@ import torch
 from symlm_kernels.reference import unit_rows
 from torch import Tensor
 
-from symlm.rules.rule import A_ROTATION, ROTATED_SQUARES, rule
+from symlm.rules.rule import A_ROTATION, ROTATED_ROOTS, rule
 from symlm.symmetry import Symmetry, rotations, signed_permutations
 
 # ε, relative to the other term: where M has no component the old rotation stays, so that no QR is of a singular matrix.
@@ -154,39 +154,51 @@ def aro_rows(M: Tensor, rotation: Tensor) -> Tensor:
     return rotate(M, rotation, unit_rows)
 
 
-def _pull_adam(M: Tensor, rotation: Tensor, squares: Tensor, beta2: float) -> Tensor:
+def _mean_root(root: Tensor, Y: Tensor, beta2: float) -> Tensor:
+    """Return `√(β₂r² + (1−β₂)Y²)` by entries, without a square that overflows."""
+    return torch.hypot(sqrt(beta2) * root, sqrt(1 - beta2) * Y)
+
+
+def _pull_adam(M: Tensor, rotation: Tensor, roots: Tensor, beta2: float) -> Tensor:
     """Return the pull of `aro_adam`, whose base divides by the mean square of the old rotation's coordinates."""
-    V = squares.to(_wide(M).dtype)
-    return pull(lambda Y: over_root(Y, V.lerp(Y.square(), 1 - beta2)))(M, rotation)
+    Y = rotation.mT.to(_raw(M).dtype) @ _raw(M)
+    return _wide(M) @ over(Y, _mean_root(roots.to(Y.dtype), Y, beta2)).mT
 
 
 def _refresh_adam(
-    M: Tensor, rotation: Tensor, squares: Tensor, beta2: float, shared_rotation: Tensor | None = None
+    M: Tensor, rotation: Tensor, roots: Tensor, beta2: float, shared_rotation: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return the next rotation, and the mean square of the coordinates in it."""
-    X = _wide(M)
-    R = next_rotation(_pull_adam(M, rotation, squares, beta2), rotation) if shared_rotation is None else shared_rotation
-    return {"rotation": R, "squares": squares.to(X.dtype).lerp((R.to(X.dtype).mT @ X).square(), 1 - beta2)}
+    """Return the next rotation, and the mean size of the coordinates in it."""
+    R = next_rotation(_pull_adam(M, rotation, roots, beta2), rotation) if shared_rotation is None else shared_rotation
+    Y = R.to(_raw(M).dtype).mT @ _raw(M)
+    return {"rotation": R, "roots": _mean_root(roots.to(Y.dtype), Y, beta2)}
 
 
-@rule(ROTATED, state={"rotation": A_ROTATION, "squares": ROTATED_SQUARES}, refresh=_refresh_adam, pull=_pull_adam)
-def aro_adam(M: Tensor, rotation: Tensor, squares: Tensor) -> Tensor:
-    """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²`.
+@rule(ROTATED, state={"rotation": A_ROTATION, "roots": ROTATED_ROOTS}, refresh=_refresh_adam, pull=_pull_adam)
+def aro_adam(M: Tensor, rotation: Tensor, roots: Tensor) -> Tensor:
+    """Return ARO's direction with Adam's `RᵀM/√V` as its base, `V <- β₂V + (1−β₂)(RᵀM)²` of M itself.
 
     Args:
         M: The momentum, (..., m, n).
         rotation: The refreshed rotation R, (..., m, m).
-        squares: The refreshed V, (..., m, n).
+        roots: The refreshed √V, (..., m, n), which is stored since squares of large gradients overflow.
 
     Returns:
         The directions, same shape as M, at an RMS of 1.
     """
-    return rotate(M, rotation, lambda Y: over_root(Y, squares.to(Y.dtype)))
+    R = rotation.to(_raw(M).dtype)
+    Y = R.mT @ _raw(M)
+    return unit_rms(R @ over(Y, roots.to(Y.dtype))).to(M.dtype)
 
 
-def over_root(X: Tensor, V: Tensor) -> Tensor:
-    """Return `X/√V` by entries, 0 where V is 0."""
-    return X * V.rsqrt().nan_to_num(posinf=0.0)
+def over(X: Tensor, root: Tensor) -> Tensor:
+    """Return `X/r` by entries, 0 where r is 0."""
+    return X / torch.where(root > 0, root, torch.inf)
+
+
+def _raw(M: Tensor) -> Tensor:
+    """Return M in fp32 or wider."""
+    return M.to(torch.promote_types(M.dtype, torch.float32))
 
 
 def _wide(M: Tensor) -> Tensor:

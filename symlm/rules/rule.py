@@ -47,7 +47,7 @@ A_ROTATION = State(
     "left",
     lambda Q, L: L @ Q,
 )
-ROTATED_SQUARES = State(torch.zeros_like, "right", lambda V, R: V @ R.abs().mT, rotations=False)
+ROTATED_ROOTS = State(torch.zeros_like, "right", lambda V, R: V @ R.abs().mT, rotations=False)
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,24 @@ def centered_polar(M: Tensor, polar: Polar) -> Tensor:
     return center(polar(center(M)))
 
 
+@rule(CENTERED_ROWS, degree=1)
+def centered_polargrad(M: Tensor, polar: Polar) -> Tensor:
+    """Return `ν C polar(C M)`, ν the nuclear norm of `C M`: left-spectral on the quotient, α = 1.
+
+    Args:
+        M: The momentum, (..., m, n).
+        polar: How polar factors are computed.
+
+    Returns:
+        The directions, same shape, with `1ᵀU = 0`.
+
+    Source:
+        arXiv 2605.18106, section 3.5, and its scripts.
+    """
+    X = center(M)
+    return center(nuclear_norm(X, polar(X)))
+
+
 @rule(CENTERED_ROWS)
 def centered_row_then_polar(M: Tensor, polar: Polar) -> Tensor:
     """Return `C polar(C D C M)`, the centered `row_then_polar`; C subtracts the mean row.

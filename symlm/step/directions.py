@@ -10,7 +10,7 @@ from symlm.distributed.layout import Layout
 from symlm.distributed.tensors import local
 from symlm.polar.counting import operations
 from symlm.polar.factor import polar
-from symlm.rules import get_rule
+from symlm.rules import Rule, get_rule
 from symlm.rules.scaling import SCALES
 from symlm.views.matrix_view import MatrixView
 
@@ -69,7 +69,7 @@ def _stack_directions(
     group: dict[str, Any], view: MatrixView, momenta: Tensor, states: States | None = None, refresh: bool = True
 ) -> tuple[Tensor, States]:
     """Return the directions of one section, and the rule's next states."""
-    rule, stack, shape = get_rule(group["rule"]), view.to_matrices(momenta), tuple(momenta.shape)
+    rule, stack, shape = averaged_rule(group), view.to_matrices(momenta), tuple(momenta.shape)
     count = len(stack) // len(momenta)
     settings: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
     if rule.state:  # the refresh and the direction may both ask for it
@@ -87,6 +87,24 @@ def _stack_directions(
     U = rule.direction(stack, stacked, **settings).mul_(scale_of(group, view, shape[1:]))
     after = [{key: value[k * count : (k + 1) * count] for key, value in stacked.items()} for k in range(len(momenta))]
     return view.from_matrices(U, shape), after
+
+
+def averaged_rule(group: dict[str, Any]) -> Rule:
+    """Return the rule of the directions: of a mean of directions that a norm multiplies, the rule without the norm.
+
+    Args:
+        group: The parameter group.
+    """
+    return get_rule("polar" if multiplies_norm(group) else group["rule"])
+
+
+def multiplies_norm(group: dict[str, Any]) -> bool:
+    """Return whether a step is `η·ν·M`, M the mean of polar factors and ν this gradient's nuclear norm (PolarGrad).
+
+    Args:
+        group: The parameter group.
+    """
+    return group["momentum_of"] == "directions" and group["rule"] == "polargrad"
 
 
 def _polar(group: dict[str, Any], X: Tensor) -> Tensor:

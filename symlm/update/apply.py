@@ -7,10 +7,11 @@ from torch import Tensor
 
 from symlm.distributed.layout import Layout
 from symlm.rules.constraints import get_constraint
+from symlm.step.directions import multiplies_norm
 from symlm.step.member import Member
 from symlm.step.momentum import masked
 from symlm.step.rows.blocks import Block
-from symlm.update.constrained import factors
+from symlm.update.constrained import factors, nuclear_norms
 
 
 def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Tensor:
@@ -31,8 +32,11 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
     lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     if group["momentum_of"] == "directions":
         momenta = [block.of(member.momentum) for member in members]
+        norms_of = nuclear_norms(group, members, updates) if multiplies_norm(group) else None
         pairs = zip(momenta, updates, strict=True)
         updates = [M.lerp_(masked(U, M, finite), 1 - group["momentum"]) for M, U in pairs]
+        if norms_of:
+            updates = [nu * M for nu, M in zip(norms_of, updates, strict=True)]
     if get_constraint(group["constraint"]).measures:
         return _apply_measured(group, members, updates, lr)
     norms, steps = [], []

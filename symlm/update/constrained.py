@@ -42,6 +42,25 @@ def factors(
     return [(spread(step.keep[k], W), spread(step.move[k], W)) for k, (W, _) in enumerate(pairs)]
 
 
+def nuclear_norms(group: dict[str, Any], members: list[Member], directions: list[Tensor]) -> list[Tensor]:
+    """Compute `ν = ⟨G, U⟩` of every matrix, the nuclear norm of its gradient where U is its polar factor.
+
+    Args:
+        group: The parameter group.
+        members: Members of one layout.
+        directions: This rank's part of each U.
+
+    Returns:
+        ν of each member, in a shape that multiplies its part; ranks that store shards call this together.
+    """
+    view, layout = MatrixView.parse(group["view"]), members[0].layout
+    local_view = view if layout.whole else view.of_interval(layout.shape, layout.intervals)
+    pairs = [(member.gradient.to(U.dtype), U) for member, U in zip(members, directions, strict=True)]
+    products = torch.stack([_products(view, local_view, layout, G, U)[1] for G, U in pairs])
+    norms = (summed(products, layout) if local_view is None else products).clamp(min=0)
+    return [_spread(view, local_view, layout, nu, U) for nu, (_, U) in zip(norms, pairs, strict=True)]
+
+
 def _products(view: MatrixView, local_view: MatrixView | None, layout: Layout, W: Tensor, U: Tensor) -> Tensor:
     """Return `⟨W, W⟩`, `⟨W, U⟩` and `⟨U, U⟩` of this rank's part of each matrix, (3, b)."""
     if local_view is None:

@@ -154,13 +154,14 @@ FORMULAS = {
     "polar_then_row": lambda M: D(exact(M)),
     "normuon": lambda M: D(exact(M)) * (exact(M).norm() / D(exact(M)).norm()),
     "centered_polar": lambda M: exact(C(M)),
+    "centered_polargrad": lambda M: torch.linalg.svdvals(C(M)).sum() * exact(C(M)),
     "centered_row_then_polar": lambda M: C(exact(C(D(C(M))))),
     "centered_polar_then_row": lambda M: C(D(exact(C(M)))),
     "sign": torch.sign,
     "auon": lambda M: F(M) / torch.cosh(F(M)).pow(2).mean() ** 0.5,
     "auon_unnormalized": lambda M: M / torch.cosh(1.5 * F(M)).pow(2).mean() ** 0.5,
     "hybrid_auon": lambda M: Y(M) / torch.cosh(Y(M)).pow(2).mean() ** 0.5,
-    "hybrid_auon_five": lambda M: Y(M, 5) / torch.cosh(Y(M, 5)).pow(2).mean() ** 0.5,
+    "hybrid_auon_five": lambda M: Y(M, 5) / torch.cosh(1.5 * F(Y(M, 5))).pow(2).mean() ** 0.5,
     "adamw": torch.sign,
 }
 

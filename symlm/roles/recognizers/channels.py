@@ -221,7 +221,7 @@ def _is_doubled(site: Site) -> bool:
 def _is_depthwise(module: nn.Module) -> bool:
     """Tell whether a module is a convolution of every channel by itself."""
     shape = whole_shape(module.weight) if isinstance(getattr(module, "weight", None), Tensor) else ()  # type: ignore[arg-type]
-    return len(shape) in (3, 4) and shape[1] == 1 and shape[0] > 1
+    return len(shape) == 3 and shape[1] == 1 and shape[0] > 1
 
 
 def _size(owner: nn.Module | None, name: str) -> int:
