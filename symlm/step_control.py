@@ -37,8 +37,9 @@ class StepReport:
 class StepControl:
     """Clip a step p to `p·min(1, r_target/r)`, `r = Δ_a/π`, with `a = J p` the first-order change of the logits.
 
-    Δ_a is the spread `max_k a_k − min_k a_k` of a position, reduced over positions. For r > 1 the Taylor series of the
-    loss along the step may diverge. The step is what the optimizer changed in the parameters, so that any
+    Δ_a is the spread `max_k a_k − min_k a_k` of a position, reduced over positions. `π/Δ_a` is a lower bound of the
+    radius within which the Taylor series of the loss along the step converges: below r = 1 it does, beyond it may. The
+    exact radius of two classes is `exact_binary_radius`. The step is what the optimizer changed in the parameters, so that any
     optimizer can be controlled. It costs a copy of the parameters, and a forward pass with its tangent.
 
     Args:
@@ -207,6 +208,29 @@ def _logits(model: Callable[..., Any], *inputs: Any, **named: Any) -> Tensor:
     """Return the model's output, or the `logits` of it."""
     output = model(*inputs, **named)
     return output if isinstance(output, Tensor) else output.logits
+
+
+def exact_binary_radius(logits: Tensor, change: Tensor) -> Tensor:
+    """Compute the radius of convergence of a two-class cross-entropy along a step, `√(δ² + π²)/|Δ_a|`, a sample.
+
+    Args:
+        logits: The logits z, (..., 2).
+        change: Their change a, same shape.
+
+    Returns:
+        The radius in units of the step, (...); infinity where the change has no gap. `π/Δ_a` is its lower bound.
+
+    Raises:
+        ValueError: There are not two classes.
+
+    Source:
+        arXiv 2603.13552.
+    """
+    if logits.shape[-1] != 2 or change.shape != logits.shape:
+        got = f"logits {list(logits.shape)} and change {list(change.shape)}"
+        raise ValueError(f"the exact radius is of two classes, got {got}; for more, StepControl has a lower bound")
+    gap, moved = logits.diff(dim=-1).squeeze(-1), change.diff(dim=-1).squeeze(-1).abs()
+    return torch.hypot(gap, torch.full_like(gap, pi)) / moved
 
 
 def reduce_spread(change: Tensor, over: str | float = "max") -> Tensor:

@@ -108,9 +108,9 @@ def attention_moves(sites, move_groups):
                 for site, role in sites:
                     if site.parent is core and role is Role.MLP_IN and "a_proj" not in site.leaf:
                         moved |= moved_heads(site, Role.ATTENTION_Q, groups, move_groups)
-                    elif site.parent is core and len(site.shape) > 2 and site.shape[0] == groups:  # a filter a head
-                        moved[site.name] = rolled(site.parameter.detach(), groups)
-                    elif site.module is core and len(site.shape) == 1 and site.shape[0] % groups == 0:
+                    filters = site.parent is core and len(site.shape) > 2 and site.shape[0] == groups
+                    numbers = site.module is core and len(site.shape) == 1 and site.shape[0] % groups == 0
+                    if filters or numbers:
                         moved[site.name] = rolled(site.parameter.detach(), groups)
         except (ValueError, RuntimeError):
             continue

@@ -11,7 +11,7 @@ from models import loss_of, tiny, tokens
 from torch import nn
 
 import symlm
-from symlm.step_control import StepControl, reduce_spread
+from symlm.step_control import StepControl, exact_binary_radius, reduce_spread
 from symlm.teleport import neuron_scales, teleport
 
 
@@ -144,6 +144,18 @@ def test_a_loss_of_two_classes_has_no_root_nearer_than_the_radius():
     control = StepControl(model, torch.optim.SGD(model.parameters(), 1.0))
     assert 1 / control.radius_ratio([D], x) <= abs(root)
     assert 1 / control.radius_ratio([D], x) == pytest.approx(pi / abs(slope))
+
+
+def test_the_exact_radius_of_two_classes_is_where_the_exponential_sum_vanishes():
+    logits, change = torch.randn(2, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for z, a, radius in zip(logits, change, exact_binary_radius(logits, change), strict=True):
+        gap, moved = (z[1] - z[0]).item(), (a[1] - a[0]).item()
+        root = (-gap + 1j * pi) / moved  # of 1 + exp(gap + t·moved)
+        assert abs(1 + cmath.exp(gap + root * moved)) < 1e-12
+        assert abs(root) == pytest.approx(radius.item())
+        assert radius.item() >= pi / abs(moved)  # the lower bound
+    with pytest.raises(ValueError, match="of two classes"):
+        exact_binary_radius(torch.zeros(4, 3), torch.zeros(4, 3))
 
 
 def test_the_ratio_is_the_same_wherever_a_symmetry_of_the_loss_moves_model_and_step():

@@ -17,6 +17,9 @@ GEMMA3 = {
 OLMOE = {"model_type": "olmoe", "tie_word_embeddings": False, "norm_topk_prob": False}
 GPT_OSS = {"model_type": "gpt_oss", "tie_word_embeddings": False}
 TINY = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+QWEN3_NEXT = {"model_type": "qwen3_next", "tie_word_embeddings": False}
+DEEPSEEK_V3 = {"model_type": "deepseek_v3", "tie_word_embeddings": False}
+FEW_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96, "intermediate_size": 384}
 NO_HEAD_DIM = {key: value for key, value in TINY.items() if key != "head_dim"}
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -73,6 +76,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "sliding_window": 128,
     },
+    # Linear attention in three layers of four, a mixture of experts in all.
+    "qwen3-next-tiny": QWEN3_NEXT
+    | TINY
+    | FEW_EXPERTS
+    | {"num_experts": 8, "shared_expert_intermediate_size": 96, "output_router_logits": True}
+    | {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    | {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    # Latent attention, sigmoid routers.
+    "deepseek-v3-tiny": DEEPSEEK_V3
+    | NO_HEAD_DIM
+    | FEW_EXPERTS
+    | {"num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    | {"q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    # State spaces alone; and with attention and MLPs between them.
+    "mamba2-tiny": {"model_type": "mamba2", "hidden_size": 128, "num_hidden_layers": 4, "expand": 2}
+    | {"state_size": 32, "head_dim": 32, "num_heads": 8, "n_groups": 1, "chunk_size": 64},
+    "nemotron-h-tiny": {"model_type": "nemotron_h"}
+    | TINY
+    | {"intermediate_size": 384, "ssm_state_size": 32, "mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 1}
+    | {"layers_block_type": ["mamba", "mlp", "attention", "mlp"]},
 }
 
 

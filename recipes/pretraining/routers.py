@@ -31,7 +31,8 @@ class Routers:
     """What a model's routers said, where it has any: their losses, and their metrics."""
 
     def __init__(self, model: torch.nn.Module, train: TrainConfig) -> None:
-        self.top_k = getattr(model.config, "num_experts_per_tok", None)
+        routed = any(hasattr(module, "experts") for module in model.modules())  # a config may name what a model has not
+        self.top_k = getattr(model.config, "num_experts_per_tok", None) if routed else None
         self.load, self.z = train.load_loss, train.z_loss
         if self.top_k is None and (self.load or self.z):
             raise ValueError(f"{type(model).__name__} has no routers for train.load_loss and train.z_loss")
@@ -47,7 +48,7 @@ class Routers:
 
     def metrics(self, output: Any, accelerator: Accelerator) -> dict[str, Any]:
         """Return each metric's mean over the layers, and the load of every expert, layer by layer."""
-        if not self.top_k:
+        if not self.top_k or not getattr(output, "router_logits", None):
             return {}
         layers = [
             symlm.diagnostics.router_metrics(z.detach(), self.top_k, accelerator.gather) for z in output.router_logits
