@@ -39,8 +39,8 @@ class StepControl:
 
     Δ_a is the spread `max_k a_k − min_k a_k` of a position, reduced over positions. `π/Δ_a` is a lower bound of the
     radius within which the Taylor series of the loss along the step converges: below r = 1 it does, beyond it may. The
-    exact radius of two classes is `exact_binary_radius`. The step is what the optimizer changed in the parameters, so that any
-    optimizer can be controlled. It costs a copy of the parameters, and a forward pass with its tangent.
+    exact radius of two classes is `exact_binary_radius`. The step is what the optimizer changed in the parameters, so
+    that any optimizer can be controlled. It costs a copy of the parameters, and a forward pass with its tangent.
 
     Args:
         model: The model.

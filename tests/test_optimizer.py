@@ -486,6 +486,20 @@ def test_a_pickled_optimizer_steps_on():
     assert all(torch.equal(W, weights(again)[name]) for name, W in weights(model).items())
 
 
+@pytest.mark.parametrize(
+    "change", [{"scale": "unit"}, {"constraint": "none"}, {"view": "whole"}, {"rule": "row_then_polar"}]
+)
+def test_a_state_of_another_route_is_refused_before_anything_changes(change):
+    saved = symlm.SymOptimizer(tiny(), overrides={"attention_q": change}).state_dict()
+    optimizer = symlm.SymOptimizer(tiny())
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"saved with {next(iter(change))} "):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    other_rate = symlm.SymOptimizer(tiny(), lr=0.5, overrides={"attention_q": {"lr": 0.1}}).state_dict()
+    optimizer.load_state_dict(other_rate)  # rates are the run's
+
+
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
 def test_polar_first_is_its_formula(shape):
     """PolarGrad's other order, `M <- βM + (1−β)U`, `W <- W − ηνM`, arXiv 2505.21799: the mean has no norms."""

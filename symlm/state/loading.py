@@ -136,10 +136,10 @@ def _common_prefix(names: Sequence[str]) -> str:
 
 
 def _check_route(theirs: State, ours: State) -> None:
-    for key in ("rule", "view"):
-        if theirs[key] != ours[key]:
+    for key in ("rule", "view", "scale", "constraint", "role"):
+        if (saved := theirs.get(key, DEFAULTS.get(key))) != ours[key]:
             raise ValueError(
-                f"the state was saved with {key} {theirs[key]!r} for {ours['role']}, this optimizer has {ours[key]!r}: "
+                f"the state was saved with {key} {saved!r} for {ours['role']}, this optimizer has {ours[key]!r}: "
                 "build it with the preset, overrides and roles of the run that saved the state"
             )
 
