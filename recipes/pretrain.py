@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from evidence import curves
+from pretraining.checkpoints import Checkpoints
 from pretraining.config import RunConfig, TrainConfig, read
-from pretraining.folder import Checkpoints, check_folder, forget_after, open_folder, origin, read_metrics, write
+from pretraining.folder import check_folder, forget_after, open_folder, origin, read_metrics, write
 from pretraining.setup import Training, build_accelerator, prepare
 from torch.utils.data import DataLoader
 from tqdm import tqdm

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.tracking import get_available_trackers
 from jsonargparse import ArgumentParser
@@ -143,7 +143,7 @@ class RunConfig:
     Args:
         name: its folder under `out`.
         out: the folder of runs.
-        resume: go on from the last complete checkpoint in the folder.
+        resume: go on from the last whole checkpoint in the folder; "auto" goes on where there is a run, else begins.
         overwrite: begin anew in a folder that holds a run, which is lost.
         data: the text.
         model: the network.
@@ -153,7 +153,7 @@ class RunConfig:
 
     name: str = "default"
     out: str = "runs"
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     overwrite: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

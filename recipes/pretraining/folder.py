@@ -1,9 +1,8 @@
-"""A run's folder: its configuration, its metrics a row at a time, and its checkpoints, of which none is ever half."""
+"""A run's folder: its configuration, and its metrics a row at a time."""
 
 import fcntl
 import json
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,48 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from pretraining.checkpoints import Checkpoints
 from pretraining.config import RunConfig, read
 
 LOOSE = {  # what may differ when a run goes on
     *("name", "out", "resume", "overwrite"),
     *(f"train.{name}" for name in ("save_every", "log_every", "keep", "tracker")),
 }
-
-
-class Checkpoints:
-    """Complete checkpoints `step-N` in a folder: written under another name, renamed when whole; the newest stay."""
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-
-    def list(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-    def save(self, accelerator: Accelerator, step: int) -> None:
-        temporary = self.folder / "unfinished"
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            target = self.folder / f"step-{step}"
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            for old in self.list()[: -self.keep]:
-                shutil.rmtree(old)
-
-    def load(self, accelerator: Accelerator) -> int:
-        """Load the newest; return its step, 0 without any.  Raises: RuntimeError that names one which is damaged."""
-        if not self.list():
-            return 0
-        newest = self.list()[-1]
-        try:
-            accelerator.load_state(str(newest))
-        except Exception as error:
-            raise RuntimeError(f"{newest} cannot be read ({error}); remove it to go on from the one before") from error
-        return int(newest.name.split("-")[1])
 
 
 def resolve(config: RunConfig, precision: str | None = None, processes: int = 1) -> dict[str, Any]:
@@ -90,12 +54,14 @@ def is_finished(folder: Path, arguments: list[str]) -> bool:
 
 
 def check_folder(config: RunConfig, accelerator: Accelerator) -> Path:
-    """Return the run's folder; nothing is changed in it.
+    """Return the run's folder; nothing is changed in it. `resume: auto` becomes whether there is a run to go on with.
 
     Raises: ValueError where there is nothing to resume, where that is another run, or where a run would be lost.
     """
     folder = Path(config.out) / config.name
     path = folder / "config.json"
+    if config.resume == "auto":
+        config.resume = path.exists()
     if config.resume and not path.exists():
         raise ValueError(f"{folder} holds no run to resume")
     if config.resume:

@@ -155,16 +155,44 @@ def test_a_run_on_other_processes_is_another_run(tmp_path):
     assert not list(run_folder.differences(before, {**before, "name": "moved", "out": "elsewhere"}))
 
 
-def test_a_damaged_checkpoint_is_named(text, whole, tmp_path):
+def cut(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("flag", ["--resume=true", "--resume=auto"])
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, lambda file: file.unlink()], ids=["cut", "bit", "missing"])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_taken(text, whole, tmp_path, damage, flag):
     copied = shutil.copytree(whole[0], tmp_path / "default")
     (copied / "checkpoints" / "step-foo").mkdir()
-    file = copied / "checkpoints" / "step-12" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    done = run(text, tmp_path, "--resume=true")
-    assert "step-12 cannot be read" in done.stderr
-    shutil.rmtree(copied / "checkpoints" / "step-12")
-    assert run(text, tmp_path, "--resume=true").returncode == 0
+    damage(copied / "checkpoints" / "step-12" / "model.safetensors")
+    done = run(text, tmp_path, flag)
+    assert done.returncode == 0, done.stderr
+    assert "step-12 is damaged (model.safetensors is missing, changed or another's)" in done.stdout
+    assert (copied / "checkpoints" / "step-12.damaged").exists()
     assert (copied / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (copied, whole[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_unasked(text, whole, tmp_path):
+    copied = shutil.copytree(whole[0], tmp_path / "default")
+    for step in (10, 12):
+        cut(copied / "checkpoints" / f"step-{step}" / "optimizer.bin")
+    done = run(text, tmp_path, "--resume=auto")
+    assert done.returncode != 0
+    assert "is whole: begin anew with --overwrite=true" in done.stderr
+
+
+def test_auto_begins_where_there_is_nothing_and_is_the_same_run(text, whole, tmp_path):
+    done = run(text, tmp_path, "--resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "default" / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -3,9 +3,11 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from evidence import runs
+from pretraining.checkpoints import Checkpoints, damage_of
 from recipe import ROOT
 
 
@@ -30,3 +32,23 @@ def test_arms_are_read_by_relative_paths_however_many_run_at_once(tmp_path, monk
     ]
     runs.execute(wanted, jobs, (), "runs")
     assert len(started) == len(wanted)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half_and_names_the_last_whole_one(tmp_path):
+    def full(folder):
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    def write(folder):
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"whole")
+
+    disk = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, save_state=write)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(disk, 1)
+    disk.save_state = full
+    with pytest.raises(OSError, match=r"step-2 cannot be written .*No space left.*last whole checkpoint is .*step-1"):
+        checkpoints.save(disk, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert damage_of(tmp_path / "step-1") == ""
