@@ -130,6 +130,11 @@ CASES |= {
     "zero3 small groups": {"kind": "qwen3", **ODD},
     "zero3 secondary": {"kind": "qwen3", **ODD},
 }
+# Linear attention and experts; latent attention and sigmoid routers.
+CASES |= {
+    name: {"kind": "qwen3_next", "vocab_size": 61} for name in ("ddp hybrid", "fsdp2 hybrid", "zero2 hybrid fp32")
+}
+CASES |= {f"{kind} latent": {"kind": "deepseek_v3", "vocab_size": 61} for kind in ("ddp", "fsdp2", "zero2")}
 # Every constraint that measures, on heads and whole matrices that shards cut, and on experts.
 CASES |= {f"{kind} constrained": {"kind": "qwen3", **ODD} for kind in ("ddp", "fsdp2", "zero2", "zero3")}
 CASES["fsdp2 experts constrained"] = {"kind": "qwen3_moe", "vocab_size": 61, "num_experts": 5}
@@ -151,7 +156,9 @@ WORLDS["fsdp2 narrow"] = (2, 4)
 
 def model_of(case):
     # Routers and experts compute in fp32, and so does ZeRO.
-    narrow = "moe" in CASES[case]["kind"] or "zero" in case or "fp32" in case
+    narrow = (
+        any(name in CASES[case]["kind"] for name in ("moe", "next", "deepseek")) or "zero" in case or "fp32" in case
+    )
     dtype = torch.float32 if narrow else torch.float64
     return tiny(dtype=dtype, **CASES[case])
 

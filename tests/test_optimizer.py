@@ -555,7 +555,7 @@ def test_scions_constrained_form_decays_every_layer_at_one_rate():
 def test_row_adam_is_its_formula_over_the_steps():
     """`M <- .9M + .1G`, `X = .1G + .9M`, `r² <- .95r² + .05|X|²`, `W <- (1 − ηλ)W − η·s·X·√(1 − .95^t)/r`, by hand."""
     model = tiny(dtype=torch.float64)
-    told = {"weight_decay_multiplier": 1.0, "momentum": 0.9}
+    told = {"weight_decay_multiplier": 1.0, "momentum": 0.9, "nesterov": True, "betas": (0.9, 0.95)}
     opt = symlm.SymOptimizer(model, weight_decay=0.1, overrides={"embedding": told})
     p = model.model.embed_tokens.weight
     (group,) = [group for group in opt.param_groups if group["role"] == "embedding"]

@@ -161,9 +161,11 @@ def check_options(group: dict[str, Any]) -> None:
     role = group["role"]
     if any(_is_below(group[key], 0) for key in NOT_NEGATIVE) or not _is_mean(group["momentum"]):
         raise ValueError(
-            f"group {role}: lr, weight_decay and floor must not be negative and 0 <= momentum < 1, "
-            f"got {group['lr']}, {group['weight_decay']}, {group['floor']}, {group['momentum']}"
+            f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
+            f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
         )
+    if _is_below(group["floor"], 0):
+        raise ValueError(f"group {role}: floor must not be negative, got {group['floor']}")
     if not all(map(_is_mean, group["betas"])) or _is_below(group["eps"], 0):
         raise ValueError(
             f"group {role}: betas must have 0 <= beta < 1 and eps must not be negative, "
@@ -171,7 +173,7 @@ def check_options(group: dict[str, Any]) -> None:
         )
 
 
-NOT_NEGATIVE = ("lr", "lr_multiplier", "weight_decay", "weight_decay_multiplier", "floor")
+NOT_NEGATIVE = ("lr", "lr_multiplier", "weight_decay", "weight_decay_multiplier")
 
 
 def _is_below(value: float | Tensor, bound: float) -> bool:
