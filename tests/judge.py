@@ -70,12 +70,8 @@ def loss_of(model, length=12, names=None, labels=None):
         model.config.decoder_start_token_id = 0
     with torch.no_grad(), in_double():
         cached = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
-        given, told = (ids if order is None else order[ids] for order in (names, labels))
-        return model(input_ids=given, labels=told, **cached).loss.double().item()
-
-
-class Moves(dict):
-    """Hold what replaces parameters: {parameter: moved values}, and the kind of the move."""
+        inputs, targets = (ids if order is None else order[ids] for order in (names, labels))
+        return model(input_ids=inputs, labels=targets, **cached).loss.double().item()
 
 
 def turned(x, groups):

@@ -35,8 +35,8 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
         norms_of = nuclear_norms(group, members, updates) if multiplies_norm(group) else None
         pairs = zip(momenta, updates, strict=True)
         updates = [M.lerp_(masked(U, M, finite), 1 - group["momentum"]) for M, U in pairs]
-        if norms_of:
-            updates = [nu * M for nu, M in zip(norms_of, updates, strict=True)]
+        if norms_of:  # of a gradient that is not finite ν is not either, and no rate of zero would undo it
+            updates = [torch.where(finite, nu, 0.0) * M for nu, M in zip(norms_of, updates, strict=True)]
     if get_constraint(group["constraint"]).measures:
         return _apply_measured(group, members, updates, lr)
     norms, steps = [], []

@@ -13,12 +13,12 @@ from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.role import Role, Site, whole_shape
 from symlm.roles.wrappers import inner_module
 
-INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "per_layer_input_gate")
-OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "per_layer_projection", "linear_out")
+INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
+OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_out")
 BY_NAME = {**dict.fromkeys(INTO, Role.MLP_IN), **dict.fromkeys(OUT_OF, Role.MLP_OUT)}
 ALONE = {  # where no layer stands beside that reads the channels
-    **dict.fromkeys(("q_a_proj", *("kv_a_proj_with_mqa", "kv_a_proj"), "per_layer_model_projection"), Role.MLP_IN),
-    **dict.fromkeys(("per_layer_input_gate",), Role.MLP_IN),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj"), Role.MLP_IN),
+    **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
     "per_layer_projection": Role.MLP_OUT,
 }
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
