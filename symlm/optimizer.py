@@ -34,7 +34,7 @@ from symlm.step.member import Member, members_of
 from symlm.update.adamw import adamw_step
 from symlm.update.apply import apply
 from symlm.update.rounding import store
-from symlm.update.size import UpdateSize
+from symlm.update.size import Change, UpdateSize
 from symlm.verification import Verification, verified
 
 log = logging.getLogger("symlm")
@@ -174,11 +174,14 @@ class SymOptimizer(torch.optim.Optimizer):
         if is_first and (received := bytes_to_receive(buckets)):
             log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(buckets))
         rotate_layers([bucket for bucket in buckets if shares_layer_rotation(bucket.group)], finite)
-        size.begin([bucket.group for bucket in buckets if not bucket.fused], finite.device)
+        size.begin([bucket.group for bucket in buckets])
         for bucket in overlapped(buckets):  # phase 1, momentum, and phase 2, directions
-            for updated, rows, updates in bucket.updates():
-                squares = apply(bucket.group, updated, rows, updates, bucket.finite)  # phase 3, update
-                size.add(bucket.group, squares, sum(U.numel() for U in updates))
+            if bucket.fused:
+                change = Change(1.0, [bucket.fused_step().sqrt()])
+                size.add(bucket.group, change, sum(member.parameter.numel() for member in bucket.batch))
+            for updated, rows, updates in bucket.updates() if not bucket.fused else ():
+                change = apply(bucket.group, updated, rows, updates, bucket.finite)  # phase 3, update
+                size.add(bucket.group, change, sum(U.numel() for U in updates))
             for member in bucket.batch:
                 store(bucket.group, member, bucket.finite)
 

@@ -17,26 +17,24 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from symlm.polar import fastest_dtype, operations, polar
 
 MUON = (3.4445, -4.7750, 2.0315)
-SHAPES = {
-    "Qwen3-0.6B gate, up": (2, 3072, 1024),
-    "Qwen3-0.6B v": (1, 1024, 1024),
-    "Qwen3-0.6B o": (1, 1024, 2048),
-    "Qwen3-0.6B q, a head": (16, 128, 1024),
-    "Gemma3-1B gate, up": (2, 6912, 1152),
-    "Gemma3-1B o": (1, 1152, 1024),
+SHAPES = {  # of a step's stacks, which hold 2²⁶ elements at most, and single squares
+    "Qwen3-0.6B gate, up": (21, 3072, 1024),
+    "Qwen3-0.6B o": (28, 1024, 2048),
+    "Qwen3-0.6B q, a head": (448, 128, 1024),
+    "Gemma3-1B gate, up": (8, 6912, 1152),
     "OLMoE experts": (32, 2048, 1024),
     **{f"square {side}": (1, side, side) for side in (512, 1024, 2048, 4096, 8192)},
 }
 
 
-def contenders() -> dict[str, Callable[[Tensor], Tensor]]:
+def contenders(compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return the functions to measure, by name; each maps matrices (b, m, n) to polar factors."""
 
     def eager(M: Tensor) -> Tensor:
         return polar(M, "auto", compute_dtype="auto", kernels="torch")
 
     functions: dict[str, Callable[[Tensor], Tensor]] = {"torch": eager}
-    if DEVICE == "cuda":
+    if compiled:
         torch._dynamo.reset()  # else the code of an earlier shape may be reused, made for any shape
         functions["torch.compile"] = torch.compile(eager, dynamic=False)
     if why_not_triton(DEVICE, fastest_dtype(DEVICE)) is None:
@@ -53,7 +51,11 @@ def contenders() -> dict[str, Callable[[Tensor], Tensor]]:
 
 def main() -> None:
     """Measure all contenders and write the record."""
-    options = arguments(__doc__, quick={"action": "store_true", "help": "a small shape, few runs, no compiler"})
+    options = arguments(
+        __doc__,
+        quick={"action": "store_true", "help": "a small shape, few runs"},
+        compile={"action": "store_true", "help": "torch.compile too, which takes seconds a shape"},
+    )
     measured = ceilings(fastest_dtype(DEVICE))
     rows: list[dict[str, object]] = []
     for name, (b, m, n) in {"small": (2, 96, 128)}.items() if options.quick else SHAPES.items():
@@ -61,7 +63,7 @@ def main() -> None:
         floor = b * operations(m, n, 5, "auto", halves=True) / measured["product FLOP/s"]
         row: dict[str, object] = {"shape": f"{name} {b}×{m}×{n}", "floor ms": 1e3 * floor}
         rows.append(row)
-        for contender, work in contenders().items():
+        for contender, work in contenders(options.compile).items():
             still = next(inputs)  # a graph always reads the same memory
             ways = {contender: lambda work=work, inputs=inputs: work(next(inputs))}
             if DEVICE == "cuda" and contender in ("torch", "triton"):

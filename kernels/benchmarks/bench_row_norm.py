@@ -21,8 +21,8 @@ from symlm.polar import fastest_dtype
 SHAPES = [(151_936, 1024), (262_144, 1152)]
 
 
-def contenders(m: int, n: int, quick: bool) -> dict[str, Callable[[], object]]:
-    """Return the steps to measure, by name, on a matrix (m, n); a quick run has no compiled ones."""
+def contenders(m: int, n: int, compiled: bool) -> dict[str, Callable[[], object]]:
+    """Return the steps to measure, by name, on a matrix (m, n)."""
     G, M, W = (torch.randn(m, n, device=DEVICE) for _ in range(3))
     scalars = [torch.tensor(x, device=DEVICE) for x in (1e-3, 1.0, 1.0)]
     norms = reference.MeanNorms(torch.ones(m, 1, device=DEVICE), torch.tensor(0.5, device=DEVICE), 0.95)
@@ -37,10 +37,10 @@ def contenders(m: int, n: int, quick: bool) -> dict[str, Callable[[], object]]:
             step, label = getattr(module, name), f"{name}{' over means' if mean else ''}"
             given = (G, M, W, 0.95, *scalars, False, mean)
             steps[f"{source} {label}"] = lambda step=step, given=given: step(*given)
-            if source == "torch" and not quick:
+            if source == "torch" and compiled:
                 torch._dynamo.reset()
-                compiled = torch.compile(step, dynamic=False)
-                steps[f"torch.compile {label}"] = lambda compiled=compiled, given=given: compiled(*given)
+                fast = torch.compile(step, dynamic=False)
+                steps[f"torch.compile {label}"] = lambda fast=fast, given=given: fast(*given)
     for source in sources:
         head = torch.nn.Linear(n, m, bias=False, device=DEVICE)
         head.weight.grad = G
@@ -53,11 +53,15 @@ def contenders(m: int, n: int, quick: bool) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Measure all contenders and write the record."""
-    options = arguments(__doc__, quick={"action": "store_true", "help": "a small shape, few runs, no compiler"})
+    options = arguments(
+        __doc__,
+        quick={"action": "store_true", "help": "a small shape, few runs"},
+        compile={"action": "store_true", "help": "torch.compile too, which takes seconds a step"},
+    )
     measured = ceilings(fastest_dtype(DEVICE))
     rows: list[dict[str, object]] = []
-    for m, n in [(1000, 128)] if options.quick else SHAPES:
-        for name, work in contenders(m, n, options.quick).items():
+    for m, n in [(100, 128)] if options.quick else SHAPES:
+        for name, work in contenders(m, n, options.compile).items():
             passes = 8.5 if "head" in name else 7 if "centered" in name else 5
             floor = passes * 4 * m * n / measured["copy B/s"]
             floor += 4 * m * n * n / measured["product FLOP/s"] if "head" in name else 0

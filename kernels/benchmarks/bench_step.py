@@ -7,9 +7,13 @@ models small enough for one. torch.optim.Muon does not accept a stack of experts
 separate parameter.
 """
 
+import time
+from collections.abc import Callable
+
 import torch
 from measuring import DEVICE, arguments, attempted, ceilings, seconds, write
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import symlm
@@ -68,9 +72,45 @@ def slices(p: nn.Parameter) -> list[nn.Parameter]:
     return parts
 
 
+def profiled(step: Callable[[], None], title: str | None) -> dict[str, object]:
+    """Return one step's time on the host, time of its kernels, launches and peak of temporary memory.
+
+    Args:
+        step: The step, already warm.
+        title: Printed above a table of the kernels that take longest; None prints nothing.
+    """
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    step()
+    host = time.perf_counter() - began
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    averages = recorded.key_averages()
+    if title:
+        print(title)
+        print(averages.table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=60))
+    on_device = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in on_device if not event.name.startswith("Optimizer.")]  # spans, not launches
+    return {
+        "host ms": 1e3 * host,
+        "kernels ms": sum(event.self_device_time_total for event in kernels) / 1e3,
+        "launches": len(kernels),
+        "temporary GB": (torch.cuda.max_memory_allocated() - before) / 1e9,
+    }
+
+
 def main() -> None:
     """Measure all contenders and write the record."""
-    options = arguments(__doc__, layers={"type": int}, width={"type": int})
+    options = arguments(
+        __doc__,
+        layers={"type": int, "help": "in place of the model's"},
+        width={"type": int, "help": "in place of the model's"},
+        profile={"action": "store_true", "help": "print where the time of a step goes"},
+    )
     measured, rows = ceilings(fastest_dtype(DEVICE)), []
     for name, fields in MODELS.items():
         changes = {"num_hidden_layers": options.layers} if options.layers else {}
@@ -80,15 +120,25 @@ def main() -> None:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields | changes))
         for p in model.parameters():
             p.grad = torch.randn_like(p) * 1e-3
-        spent: dict[str, float | str] = {}
+        spent: dict[str, dict[str, object]] = {}
         for contender, optimizers in contenders(model).items():
-            spent[contender] = attempted(lambda several=optimizers: seconds(lambda: [o.step() for o in several], 3))
+
+            def step(several: list[torch.optim.Optimizer] = optimizers) -> None:
+                for optimizer in several:
+                    optimizer.step()
+
+            value = attempted(lambda step=step: seconds(step, 5))
+            spent[contender] = {"ms": 1e3 * value if isinstance(value, float) else value}
+            if isinstance(value, float) and DEVICE == "cuda":
+                spent[contender] |= profiled(step, f"{name}, {contender}" if options.profile else None)
             for optimizer in optimizers:
                 optimizer.state.clear()
-        for contender, value in spent.items():
-            row = {"model": name, "step": contender, "ms": 1e3 * value if isinstance(value, float) else value}
-            timed = isinstance(value, float) and isinstance(spent["AdamW"], float)
-            rows.append({**row, "of AdamW": value / spent["AdamW"] if timed else ""})
+        for contender, values in spent.items():
+            row = {"model": name, "step": contender, **values}
+            pair = values["ms"], spent["AdamW"]["ms"]
+            if all(isinstance(ms, float) for ms in pair):
+                row["of AdamW"] = pair[0] / pair[1]
+            rows.append(row)
         path = write("step", rows, measured, options)
     print(path)
 

@@ -162,13 +162,13 @@ def write(name: str, rows: list[dict[str, Any]], measured: dict[str, float], opt
         "commit": options.commit or _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"),
         **measured,
     }
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
     print("  ".join(f"{key}: {_cell(value)}" for key, value in head.items()))
     print("| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
     for row in rows:
         print("| " + " | ".join(_cell(row.get(key, "")) for key in keys) + " |")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}-{head['device'].replace(' ', '-').lower()}-{head['date']}.json"
+    path = options.out / f"{name}-{head['device'].replace(' ', '-').lower()}-{head['date']}-{head['commit']}.json"
     path.write_text(json.dumps({**head, "rows": rows}, indent=1))
     return path
 

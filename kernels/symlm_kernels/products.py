@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from symlm_kernels.launching import on_its_device
+from symlm_kernels.reference import is_transposed
 from symlm_kernels.tiles import Tile, choose_tile
 
 
@@ -43,7 +44,7 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float
 
 @on_its_device
 def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -> Tensor:
-    """Compute `a X + B X` in one pass.
+    """Compute `a X + B X` in one pass for a symmetric B; a transposed view stays one.
 
     Args:
         B: Matrices, (b, m, m), any strides.
@@ -52,10 +53,10 @@ def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -
         tile: The tile; chosen by shape if None.
 
     Returns:
-        The matrices, (b, m, n), contiguous, accumulated in fp32.
+        The matrices, (b, m, n), contiguous or the transposed view of what is, accumulated in fp32.
     """
     batch, m, n = X.shape
-    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    out = torch.empty_like(X.mT).mT if is_transposed(X) else torch.empty_like(X, memory_format=torch.contiguous_format)
     tile = tile or choose_tile(m, n, X.element_size(), _aligned(B, X, out))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * batch,)  # the other axes of a grid are limited to 65,535
     _apply_kernel[grid](

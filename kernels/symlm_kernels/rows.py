@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from symlm_kernels import row_kernels
+from symlm_kernels.jit import rows as kernels
 from symlm_kernels.launching import on_its_device
 from symlm_kernels.reference import MeanNorms
 from symlm_kernels.selection import LARGEST_ROW
@@ -24,7 +24,7 @@ def row_norm_step(
     finite: Tensor,
     nesterov: bool = False,
     mean: MeanNorms | None = None,
-) -> None:
+) -> Tensor:
     """Compute `M <- βM + (1−β)G`, `W <- decay_factor·W − size·X_i/|X_i|` in one pass, in place, X the rule's input M.
 
     With mean norms r the direction is `X_i·√bias/r_i`. A zero row has a zero direction.
@@ -40,12 +40,18 @@ def row_norm_step(
         nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
         mean: The mean norms, which are refreshed; None to divide by the rows' norms.
 
+    Returns:
+        `Σ(ΔW)²` without the decay, one element.
+
     Raises:
         ValueError: Rows are longer than `LARGEST_ROW` or not contiguous, or the shapes differ.
     """
     (m, n), (constants, (r, bias, beta2)) = M.shape, _checked(G, M, W, nesterov, mean)
     strides = (G.stride(0), M.stride(0), W.stride(0))
-    row_kernels.row_kernel[(m,)](G, M, W, r, bias, size, decay_factor, finite, n, beta, beta2, *strides, **constants)
+    squares = torch.empty(m, dtype=torch.float32, device=W.device)
+    arguments = (G, M, W, r, bias, squares, size, decay_factor, finite, n, beta, beta2)
+    kernels.row_kernel[(m,)](*arguments, *strides, **constants)
+    return squares.sum()
 
 
 @on_its_device
@@ -59,7 +65,7 @@ def centered_row_norm_step(
     finite: Tensor,
     nesterov: bool = False,
     mean: MeanNorms | None = None,
-) -> None:
+) -> Tensor:
     """Compute the same step as `row_norm_step` with the direction `C D C X`; C subtracts the mean row, D divides rows.
 
     M is read twice more, for the mean row and for the mean of the directions; with Nesterov momentum G too.
@@ -75,6 +81,9 @@ def centered_row_norm_step(
         nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
         mean: The mean norms, which are refreshed; None to divide by the rows' norms.
 
+    Returns:
+        `Σ(ΔW)²` without the decay, one element.
+
     Raises:
         ValueError: As `row_norm_step`.
     """
@@ -83,8 +92,10 @@ def centered_row_norm_step(
     row = _directions(G, M, beta, finite, shift, None, norms, constants)
     r, bias, beta2 = norms
     strides = (G.stride(0), M.stride(0), W.stride(0))
-    arguments = (G, M, W, r, bias, shift, row, size, decay_factor, finite, n, beta, beta2)
-    row_kernels.centered_apply_kernel[(m,)](*arguments, *strides, **constants)
+    squares = torch.empty(m, dtype=torch.float32, device=W.device)
+    arguments = (G, M, W, r, bias, shift, row, squares, size, decay_factor, finite, n, beta, beta2)
+    kernels.centered_apply_kernel[(m,)](*arguments, *strides, **constants)
+    return squares.sum()
 
 
 @on_its_device
@@ -124,7 +135,7 @@ def row_directions(
 
 
 @on_its_device
-def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> None:
+def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> Tensor:
     """Compute `W <- decay_factor·W − size·(U − 1 rowᵀ)` in place.
 
     Args:
@@ -135,12 +146,17 @@ def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_fa
         decay_factor: The factor of the weights, `1 − ηλ`, one element on the device.
         finite: Nothing changes if it is 0, one element on the device.
 
+    Returns:
+        `Σ(ΔW)²` without the decay, one element.
+
     Raises:
         ValueError: As `row_norm_step`.
     """
     (m, n), constants = W.shape, _checked(U, U, W, False, None)[0]
-    arguments = (U, W, row, size, decay_factor, finite, n, U.stride(0), W.stride(0))
-    row_kernels.step_kernel[(m,)](*arguments, BLOCK=constants["BLOCK"], num_warps=constants["num_warps"])
+    squares = torch.empty(m, dtype=torch.float32, device=W.device)
+    arguments = (U, W, row, squares, size, decay_factor, finite, n, U.stride(0), W.stride(0))
+    kernels.step_kernel[(m,)](*arguments, BLOCK=constants["BLOCK"], num_warps=constants["num_warps"])
+    return squares.sum()
 
 
 def _mean_row(G: Tensor, M: Tensor, beta: float, finite: Tensor, constants: dict[str, Any]) -> Tensor:
@@ -149,7 +165,7 @@ def _mean_row(G: Tensor, M: Tensor, beta: float, finite: Tensor, constants: dict
     parts, rows = _parts(m)
     sums = torch.empty(parts, n, dtype=torch.float32, device=M.device)
     arguments = (G, M, sums, finite, m, n, rows, beta, G.stride(0), M.stride(0))
-    row_kernels.momentum_kernel[(parts,)](*arguments, **plain)
+    kernels.momentum_kernel[(parts,)](*arguments, **plain)
     return sums.sum(0) / m
 
 
@@ -170,7 +186,7 @@ def _directions(
     r, bias, beta2 = norms
     arguments = (G, M, r, bias, shift, sums, sums if D is None else D, finite, m, n, rows, beta, beta2)
     strides = (G.stride(0), M.stride(0))
-    row_kernels.direction_kernel[(parts,)](*arguments, *strides, **constants, WRITE=D is not None)
+    kernels.direction_kernel[(parts,)](*arguments, *strides, **constants, WRITE=D is not None)
     return sums.sum(0) / m
 
 

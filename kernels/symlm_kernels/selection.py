@@ -4,22 +4,23 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from symlm_kernels import reference
 
 CHOICES = ("auto", "torch", "triton")
 LARGEST_ROW = 8_192  # a fused row step holds a row in registers; rows of twice this length spill them
-# The shorter side from which products, and the row length from which fused row steps, were measured to be faster. None
-# until a GPU's record shows it (kernels/README.md), so that "auto" selects torch everywhere.
-FASTER_FROM: dict[str, int | None] = {"products": None, "rows": None}
+# The shorter side from which products and passes over stacks, and the row length from which fused row steps, were
+# measured to be faster. None until a GPU's record shows it (kernels/README.md), so that "auto" selects torch.
+FASTER_FROM: dict[str, int | None] = {"products": None, "rows": None, "stacks": None}
 
 
-def select_products(X: Tensor, kernels: str = "auto") -> ModuleType:
-    """Return the module whose products a stack is multiplied with.
+def select_products(device: str, dtype: torch.dtype, side: int, kernels: str = "auto") -> ModuleType:
+    """Return the module whose products a stack (b, m, n) with m <= n is multiplied with.
 
     Args:
-        X: The stack, (b, m, n) with m <= n.
+        device: The type of the device, such as "cuda".
+        dtype: The dtype of the stack.
+        side: The shorter side m.
         kernels: "torch", "triton" or "auto".
 
     Returns:
@@ -29,7 +30,7 @@ def select_products(X: Tensor, kernels: str = "auto") -> ModuleType:
         ValueError: As `choose`.
         RuntimeError: As `choose`.
     """
-    if choose(X.device.type, X.dtype, X.shape[-2], kernels) == "torch":
+    if choose(device, dtype, side, kernels) == "torch":
         return reference
     from symlm_kernels import products
 
@@ -42,9 +43,9 @@ def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto", wh
     Args:
         device: The type of the device, such as "cuda".
         dtype: The dtype of the matrices.
-        side: The shorter side of the matrices for products, the length of a row for rows.
+        side: The shorter side of the matrices for products and stacks, the length of a row for rows.
         kernels: "torch", "triton", or "auto" for Triton from the size on at which it was measured to be faster.
-        what: "products" or "rows", a key of `FASTER_FROM`.
+        what: "products", "rows" or "stacks", a key of `FASTER_FROM`.
 
     Returns:
         "torch" or "triton".

@@ -1,5 +1,9 @@
 """The polar factor `U_r V_rᵀ` of a matrix, batched: the methods behind one function."""
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 from symlm_kernels.reference import normal
 from symlm_kernels.selection import select_products
@@ -8,8 +12,8 @@ from torch import Tensor
 from symlm.polar.counting import gram_is_cheaper
 from symlm.polar.exact import qdwh_polar, svd_polar
 from symlm.polar.newton_schulz import gram_newton_schulz, newton_schulz
-from symlm.polar.precision import resolve_dtype
-from symlm.polar.schedules import get_schedule
+from symlm.polar.precision import accumulation_dtype, resolve_dtype
+from symlm.polar.schedules import Triple, get_schedule
 
 METHODS = ("svd", "qdwh", "newton_schulz", "gram_newton_schulz", "auto")
 
@@ -70,19 +74,67 @@ def polar(
         X = _normalize(X, 1.0, resolve_dtype(M, "float32"))
         U = qdwh_polar(X.mT).mT if X.shape[-2] <= X.shape[-1] else qdwh_polar(X)
     else:
-        table = get_schedule(schedule)
-        use_gram = method == "gram_newton_schulz" or (
-            method == "auto" and gram_is_cheaper(X, resolve_dtype(M, compute_dtype, gram=True), steps, kernels)
-        )
-        X = _normalize(X, table.bound, resolve_dtype(M, compute_dtype, use_gram))
-        iterate = gram_newton_schulz if use_gram else newton_schulz
-        U = iterate(X, table.steps(steps), select_products(X, kernels))
+        iteration = choose_iteration(X, method, schedule, steps, compute_dtype, kernels)
+        U = iteration(_normalize(X, iteration.bound, iteration.dtype))
     return (U.mT if flipped else U).to(M.dtype).reshape(M.shape)
+
+
+class Iteration(NamedTuple):
+    """Hold an iteration to polar factors, as it was chosen for a stack; call it with the divided stack.
+
+    Args:
+        function: Maps a stack, triples and products to polar factors.
+        triples: The coefficients of its steps.
+        products: The module whose products it calls.
+        bound: Each matrix X of the stack is divided to `X / (bound·‖X‖_F)`.
+        dtype: The dtype of the divided stack.
+    """
+
+    function: Callable[[Tensor, list[Triple], ModuleType], Tensor]
+    triples: list[Triple]
+    products: ModuleType
+    bound: float
+    dtype: torch.dtype
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """Return the polar factors of a divided stack, (b, m, n), in its dtype and memory order."""
+        return self.function(X, self.triples, self.products)
+
+
+def choose_iteration(
+    X: Tensor, method: str, schedule: str, steps: int, compute_dtype: str | torch.dtype, kernels: str
+) -> Iteration:
+    """Choose the iteration, dtype and products for a stack.
+
+    Args:
+        X: The stack in the orientation whose Gram matrix is formed, (b, m, n); its values do not matter.
+        method: "newton_schulz", "gram_newton_schulz" or "auto".
+        schedule: As in `polar`.
+        steps: As in `polar`.
+        compute_dtype: As in `polar`.
+        kernels: As in `polar`.
+
+    Returns:
+        The iteration.
+
+    Raises:
+        ValueError: As `polar`.
+        RuntimeError: As `polar`.
+    """
+    table = get_schedule(schedule)
+    use_gram = method == "gram_newton_schulz" or (
+        method == "auto" and gram_is_cheaper(X, resolve_dtype(X, compute_dtype, gram=True), steps, kernels)
+    )
+    dtype = resolve_dtype(X, compute_dtype, use_gram)
+    products = select_products(X.device.type, dtype, X.shape[-2], kernels)
+    return Iteration(
+        gram_newton_schulz if use_gram else newton_schulz, table.steps(steps), products, table.bound, dtype
+    )
 
 
 def _normalize(X: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
     """Scale each matrix to `X / (bound·‖X‖_F)`, by its largest entry first so that no square overflows."""
-    wide = X.to(torch.promote_types(torch.promote_types(X.dtype, dtype), torch.float32))
+    wide = X.to(torch.promote_types(accumulation_dtype(X.dtype), dtype))
     axes = (-2, -1)
     largest = torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True))
     Y = wide / normal(largest)

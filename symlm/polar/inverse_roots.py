@@ -33,5 +33,5 @@ def inverse_root(K: Tensor) -> Tensor:
     R = (K / (torch.where(trace > 0, trace, 1.0) * table.bound**2)).reshape(-1, *K.shape[-2:])
     R.diagonal(dim1=-2, dim2=-1).add_(CUTOFF / table.bound**2)
     with full_precision():
-        Q = collected_polynomial(R, table.steps(5), select_products(R, "torch"))
+        Q = collected_polynomial(R, table.steps(5), select_products(R.device.type, R.dtype, R.shape[-1], "torch"))
     return (Q / table.bound).reshape(K.shape)

@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-import torch
+from symlm_kernels.reference import apply
 from torch import Tensor
 
 from symlm.polar.schedules import Triple
@@ -47,7 +47,7 @@ def gram_newton_schulz(X: Tensor, triples: list[Triple], products: ModuleType) -
     """
     for chunk in (triples[:RESTART], triples[RESTART:]):
         if chunk:
-            X = torch.bmm(collected_polynomial(products.gram(X), chunk, products), X)
+            X = apply(collected_polynomial(products.gram(X), chunk, products), X)
     return X
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -50,6 +51,16 @@ def resolve_dtype(M: Tensor, compute_dtype: str | torch.dtype, gram: bool = Fals
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"compute_dtype is 'auto' or a floating-point dtype such as 'float32', got {compute_dtype!r}")
     return dtype
+
+
+@cache
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32, or the dtype if it is wider.
+
+    Args:
+        dtype: A floating-point dtype.
+    """
+    return torch.promote_types(dtype, torch.float32)
 
 
 @contextmanager

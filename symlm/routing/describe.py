@@ -118,13 +118,15 @@ def describe_routing(
 
 
 def _products(site: Site, role: Role, route: Route, settings: Mapping[str, Any]) -> str:
-    """Name whose matrix products a polar factor takes, or whose fused step a row rule takes, if any."""
-    _, m, n = view_of(site, role, route.view, bool(get_rule(route.rule).state)).shape(site.shape)
-    device, kernels = site.parameter.device.type, settings["kernels"]
-    if get_rule(route.rule).fused and n <= LARGEST_ROW and site.parameter.dtype == torch.float32:
-        return "triton, fused" if choose(device, torch.float32, n, kernels, "rows") == "triton" else ""
-    if not get_rule(route.rule).spectral:
-        return ""
+    """Name whose products a polar factor takes, and whether its passes are fused; of a row rule its fused step."""
+    rule, device, kernels = get_rule(route.rule), site.parameter.device.type, settings["kernels"]
+    view = view_of(site, role, route.view, bool(rule.state))
+    _, m, n = view.shape(site.shape)
+    if not rule.spectral:
+        fusible = rule.fused and n <= LARGEST_ROW and site.parameter.dtype == torch.float32
+        return "triton, fused" if fusible and choose(device, torch.float32, n, kernels, "rows") == "triton" else ""
     if settings.get("polar_method") in ("svd", "qdwh"):
         return "torch"
-    return choose(device, fastest_dtype(device), min(m, n), kernels)
+    fusible = rule.fused and view.consecutive(site.shape) is not None
+    fused = fusible and choose(device, torch.float32, min(m, n), kernels, "stacks") == "triton"
+    return choose(device, fastest_dtype(device), min(m, n), kernels) + ", fused" * fused

@@ -14,6 +14,7 @@ import torch
 from symlm_kernels.reference import unit_rows
 from torch import Tensor
 
+from symlm.polar.precision import accumulation_dtype
 from symlm.rules.rule import A_ROTATION, ROTATED_ROOTS, rule
 from symlm.symmetry import Symmetry, rotations, signed_permutations
 
@@ -198,12 +199,12 @@ def over(X: Tensor, root: Tensor) -> Tensor:
 
 def _raw(M: Tensor) -> Tensor:
     """Return M in fp32 or wider."""
-    return M.to(torch.promote_types(M.dtype, torch.float32))
+    return M.to(accumulation_dtype(M.dtype))
 
 
 def _wide(M: Tensor) -> Tensor:
     """Return M in fp32 or wider, at an RMS of 1, so that no square overflows."""
-    return unit_rms(M.to(torch.promote_types(M.dtype, torch.float32)))
+    return unit_rms(M.to(accumulation_dtype(M.dtype)))
 
 
 def unit_rms(M: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Rule:
             without a rotation.
         row_map: Maps rows and their norms to directions, the part of the rule between its centerings; None where rows
             mix.
-        fused: Whether one Triton kernel does the whole step of a row rule.
+        fused: Whether Triton kernels do the whole step: of a row rule, or of one whose direction is the polar factor.
         elementwise: Whether the optimizer runs torch's AdamW in the rule's place, on a tensor of any shape.
     """
 

@@ -7,7 +7,7 @@ from symlm.rules.rule import A_NUMBER_A_ROW, CENTERED_ROWS, DENSE, ROWS, Polar, 
 from symlm.rules.scaling import nuclear_norm
 
 
-@rule(DENSE)
+@rule(DENSE, fused=True)
 def polar(M: Tensor, polar: Polar) -> Tensor:
     """Return the polar factor, `U_r V_rᵀ` of the thin SVD.
 
@@ -24,7 +24,7 @@ def polar(M: Tensor, polar: Polar) -> Tensor:
     return polar(M)
 
 
-@rule(DENSE)
+@rule(DENSE, fused=True)
 def left_spectral(M: Tensor, polar: Polar) -> Tensor:
     """Return `(M Mᵀ)^{-1/2} M`, which is the polar factor; the cheaper Gram matrix is formed.
 
@@ -41,7 +41,7 @@ def left_spectral(M: Tensor, polar: Polar) -> Tensor:
     return polar(M)
 
 
-@rule(DENSE)
+@rule(DENSE, fused=True)
 def right_spectral(M: Tensor, polar: Polar) -> Tensor:
     """Return `M (Mᵀ M)^{-1/2}`, which is the polar factor; the cheaper Gram matrix is formed.
 

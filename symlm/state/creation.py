@@ -9,6 +9,7 @@ from torch import Tensor
 from symlm.distributed.layout import layout_of
 from symlm.distributed.partitions import Fragment
 from symlm.distributed.tensors import repeated_like
+from symlm.polar.precision import accumulation_dtype
 from symlm.routing.options import named_parameters
 from symlm.rules import get_rule
 from symlm.state.originals import Originals
@@ -75,7 +76,7 @@ def new_state(group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragm
     Raises:
         RuntimeError: The rule stores whole matrices, and p is a partition.
     """
-    rule, dtype = get_rule(group["rule"]), torch.promote_types(p.dtype, torch.float32)
+    rule, dtype = get_rule(group["rule"]), accumulation_dtype(p.dtype)
     momentum_dtype = getattr(torch, group["momentum_dtype"]) if dtype == torch.float32 else dtype
     dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq"), dtype) if rule.elementwise else {"momentum": momentum_dtype}
     state = {key: torch.zeros_like(p, dtype=of, memory_format=torch.preserve_format) for key, of in dtypes.items()}

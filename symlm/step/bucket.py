@@ -11,9 +11,10 @@ from symlm.distributed.exchange import Exchange
 from symlm.distributed.tensors import local, placed_like
 from symlm.routing.options import with_rate
 from symlm.rules import get_rule
+from symlm.step import stacks
 from symlm.step.directions import cost_of, rule_state, scale_of, whole_directions
 from symlm.step.member import BATCH_ELEMENTS, Member, batches
-from symlm.step.momentum import rule_input, rule_input_of_block, update_momentum
+from symlm.step.momentum import rule_input_of_block, rule_inputs, update_momentum
 from symlm.step.rows import fused
 from symlm.step.rows.blocks import ALL, Block
 from symlm.step.rows.row_step import RowStep
@@ -50,9 +51,7 @@ class Bucket:
         shared = layout.whole and prod(layout.size) > 1 and rule.spectral
         split = not layout.whole and not self.by_rows and not self.everywhere and self.local_view is None
         self.exchange = Exchange(layout, len(batch), loads, cost_of(group, layout)) if shared or split else None
-        # A plan's members are on the meta device, and have no momentum.
-        fusible = self.by_rows and batch[0].parameter.device.type != "meta"
-        self.fused = fusible and fused.serves(group, layout, batch[0].parameter)
+        self.fused = self._fusible(view)
         self.momenta = torch.empty(0)  # the rule's inputs, (members, *shape), between `start` and `release`
         self.started = False
 
@@ -62,12 +61,9 @@ class Bucket:
             return
         self.started = True
         if not self.by_rows:
-            M = self.batch[0].momentum
-            self.momenta = M.new_empty((len(self.batch), *M.shape), dtype=torch.promote_types(M.dtype, torch.float32))
-        for k, member in enumerate(self.batch):
-            G = update_momentum(self.group, member, self.finite)
-            if not self.by_rows:
-                rule_input(self.group, member.momentum, G, out=self.momenta[k])
+            self.momenta = rule_inputs(self.group, self.batch, self.finite)
+        for member in self.batch if self.by_rows else ():
+            update_momentum(self.group, member, self.finite)
         if self.exchange:
             self.exchange.send(self.momenta.flatten(1))
 
@@ -84,13 +80,10 @@ class Bucket:
     def updates(self) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
         """Yield members, a block of their parts, and its `s·U` for each; the rule's next state is stored.
 
-        A fused step updates the weights itself, and yields nothing.
+        Of a fused bucket `fused_step` is called instead.
         """
         if self.exchange:
             yield self.batch, ALL, [part.view(self.shape) for part in self.exchange.receive()]
-        elif self.fused:
-            for member in self.batch:
-                _fused_step(self.group, member, self.finite)
         elif self.by_rows:
             for member in self.batch:
                 for block, U in _directions_by_rows(self.group, member, self.finite):
@@ -104,6 +97,21 @@ class Bucket:
             for member, state in zip(self.batch, states, strict=True):
                 member.store_state(state, self.finite)
             yield self.batch, ALL, list(directions)
+
+    def _fusible(self, view: MatrixView) -> bool:
+        """Return whether kernels run all three phases. A plan's members are on the meta device, without momenta."""
+        if self.batch[0].parameter.device.type == "meta":
+            return False
+        if self.by_rows:
+            return fused.serves(self.group, self.layout, self.batch[0].parameter)
+        alone = self.layout.whole and not self.exchange and not self.everywhere
+        return alone and stacks.serves(self.group, self.batch, view)
+
+    def fused_step(self) -> Tensor:
+        """Run all three phases in kernels, and return `Σ(ηsU)²`, one element."""
+        if not self.by_rows:
+            return stacks.step(self.group, self.batch, MatrixView.parse(self.group["view"]), self.finite)
+        return torch.stack([_fused_rows(self.group, member, self.finite) for member in self.batch]).sum()
 
 
 def buckets_of(members: Iterable[tuple[dict[str, Any], list[Member]]], finite: Tensor) -> list[Bucket]:
@@ -178,11 +186,11 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
     member.store_state(rows.matrix_state, finite)
 
 
-def _fused_step(group: dict[str, Any], member: Member, finite: Tensor) -> None:
-    """Run all three phases of a row rule in one kernel."""
+def _fused_rows(group: dict[str, Any], member: Member, finite: Tensor) -> Tensor:
+    """Run all three phases of a row rule in one kernel, and return `Σ(ηsU)²`."""
     G, M = member.gradient, member.momentum
     scale = scale_of(group, WHOLE, member.layout.shape)
-    fused.step(group, member.parameter, G, M, rule_state(group, member.state), scale, finite)
+    return fused.step(group, member.parameter, G, M, rule_state(group, member.state), scale, finite)
 
 
 def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, finite: Tensor) -> Tensor:

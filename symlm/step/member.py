@@ -11,6 +11,7 @@ from torch import Tensor
 
 from symlm.distributed.layout import Layout, layout_of
 from symlm.distributed.tensors import aligned, gathered, local, regrouped
+from symlm.polar.precision import accumulation_dtype
 from symlm.routing.options import named_parameters
 from symlm.rules import get_rule
 from symlm.state.creation import of_fragments
@@ -49,7 +50,7 @@ class Member:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the update, fp32 or wider."""
-        return torch.promote_types(self.parameter.dtype, torch.float32)
+        return accumulation_dtype(self.parameter.dtype)
 
     @cached_property
     def master(self) -> Tensor:

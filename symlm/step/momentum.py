@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symlm.polar.precision import accumulation_dtype
 from symlm.step.directions import wide
 from symlm.step.member import Member
 from symlm.step.rows.blocks import ALL, Block
@@ -25,6 +26,37 @@ def update_momentum(group: dict[str, Any], member: Member, finite: Tensor) -> Te
     if group["momentum_of"] == "gradients":
         M.lerp_(G, 1 - group["momentum"])
     return G
+
+
+def rule_inputs(group: dict[str, Any], members: list[Member], finite: Tensor) -> Tensor:
+    """Update the momenta of members of one layout, and return the rule's inputs.
+
+    Args:
+        group: The parameter group.
+        members: The members.
+        finite: Whether the step happens, a bool of one element.
+
+    Returns:
+        The inputs, (members, *shape), in fp32 or wider.
+    """
+    momenta, beta, of_directions = [m.momentum for m in members], group["momentum"], group["momentum_of"] != "gradients"
+    M = momenta[0]
+    X = M.new_empty((len(members), *M.shape), dtype=accumulation_dtype(M.dtype))
+    inputs = list(X.unbind())
+    if X.dtype != M.dtype or isinstance(beta, Tensor) or not M.numel():
+        for member, out in zip(members, inputs, strict=True):
+            rule_input(group, member.momentum, update_momentum(group, member, finite), out=out)
+        return X
+    torch._foreach_copy_(inputs, [member.gradient for member in members])
+    if M.device.type != "cpu":
+        X.copy_(torch.where(finite, X, torch.stack(momenta)))
+    if not of_directions:
+        torch._foreach_lerp_(momenta, inputs, 1 - beta)
+        if group["nesterov"]:
+            torch._foreach_lerp_(inputs, momenta, beta)
+        else:
+            torch._foreach_copy_(inputs, momenta)
+    return X
 
 
 def rule_input_of_block(group: dict[str, Any], member: Member, finite: Tensor, block: Block = ALL) -> Tensor:

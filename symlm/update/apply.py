@@ -12,9 +12,10 @@ from symlm.step.member import Member
 from symlm.step.momentum import masked
 from symlm.step.rows.blocks import Block
 from symlm.update.constrained import factors, nuclear_norms
+from symlm.update.size import Change
 
 
-def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Tensor:
+def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Change:
     """Update a block of weights, `W <- (1 − ηλ)W − η·s·U` under `decay`; see `symlm.rules.constraints` for the others.
 
     With a momentum of directions, that takes the place of U.
@@ -27,7 +28,7 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
         finite: Whether the step happens, a bool of one element.
 
     Returns:
-        `Σ(ηsU)²` over the block, from which the diagnostics compute the size of a role's update.
+        The size of the change without the decay.
     """
     lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     if group["momentum_of"] == "directions":
@@ -39,10 +40,13 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
             updates = [torch.where(finite, nu, 0.0) * M for nu, M in zip(norms_of, updates, strict=True)]
     if get_constraint(group["constraint"]).measures:
         return _apply_measured(group, members, updates, lr)
+    weights = [block.of(member.master) for member in members]
+    _decay(group, weights, updates, lr)
+    if not isinstance(lr, Tensor) and all(member.active is None for member in members):
+        torch._foreach_sub_(weights, updates, alpha=lr)
+        return Change(lr, torch._foreach_norm(updates))
     norms, steps = [], []
-    for member, U in zip(members, updates, strict=True):
-        W = block.of(member.master)
-        _decay(group, W, U, lr)
+    for member, W, U in zip(members, weights, updates, strict=True):
         active = None if member.active is None else _spread(member.active, member.layout, U)
         norms.append(_norm(U, active))
         steps.append(finite if active is None or active.ndim else active)
@@ -55,33 +59,34 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
     sizes = torch.stack(norms)
     if any(member.active is not None for member in members):  # one launch for all members
         sizes = sizes * torch.stack([step.to(sizes.dtype) for step in steps])
-    return (lr * sizes).square().sum()
+    return Change(1.0, (lr * sizes,))
 
 
-def _decay(group: dict[str, Any], W: Tensor, U: Tensor, lr: float | Tensor) -> None:
-    """Decay a block of weights, in place: all entries, or those that the step makes smaller."""
+def _decay(group: dict[str, Any], weights: list[Tensor], updates: list[Tensor], lr: float | Tensor) -> None:
+    """Decay blocks of weights, in place: all entries, or those that the step makes smaller."""
     constraint = get_constraint(group["constraint"])
     rate = lr * (group["weight_decay"] * group["weight_decay_multiplier"])
     if group["weight_decay"] and constraint.cautious:
-        W.mul_(1 - rate * (U * W > 0))
+        for W, U in zip(weights, updates, strict=True):
+            W.mul_(1 - rate * (U * W > 0))
     elif group["weight_decay"] * group["weight_decay_multiplier"] and "decay" in constraint.parts:
-        W.mul_(1 - rate)
+        torch._foreach_mul_(weights, 1 - rate)
 
 
-def _apply_measured(group: dict[str, Any], members: list[Member], updates: list[Tensor], lr: float | Tensor) -> Tensor:
-    """Update weights under a constraint that measures them, `W <- κW − γU`; return `Σ(γU)²`."""
-    squares = []
+def _apply_measured(group: dict[str, Any], members: list[Member], updates: list[Tensor], lr: float | Tensor) -> Change:
+    """Update weights under a constraint that measures them, `W <- κW − γU`; return the size of `γU`."""
+    norms = []
     for member, U, (keep, move) in zip(members, updates, factors(group, members, updates, lr), strict=True):
         W = member.master
         if member.active is not None:
             active = _spread(member.active, member.layout, U)
             keep, move = torch.where(active > 0, keep, 1.0), move * active
         change = U * move
-        squares.append(change.square().sum())
+        norms.append(torch.linalg.vector_norm(change))
         W.mul_(keep).sub_(change)
         if get_constraint(group["constraint"]).cautious:
-            _decay(group, W, U, lr)
-    return torch.stack(squares).sum()
+            _decay(group, [W], [U], lr)
+    return Change(1.0, norms)
 
 
 def _spread(active: Tensor, layout: Layout, U: Tensor) -> Tensor:

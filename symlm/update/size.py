@@ -1,13 +1,29 @@
 """The size of a step: the sum of squares of its update, by role, of this rank's parts."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from symlm.state.originals import Originals
 from symlm.update.adamw import adamw_update
+
+
+class Change(NamedTuple):
+    """Hold the size of a change, `‖factor·(norms)‖`, which is computed when someone asks for it.
+
+    Args:
+        factor: A number that multiplies the norms.
+        norms: Tensors of norms, any shapes.
+    """
+
+    factor: float
+    norms: Sequence[Tensor]
+
+    def squares(self) -> Tensor:
+        """Return the sum of squares, one element."""
+        return (self.factor * torch.cat([norm.flatten() for norm in self.norms])).square().sum()
 
 
 class UpdateSize:
@@ -18,28 +34,27 @@ class UpdateSize:
     """
 
     def __init__(self) -> None:
-        self._squares: dict[tuple[str, Tensor], tuple[Tensor, int]] = {}
+        self._changes: dict[tuple[str, Tensor], tuple[list[Change], int]] = {}
         self._adamw: dict[tuple[str, Tensor], list[tuple[dict[str, Any], dict[str, Any], int]]] = {}
 
-    def begin(self, groups: list[dict[str, Any]], device: torch.device) -> None:
+    def begin(self, groups: list[dict[str, Any]]) -> None:
         """Reset the sums of these groups.
 
         Args:
             groups: The groups of the step that begins.
-            device: The device of the sums.
         """
-        self._squares |= {_key(group): (torch.zeros((), device=device), 0) for group in groups}
+        self._changes |= {_key(group): ([], 0) for group in groups}
 
-    def add(self, group: dict[str, Any], squares: Tensor, count: int) -> None:
+    def add(self, group: dict[str, Any], change: Change, count: int) -> None:
         """Add a part of a group's step.
 
         Args:
             group: The group.
-            squares: The part's `Σ(ηsU)²`, one element.
+            change: The size of the part's `ηsU`.
             count: Its number of entries.
         """
-        before = self._squares[_key(group)]
-        self._squares[_key(group)] = (before[0] + squares.to(before[0].device), before[1] + count)
+        changes, before = self._changes[_key(group)]
+        self._changes[_key(group)] = ([*changes, change], before + count)
 
     def of_adamw(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], originals: Originals) -> None:
         """Record a step of AdamW, of which `by_role` computes the update.
@@ -57,7 +72,10 @@ class UpdateSize:
 
     def by_role(self) -> dict[str, tuple[Tensor, int]]:
         """Return `Σ(ηsU)²`, and the number of entries, by role."""
-        parts = [(role, squares, count) for (role, _), (squares, count) in self._squares.items()]
+        parts = []
+        for (role, _), (changes, count) in self._changes.items():
+            sums = [change.squares() for change in changes if change.norms]
+            parts += [(role, torch.stack([x.to(sums[0].device) for x in sums]).sum(), count)] if sums else []
         for (role, _), stepped in self._adamw.items():
             parts += [(role, adamw_update(group, state).square().sum(), count) for group, state, count in stepped]
         totals: dict[str, tuple[Tensor, int]] = {}

@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Axis = tuple[str, ...]
@@ -172,6 +173,17 @@ class MatrixView:
         inner = {name: (lengths[name],) for name in left[0][1:]}
         return MatrixView(self.pattern, {**sizes, **inner})
 
+    def consecutive(self, stored_shape: tuple[int, ...]) -> int | None:
+        """Return the number of matrices of a contiguous tensor, if the entries of each are consecutive in memory.
+
+        Args:
+            stored_shape: The shape of the tensor.
+
+        Returns:
+            The number; None if a matrix has entries of others between its own, or blocks stack differently.
+        """
+        return None if self.unequal else _consecutive(self, tuple(stored_shape))
+
     def to_matrices(self, stored: Tensor) -> Tensor:
         """Return the stack of a stored tensor, a torch view of it where strides allow.
 
@@ -202,6 +214,13 @@ class MatrixView:
         """
         split, order, _, back = _rearrangement(self, tuple(stored_shape))
         return stack.reshape([split[k] for k in order]).permute(back).reshape(stored_shape)
+
+
+@lru_cache(maxsize=4096)
+def _consecutive(view: MatrixView, shape: tuple[int, ...]) -> int | None:
+    """Return the number of matrices of a contiguous tensor, or None, as `MatrixView.consecutive` says."""
+    stack = view.to_matrices(torch.empty(shape, device="meta"))  # a copy of other strides is no view
+    return len(stack) if stack._is_view() and (stack.is_contiguous() or stack.mT.is_contiguous()) else None
 
 
 class Rearrangement(NamedTuple):

@@ -47,7 +47,7 @@ def serves(group: dict[str, Any], layout: Layout, W: Tensor) -> bool:
 
 def step(
     group: dict[str, Any], W: Tensor, G: Tensor, M: Tensor, state: dict[str, Tensor], scale: float, finite: Tensor
-) -> None:
+) -> Tensor:
     """Compute `M <- βM + (1−β)G`, `W <- (1 − ηλ)W − η·s·U(M)` and the rule's next state, in place.
 
     Args:
@@ -58,11 +58,14 @@ def step(
         state: The rule's state, see `rule_state`.
         scale: The scale s.
         finite: Whether the step happens, a bool of one element; nothing changes if not.
+
+    Returns:
+        `Σ(ηsU)²`, one element.
     """
     from symlm_kernels import rows
 
     if not W.numel():
-        return
+        return torch.zeros((), device=W.device)
     # A rate on the CPU is not copied to the device: a graph could not capture that.
     lr = group["lr"] * torch.ones((), device=W.device)
     decay_factor = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
@@ -74,7 +77,7 @@ def step(
     if rule.whitens:
         return _whitened_step(group, W, G.contiguous(), M, state["gram"], factors, mean)
     one_pass = rows.centered_row_norm_step if rule.symmetry.shift else rows.row_norm_step
-    one_pass(G.contiguous(), M, W, group["momentum"], *factors, group["nesterov"], mean)
+    return one_pass(G.contiguous(), M, W, group["momentum"], *factors, group["nesterov"], mean)
 
 
 def _whitened_step(
@@ -85,7 +88,7 @@ def _whitened_step(
     gram: Tensor,
     factors: tuple[Tensor, Tensor, Tensor],
     mean: MeanNorms | None,
-) -> None:
+) -> Tensor:
     """Run the step of a whitened rule; `factors` are the step's size, the decay factor, and whether it happens."""
     from symlm_kernels import rows
 
@@ -97,5 +100,6 @@ def _whitened_step(
     gram.copy_(torch.where(finite > 0, refreshed, gram))
     root = whitener(gram, len(D))
     row, root = row @ root if centered else torch.zeros_like(row), root.to(dtype)
-    for some, weights in zip(D.split(ROWS_AT_A_TIME), W.split(ROWS_AT_A_TIME), strict=True):
-        rows.step_by_directions(some @ root, row, weights, *factors)
+    parts = zip(D.split(ROWS_AT_A_TIME), W.split(ROWS_AT_A_TIME), strict=True)
+    squares = [rows.step_by_directions(some @ root, row, weights, *factors) for some, weights in parts]
+    return torch.stack(squares).sum()

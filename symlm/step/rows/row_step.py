@@ -10,7 +10,7 @@ from torch import Tensor
 
 from symlm.distributed.collectives import summed
 from symlm.distributed.layout import Layout, cut_rows, rows_held
-from symlm.polar.precision import resolve_dtype
+from symlm.polar.precision import accumulation_dtype, resolve_dtype
 from symlm.rules.rows import whitener
 from symlm.rules.rule import Rule
 from symlm.step.rows.blocks import Block, blocks_of
@@ -158,8 +158,3 @@ def product(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     if not A.is_cuda or dtype.itemsize > 2 or wide != torch.float32:
         return A.to(wide) @ B.to(wide)
     return torch.mm(A.to(dtype), B.to(dtype), out_dtype=wide)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return fp32, or the dtype if it is wider."""
-    return torch.promote_types(dtype, torch.float32)

@@ -1,52 +1,10 @@
-"""Pure torch twins of the kernels, with the same signatures; the products take stacks (b, m, n)."""
+"""Torch twins of the row steps of `symlm_kernels.rows`, and the formulas that rules share with them."""
 
 from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-def gram(X: Tensor) -> Tensor:
-    """Compute `A = X Xᵀ`.
-
-    Args:
-        X: Matrices, (b, m, n).
-
-    Returns:
-        The Gram matrices, (b, m, m).
-    """
-    return torch.bmm(X, X.mT)
-
-
-def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float) -> Tensor:
-    """Compute `β C + α A B`, which is symmetric for polynomials A, B, C of one Gram matrix.
-
-    Args:
-        A: Matrices, (b, m, m).
-        B: Matrices, (b, m, m).
-        C: Matrices, (b, m, m).
-        alpha: The factor α.
-        beta: The factor β.
-
-    Returns:
-        The matrices, (b, m, m).
-    """
-    return torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
-
-
-def apply_polynomial(B: Tensor, X: Tensor, a: float) -> Tensor:
-    """Compute `a X + B X`.
-
-    Args:
-        B: Matrices, (b, m, m).
-        X: Matrices, (b, m, n).
-        a: The factor of X.
-
-    Returns:
-        The matrices, (b, m, n).
-    """
-    return torch.baddbmm(X, B, X, beta=a)
 
 
 class MeanNorms(NamedTuple):
@@ -73,7 +31,7 @@ def row_norm_step(
     finite: Tensor,
     nesterov: bool = False,
     mean: MeanNorms | None = None,
-) -> None:
+) -> Tensor:
     """Compute `M <- βM + (1−β)G`, `W <- decay_factor·W − size·X_i/|X_i|` in place, X the rule's input M.
 
     With mean norms r the direction is `X_i·√bias/r_i`. A zero row has a zero direction.
@@ -88,8 +46,11 @@ def row_norm_step(
         finite: Nothing changes if it is 0, one element.
         nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
         mean: The mean norms, which are refreshed; None to divide by the rows' norms.
+
+    Returns:
+        `Σ(ΔW)²` without the decay, one element.
     """
-    _step(_directions(G, M, beta, finite, nesterov, mean, False), W, size, decay_factor, finite)
+    return _step(_directions(G, M, beta, finite, nesterov, mean, False), W, size, decay_factor, finite)
 
 
 def centered_row_norm_step(
@@ -102,7 +63,7 @@ def centered_row_norm_step(
     finite: Tensor,
     nesterov: bool = False,
     mean: MeanNorms | None = None,
-) -> None:
+) -> Tensor:
     """Compute the same step as `row_norm_step` with the direction `C D C X`; C subtracts the mean row, D divides rows.
 
     Args:
@@ -115,8 +76,11 @@ def centered_row_norm_step(
         finite: Nothing changes if it is 0, one element.
         nesterov: Whether the rule's input is `(1−β)G + βM` in place of M.
         mean: The mean norms, which are refreshed; None to divide by the rows' norms.
+
+    Returns:
+        `Σ(ΔW)²` without the decay, one element.
     """
-    _step(center(_directions(G, M, beta, finite, nesterov, mean, True)), W, size, decay_factor, finite)
+    return _step(center(_directions(G, M, beta, finite, nesterov, mean, True)), W, size, decay_factor, finite)
 
 
 def mean_norms(norm: Tensor, row_rms: Tensor, beta2: float) -> Tensor:
@@ -148,7 +112,7 @@ def over_rms(X: Tensor, row_rms: Tensor, bias: Tensor | float) -> Tensor:
 
 
 def normal(size: Tensor) -> Tensor:
-    """Return a divisor that gives zero for a size of zero: infinity where the size is below the normal numbers.
+    """Return a divisor that gives zero for a size of zero: infinity below the normal numbers.
 
     A mean that only decays stops changing among the subnormal numbers; divided by it, a decaying row would grow again.
 
@@ -158,7 +122,7 @@ def normal(size: Tensor) -> Tensor:
     Returns:
         The divisors, same shape.
     """
-    return torch.where(size < torch.finfo(size.dtype).tiny, torch.inf, size)
+    return torch.nn.functional.threshold(size, torch.finfo(size.dtype).tiny, torch.inf)
 
 
 def row_norms(M: Tensor) -> Tensor:
@@ -230,7 +194,7 @@ def row_directions(
     return U.to(dtype), U.mean(dim=0)
 
 
-def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> None:
+def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> Tensor:
     """Compute `W <- decay_factor·W − size·(U − 1 rowᵀ)` in place.
 
     Args:
@@ -240,8 +204,11 @@ def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_fa
         size: The factor of the direction, one element.
         decay_factor: The factor of the weights, `1 − ηλ`, one element.
         finite: Nothing changes if it is 0, one element.
+
+    Returns:
+        `Σ(ΔW)²` without the decay, one element.
     """
-    _step(U.float() - row, W, size, decay_factor, finite)
+    return _step(U.float() - row, W, size, decay_factor, finite)
 
 
 def _directions(
@@ -259,7 +226,8 @@ def _directions(
     return over_rms(X, refreshed, mean.bias)
 
 
-def _step(U: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> None:
-    """Update the weights by a direction, if `finite` is not 0."""
+def _step(U: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> Tensor:
+    """Update the weights by a direction, if `finite` is not 0, and return the change's sum of squares."""
     stepped = (decay_factor * W.float() - size * U).to(W.dtype)
     W.copy_(torch.where(finite != 0, stepped, W))
+    return torch.where(finite != 0, size * U, 0.0).square().sum()

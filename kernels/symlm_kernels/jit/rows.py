@@ -1,4 +1,4 @@
-"""The kernels of the row rules' step; `rows` has the functions that launch them."""
+"""The kernels of the row rules' step; `symlm_kernels.rows` has the functions that launch them."""
 
 import torch
 import triton
@@ -42,6 +42,7 @@ def row_kernel(
     w_ptr,
     r_ptr,
     bias_ptr,
+    squares_ptr,
     size_ptr,
     decay_factor_ptr,
     finite_ptr,
@@ -55,7 +56,7 @@ def row_kernel(
     MEAN: tl.constexpr,
     NESTEROV: tl.constexpr,
 ):
-    """Run the whole step of one row of a rule without centering."""
+    """Run the whole step of one row of a rule without centering; write the sum of squares of its change."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
@@ -68,8 +69,10 @@ def row_kernel(
     if NESTEROV:
         x = m + (1 - beta) * (g - m)
     divisor, refreshed = _divisor(x, r_ptr, row, bias_ptr, beta2, MEAN)
-    w = tl.load(decay_factor_ptr) * w - tl.load(size_ptr) * (x / divisor)
+    change = tl.load(size_ptr) * (x / divisor)
+    w = tl.load(decay_factor_ptr) * w - change
     finite = tl.load(finite_ptr) > 0
+    tl.store(squares_ptr + row, tl.where(finite, tl.sum(change * change, axis=0), 0.0))
     written = columns < tl.where(finite, n, 0)
     tl.store(m_ptr + row * m_row + columns, new, mask=written)
     tl.store(w_ptr + row * w_row + columns, w.to(w_ptr.dtype.element_ty), mask=written)
@@ -158,6 +161,7 @@ def centered_apply_kernel(
     bias_ptr,
     shift_ptr,
     mean_ptr,
+    squares_ptr,
     size_ptr,
     decay_factor_ptr,
     finite_ptr,
@@ -171,7 +175,7 @@ def centered_apply_kernel(
     MEAN: tl.constexpr,
     NESTEROV: tl.constexpr,
 ):
-    """Update the weights of one row of a centered rule, and its mean norm."""
+    """Update the weights of one row of a centered rule, and its mean norm; write its change's sum of squares."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
@@ -180,8 +184,11 @@ def centered_apply_kernel(
     x = _rule_input(g_ptr + row * g_row, m_ptr + row * m_row, columns, inside, beta, NESTEROV) - shift
     w = tl.load(w_ptr + row * w_row + columns, mask=inside, other=0.0).to(tl.float32)
     divisor, refreshed = _divisor(x, r_ptr, row, bias_ptr, beta2, MEAN)
-    w = tl.load(decay_factor_ptr) * w - tl.load(size_ptr) * (x / divisor - mean)
+    change = tl.load(size_ptr) * (x / divisor - mean)
+    change = tl.where(inside, change, 0.0)
+    w = tl.load(decay_factor_ptr) * w - change
     finite = tl.load(finite_ptr) > 0
+    tl.store(squares_ptr + row, tl.where(finite, tl.sum(change * change, axis=0), 0.0))
     tl.store(w_ptr + row * w_row + columns, w.to(w_ptr.dtype.element_ty), mask=columns < tl.where(finite, n, 0))
     if MEAN:
         tl.store(r_ptr + row, refreshed, mask=finite)
@@ -192,6 +199,7 @@ def step_kernel(
     u_ptr,
     w_ptr,
     mean_ptr,
+    squares_ptr,
     size_ptr,
     decay_factor_ptr,
     finite_ptr,
@@ -200,13 +208,16 @@ def step_kernel(
     w_row,
     BLOCK: tl.constexpr,
 ):
-    """Update the weights of one row by its direction minus the mean row."""
+    """Update the weights of one row by its direction minus the mean row; write its change's sum of squares."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
     u = tl.load(u_ptr + row * u_row + columns, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + row * w_row + columns, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + columns, mask=inside, other=0.0)
-    w = tl.load(decay_factor_ptr) * w - tl.load(size_ptr) * (u - mean)
-    written = columns < tl.where(tl.load(finite_ptr) > 0, n, 0)
+    change = tl.load(size_ptr) * (u - mean)
+    w = tl.load(decay_factor_ptr) * w - change
+    finite = tl.load(finite_ptr) > 0
+    tl.store(squares_ptr + row, tl.where(finite, tl.sum(change * change, axis=0), 0.0))
+    written = columns < tl.where(finite, n, 0)
     tl.store(w_ptr + row * w_row + columns, w.to(w_ptr.dtype.element_ty), mask=written)
