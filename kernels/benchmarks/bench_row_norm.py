@@ -18,7 +18,7 @@ from symlm_kernels.selection import why_not_triton
 from symlm import SymOptimizer
 from symlm.polar import fastest_dtype
 
-SHAPES = [(151_936, 1024), (262_144, 1152)]
+SHAPES = [(4096, 128), (32_000, 256), (50_304, 768), (151_936, 1024), (262_144, 1152)]
 
 
 def contenders(m: int, n: int, compiled: bool) -> dict[str, Callable[[], object]]:

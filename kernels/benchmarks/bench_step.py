@@ -20,6 +20,17 @@ import symlm
 from symlm.polar import fastest_dtype
 
 MODELS = {
+    "qwen3-tiny": {
+        "model_type": "qwen3",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 4096,
+        "tie_word_embeddings": False,
+    },
     "qwen3-0.6b": {
         "model_type": "qwen3",
         "hidden_size": 1024,
@@ -54,7 +65,9 @@ def contenders(model: nn.Module) -> dict[str, list[torch.optim.Optimizer]]:
     rest = [p for p in model.parameters() if id(p) not in spectral]
     optimizers: dict[str, list[torch.optim.Optimizer]] = {"symlm": [symlm.SymOptimizer(model)]}
     if DEVICE == "cuda":
-        optimizers["symlm, triton"] = [symlm.SymOptimizer(model, kernels="triton")]
+        optimizers |= {
+            f"symlm, {kernels}": [symlm.SymOptimizer(model, kernels=kernels)] for kernels in ("torch", "triton")
+        }
     separate = [part for p in matrices for part in slices(p)]
     optimizers["torch.optim.Muon + AdamW"] = [torch.optim.Muon(separate), torch.optim.AdamW(rest, fused=True)]
     optimizers["AdamW"] = [torch.optim.AdamW(model.parameters(), fused=True)]

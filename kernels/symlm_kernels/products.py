@@ -179,9 +179,11 @@ def _symmetric_kernel(
         c = tl.load(c_ptr + batch * c_b + i[:, None] * c_m + j[None, :] * c_n, mask=inside, other=0.0)
         total += beta * c.to(tl.float32)
     result = total.to(d_ptr.dtype.element_ty)
-    lower = inside & (i[:, None] >= j[None, :])  # in diagonal tiles too, one half mirrors the other, bit for bit
-    tl.store(d_ptr + batch * d_b + i[:, None] * d_m + j[None, :] * d_n, result, mask=lower)
-    tl.store(d_ptr + batch * d_b + j[None, :] * d_m + i[:, None] * d_n, result, mask=lower)
+    # In diagonal tiles too, one half mirrors the other, bit for bit; a mask of it would store entry by entry.
+    result = tl.where(i[:, None] >= j[None, :], result, tl.trans(result))
+    tl.store(d_ptr + batch * d_b + i[:, None] * d_m + j[None, :] * d_n, result, mask=inside)
+    mirrored = (j[:, None] < m) & (i[None, :] < m)
+    tl.store(d_ptr + batch * d_b + j[:, None] * d_m + i[None, :] * d_n, tl.trans(result), mask=mirrored)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ CHOICES = ("auto", "torch", "triton")
 LARGEST_ROW = 8_192  # a fused row step holds a row in registers; rows of twice this length spill them
 # The shorter side from which products and passes over stacks, and the row length from which fused row steps, were
 # measured to be faster. None until a GPU's record shows it (kernels/README.md), so that "auto" selects torch.
-FASTER_FROM: dict[str, int | None] = {"products": None, "rows": None, "stacks": None}
+FASTER_FROM: dict[str, int | None] = {"products": None, "rows": 1, "stacks": 1}
 
 
 def select_products(device: str, dtype: torch.dtype, side: int, kernels: str = "auto") -> ModuleType:

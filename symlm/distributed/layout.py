@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -73,10 +74,10 @@ def layout_of(p: Any, shared: bool = True) -> Layout:
         The layout; `gathered` for placements other than one sharding by rows and one replication.
     """
     shape = tuple(p.shape)
-    alone = ((0, p.numel()),)
+    alone = ((0, prod(shape)),)
     if not hasattr(p, "placements"):
         world = dist.group.WORLD if shared and is_initialized() else None
-        return Layout(shape, alone, copies=world if group_size(world) > 1 else None)
+        return _replicated(shape, world if group_size(world) > 1 else None)
     mesh, sharded, replicated = p.device_mesh, [], []
     for axis, placement in enumerate(p.placements):
         if placement.is_replicate():
@@ -89,6 +90,12 @@ def layout_of(p: Any, shared: bool = True) -> Layout:
         return Layout(shape, alone, gathered=True)
     shards, copies = ([mesh.get_group(axis) for axis in axes] or [None] for axes in (sharded, replicated))
     return Layout(shape, _row_intervals(shape, group_size(shards[0])), shards[0], copies[0])
+
+
+@lru_cache(maxsize=4096)  # it is asked for every parameter of every step
+def _replicated(shape: tuple[int, ...], copies: Any) -> Layout:
+    """Return the layout of a plain tensor that a process group stores, or one rank."""
+    return Layout(shape, ((0, prod(shape)),), copies=copies)
 
 
 def layout_of_shards(shape: tuple[int, ...], shards: int, copies: int) -> Layout:

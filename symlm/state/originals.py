@@ -1,5 +1,6 @@
 """Which parameters a ZeRO partition holds: DeepSpeed puts flat partitions in the place of an optimizer's parameters."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import ReferenceType, ref
@@ -41,6 +42,8 @@ class Originals:
             group: The parameter group that holds `p`; its `param_names` name the partition's parameters.
             p: A parameter of the group.
         """
+        if "deepspeed" not in sys.modules:  # which alone makes partitions
+            return []
         if p not in self._fragments:
             named = self._named(group.get("param_names", ()))
             first = next(named, None)

@@ -36,13 +36,15 @@ def serves(group: dict[str, Any], batch: list[Member], view: MatrixView) -> bool
     if group["polar_method"] not in ("auto", "newton_schulz", "gram_newton_schulz"):
         return False
     parameter, shape = batch[0].parameter, batch[0].layout.shape
+    side = min(view.shape(shape)[1:])
+    if choose(parameter.device.type, torch.float32, side, group["kernels"], "stacks") != "triton":
+        return False
     if batch[0].dtype != torch.float32 or view.consecutive(shape) is None:
         return False
     for tensors in zip(*((member.parameter, member.gradient, member.momentum) for member in batch), strict=True):
         if any(T.dtype != tensors[0].dtype or not T.is_contiguous() for T in tensors):
             return False
-    side = min(view.shape(shape)[1:])
-    return choose(parameter.device.type, torch.float32, side, group["kernels"], "stacks") == "triton"
+    return True
 
 
 def step(group: dict[str, Any], batch: list[Member], view: MatrixView, finite: Tensor) -> Tensor:
@@ -66,10 +68,8 @@ def step(group: dict[str, Any], batch: list[Member], view: MatrixView, finite: T
     iteration = choose_iteration(
         like, *(group[key] for key in ("polar_method", "schedule", "steps", "compute_dtype", "kernels"))
     )
-    gradients, nesterov = [member.gradient for member in batch], group["nesterov"]
-    X = stacks.stack_inputs(
-        gradients, momenta, group["momentum"], finite, b, iteration.bound, nesterov, iteration.dtype
-    )
+    gradients, settings = [member.gradient for member in batch], (b, iteration.bound, group["nesterov"])
+    X = stacks.stack_inputs(gradients, momenta, group["momentum"], finite.float(), *settings, iteration.dtype)
     S = view.to_matrices(X)
     U = iteration(S.mT).mT if m > n else iteration(S)
     U = view.from_matrices(U, tuple(X.shape)).contiguous()

@@ -70,6 +70,8 @@ def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor
 
 def _is_dense(W: Tensor) -> bool:
     """Tell whether a tensor's entries fill its memory without gaps or overlaps, in any order of its axes."""
+    if W.is_contiguous():
+        return True
     expected = 1
     for size, stride in sorted(((n, s) for n, s in zip(W.shape, W.stride(), strict=True) if n > 1), key=lambda x: x[1]):
         if stride != expected:
