@@ -177,7 +177,7 @@ class SymOptimizer(torch.optim.Optimizer):
         size.begin([bucket.group for bucket in buckets])
         for bucket in overlapped(buckets):  # phase 1, momentum, and phase 2, directions
             if bucket.fused:
-                change = Change(1.0, [bucket.fused_step().sqrt()])
+                change = Change(1.0, squared=bucket.fused_step())
                 size.add(bucket.group, change, sum(member.parameter.numel() for member in bucket.batch))
             for updated, rows, updates in bucket.updates() if not bucket.fused else ():
                 change = apply(bucket.group, updated, rows, updates, bucket.finite)  # phase 3, update

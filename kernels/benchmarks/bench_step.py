@@ -122,10 +122,12 @@ def main() -> None:
         __doc__,
         layers={"type": int, "help": "in place of the model's"},
         width={"type": int, "help": "in place of the model's"},
+        models={"nargs": "+", "choices": list(MODELS), "default": list(MODELS), "help": "these alone"},
         profile={"action": "store_true", "help": "print where the time of a step goes"},
     )
     measured, rows = ceilings(fastest_dtype(DEVICE)), []
-    for name, fields in MODELS.items():
+    for name in options.models:
+        fields = MODELS[name]
         changes = {"num_hidden_layers": options.layers} if options.layers else {}
         if options.width:
             changes |= {"hidden_size": options.width, "intermediate_size": options.width, "vocab_size": 1000}

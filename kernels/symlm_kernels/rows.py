@@ -41,7 +41,7 @@ def row_norm_step(
         mean: The mean norms, which are refreshed; None to divide by the rows' norms.
 
     Returns:
-        `Σ(ΔW)²` without the decay, one element.
+        `Σ(ΔW)²` of each row, without the decay.
 
     Raises:
         ValueError: Rows are longer than `LARGEST_ROW` or not contiguous, or the shapes differ.
@@ -51,7 +51,7 @@ def row_norm_step(
     squares = torch.empty(m, dtype=torch.float32, device=W.device)
     arguments = (G, M, W, r, bias, squares, size, decay_factor, finite, n, beta, beta2)
     kernels.row_kernel[(m,)](*arguments, *strides, **constants)
-    return squares.sum()
+    return squares
 
 
 @on_its_device
@@ -82,7 +82,7 @@ def centered_row_norm_step(
         mean: The mean norms, which are refreshed; None to divide by the rows' norms.
 
     Returns:
-        `Σ(ΔW)²` without the decay, one element.
+        `Σ(ΔW)²` of each row, without the decay.
 
     Raises:
         ValueError: As `row_norm_step`.
@@ -95,7 +95,7 @@ def centered_row_norm_step(
     squares = torch.empty(m, dtype=torch.float32, device=W.device)
     arguments = (G, M, W, r, bias, shift, row, squares, size, decay_factor, finite, n, beta, beta2)
     kernels.centered_apply_kernel[(m,)](*arguments, *strides, **constants)
-    return squares.sum()
+    return squares
 
 
 @on_its_device
@@ -147,7 +147,7 @@ def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_fa
         finite: Nothing changes if it is 0, one element on the device.
 
     Returns:
-        `Σ(ΔW)²` without the decay, one element.
+        `Σ(ΔW)²` of each row, without the decay.
 
     Raises:
         ValueError: As `row_norm_step`.
@@ -156,7 +156,7 @@ def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_fa
     squares = torch.empty(m, dtype=torch.float32, device=W.device)
     arguments = (U, W, row, squares, size, decay_factor, finite, n, U.stride(0), W.stride(0))
     kernels.step_kernel[(m,)](*arguments, BLOCK=constants["BLOCK"], num_warps=constants["num_warps"])
-    return squares.sum()
+    return squares
 
 
 def _mean_row(G: Tensor, M: Tensor, beta: float, finite: Tensor, constants: dict[str, Any]) -> Tensor:

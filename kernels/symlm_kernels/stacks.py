@@ -60,27 +60,32 @@ def stack_inputs(
     return X
 
 
-def stack_step(U: Tensor, weights: Sequence[Tensor], sizes: Tensor, decay_factor: Tensor) -> Tensor:
-    """Compute `W <- decay_factor·W − size·U` in place, of k parameters of one shape, with one size a matrix.
+def stack_step(
+    U: Tensor, weights: Sequence[Tensor], active: Tensor, rate: Tensor, scale: float, decay: float
+) -> Tensor:
+    """Compute `W <- (1 − rate·decay)W − rate·scale·a·U` in place, of k parameters of one shape.
 
     Args:
         U: The directions, (k, *shape), contiguous.
         weights: W of each parameter, contiguous, of one dtype.
-        sizes: The factor of each direction, (k, matrices), fp32 on the device; matrices have consecutive entries.
-        decay_factor: The factor of the weights, `1 − ηλ`, one element on the device.
+        active: The factor a of each part of a parameter, (k, parts), fp32, contiguous; parts are equal and have
+            consecutive entries.
+        rate: The rate, 0 for a step that does not happen, fp32, one element on the device.
+        scale: The scale of the directions.
+        decay: The weight decay.
 
     Returns:
-        `Σ(size·U)²`, one element.
+        `Σ(rate·scale·a·U)²` of the programs that share the work, whose sum is that of all entries.
 
     Raises:
         ValueError: As `stack_inputs`.
     """
-    grid, numbers, constants = _launch(U, sizes.shape[1], weights)
+    grid, numbers, constants = _launch(U, active.shape[1], weights)
     squares = torch.empty(grid, dtype=torch.float32, device=U.device)
     with torch.cuda.device_of(U):
-        arguments = (U, _table(weights), sizes.contiguous(), decay_factor, squares, *numbers)
+        arguments = (U, _table(weights), active, rate, squares, *numbers, float(scale), float(decay))
         kernels.step_kernel[grid](*arguments, W_TYPE=TYPES[weights[0].dtype], **constants)
-    return squares.sum()
+    return squares
 
 
 def _launch(

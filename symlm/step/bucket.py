@@ -107,11 +107,11 @@ class Bucket:
         alone = self.layout.whole and not self.exchange and not self.everywhere
         return alone and stacks.serves(self.group, self.batch, view)
 
-    def fused_step(self) -> Tensor:
-        """Run all three phases in kernels, and return `Σ(ηsU)²`, one element."""
+    def fused_step(self) -> list[Tensor]:
+        """Run all three phases in kernels, and return parts of `Σ(ηsU)²`."""
         if not self.by_rows:
-            return stacks.step(self.group, self.batch, MatrixView.parse(self.group["view"]), self.finite)
-        return torch.stack([_fused_rows(self.group, member, self.finite) for member in self.batch]).sum()
+            return [stacks.step(self.group, self.batch, MatrixView.parse(self.group["view"]), self.finite)]
+        return [_fused_rows(self.group, member, self.finite) for member in self.batch]
 
 
 def buckets_of(members: Iterable[tuple[dict[str, Any], list[Member]]], finite: Tensor) -> list[Bucket]:

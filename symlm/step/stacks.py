@@ -57,7 +57,7 @@ def step(group: dict[str, Any], batch: list[Member], view: MatrixView, finite: T
         finite: Whether the step happens, a bool of one element; nothing changes if not.
 
     Returns:
-        `Σ(ηsU)²`, one element.
+        Parts of `Σ(ηsU)²`.
     """
     from symlm_kernels import stacks
 
@@ -68,13 +68,13 @@ def step(group: dict[str, Any], batch: list[Member], view: MatrixView, finite: T
     iteration = choose_iteration(
         like, *(group[key] for key in ("polar_method", "schedule", "steps", "compute_dtype", "kernels"))
     )
+    happens = finite.float()
     gradients, settings = [member.gradient for member in batch], (b, iteration.bound, group["nesterov"])
-    X = stacks.stack_inputs(gradients, momenta, group["momentum"], finite.float(), *settings, iteration.dtype)
+    X = stacks.stack_inputs(gradients, momenta, group["momentum"], happens, *settings, iteration.dtype)
     S = view.to_matrices(X)
     U = iteration(S.mT).mT if m > n else iteration(S)
     U = view.from_matrices(U, tuple(X.shape)).contiguous()
-    lr = group["lr"] * finite
-    active = [finite[None] if member.active is None else member.active for member in batch]
-    sizes = torch.stack(active).repeat_interleave(b // len(active[0]), dim=1) * (scale_of(group, view, shape) * lr)
-    decay_factor = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
-    return stacks.stack_step(U, [member.master for member in batch], sizes.float(), decay_factor.float())
+    active = torch.stack([happens[None] if member.active is None else member.active for member in batch])
+    decay = group["weight_decay"] * group["weight_decay_multiplier"]
+    weights = [member.master for member in batch]
+    return stacks.stack_step(U, weights, active, (group["lr"] * happens).float(), scale_of(group, view, shape), decay)

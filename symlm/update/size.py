@@ -11,19 +11,22 @@ from symlm.update.adamw import adamw_update
 
 
 class Change(NamedTuple):
-    """Hold the size of a change, `‖factor·(norms)‖`, which is computed when someone asks for it.
+    """Hold the size of a change, of which the sum of squares is computed when someone asks for it.
 
     Args:
         factor: A number that multiplies the norms.
         norms: Tensors of norms, any shapes.
+        squared: Tensors of squares of norms, any shapes.
     """
 
     factor: float
-    norms: Sequence[Tensor]
+    norms: Sequence[Tensor] = ()
+    squared: Sequence[Tensor] = ()
 
-    def squares(self) -> Tensor:
-        """Return the sum of squares, one element."""
-        return (self.factor * torch.cat([norm.flatten() for norm in self.norms])).square().sum()
+    def squares(self) -> Tensor | None:
+        """Return the sum of squares, one element; None of a change without parts."""
+        parts = [(self.factor * norm).square().sum() for norm in self.norms] + [x.sum() for x in self.squared]
+        return torch.stack(parts).sum() if parts else None
 
 
 class UpdateSize:
@@ -74,7 +77,7 @@ class UpdateSize:
         """Return `Σ(ηsU)²`, and the number of entries, by role."""
         parts = []
         for (role, _), (changes, count) in self._changes.items():
-            sums = [change.squares() for change in changes if change.norms]
+            sums = [x for change in changes if (x := change.squares()) is not None]
             parts += [(role, torch.stack([x.to(sums[0].device) for x in sums]).sum(), count)] if sums else []
         for (role, _), stepped in self._adamw.items():
             parts += [(role, adamw_update(group, state).square().sum(), count) for group, state, count in stepped]

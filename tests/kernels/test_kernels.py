@@ -192,8 +192,8 @@ def test_passes_over_stacks_are_their_twins(shape, matrices, dtype, finite, nest
         momenta, weights = ([m.clone() for m in some] for some in (M, M[1:] + G[:1]))
         weights[2] = weights[2].float()
         X = module.stack_inputs(G, momenta, 0.9, torch.tensor(finite), matrices, 1.02, nesterov, dtype)
-        squares = module.stack_step(X, weights, sizes, torch.tensor(0.99))
-        found.append([X.float(), squares, *momenta, *weights])
+        squares = module.stack_step(X, weights, sizes, torch.tensor(0.1), 2.0, 0.3)
+        found.append([X.float(), squares.sum(), *momenta, *weights])
     for ours, twins in zip(*found, strict=True):
         assert relative(ours.double(), twins.double()) < (2e-6 if dtype == torch.float32 else 1e-3)
     assert found[0][0].isfinite().all()
@@ -205,7 +205,7 @@ def test_a_stack_of_different_tensors_is_refused():
     one, other = torch.zeros(4, 6), torch.zeros(6, 4).mT
     for tensors, said in (([one, other], "contiguous"), ([one, one.double()], "one dtype"), ([one], "a list of 1")):
         with pytest.raises(ValueError, match=said):
-            stacks.stack_step(torch.zeros(2, 4, 6), tensors, torch.ones(2, 1), torch.ones(()))
+            stacks.stack_step(torch.zeros(2, 4, 6), tensors, torch.ones(2, 1), torch.ones(()), 1.0, 0.0)
 
 
 @interpreted
@@ -303,7 +303,7 @@ def compile_for(arch, kernel, pointers, constants, warps=4, stages=2, unit=UNIT,
         elif name.endswith("_ptr"):
             signature[name] = pointers[name]
         else:
-            signature[name] = "fp32" if name in ("alpha", "beta", "beta2", "a", "bound") else "i32"
+            signature[name] = "fp32" if name in ("alpha", "beta", "beta2", "a", "bound", "scale", "decay") else "i32"
         if name.endswith("_ptr") or (aligned and signature[name] == "i32"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)

@@ -123,12 +123,14 @@ def input_kernel(
 def step_kernel(
     u_ptr,
     w_table_ptr,
-    sizes_ptr,
-    decay_factor_ptr,
+    active_ptr,
+    rate_ptr,
     squares_ptr,
     entries,
     matrices,
     parts,
+    scale,
+    decay,
     W_TYPE: tl.constexpr,
     ALIGN: tl.constexpr,
     PART: tl.constexpr,
@@ -139,6 +141,7 @@ def step_kernel(
     u = tl.load(u_ptr + own, mask=inside, other=0.0).to(tl.float32)
     at = _at(w_table_ptr, parameter, first, W_TYPE, ALIGN, PART)
     w = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    change = tl.load(sizes_ptr + parameter * matrices + matrix) * u
-    tl.store(at, (tl.load(decay_factor_ptr) * w - change).to(W_TYPE), mask=inside)
+    rate = tl.load(rate_ptr)
+    change = rate * scale * tl.load(active_ptr + parameter * matrices + matrix) * u
+    tl.store(at, ((1 - rate * decay) * w - change).to(W_TYPE), mask=inside)
     tl.store(squares_ptr + tl.program_id(0), tl.sum(change * change, axis=0))

@@ -48,7 +48,7 @@ def row_norm_step(
         mean: The mean norms, which are refreshed; None to divide by the rows' norms.
 
     Returns:
-        `Σ(ΔW)²` without the decay, one element.
+        `Σ(ΔW)²` of each row, without the decay.
     """
     return _step(_directions(G, M, beta, finite, nesterov, mean, False), W, size, decay_factor, finite)
 
@@ -78,7 +78,7 @@ def centered_row_norm_step(
         mean: The mean norms, which are refreshed; None to divide by the rows' norms.
 
     Returns:
-        `Σ(ΔW)²` without the decay, one element.
+        `Σ(ΔW)²` of each row, without the decay.
     """
     return _step(center(_directions(G, M, beta, finite, nesterov, mean, True)), W, size, decay_factor, finite)
 
@@ -206,7 +206,7 @@ def step_by_directions(U: Tensor, row: Tensor, W: Tensor, size: Tensor, decay_fa
         finite: Nothing changes if it is 0, one element.
 
     Returns:
-        `Σ(ΔW)²` without the decay, one element.
+        `Σ(ΔW)²` of each row, without the decay.
     """
     return _step(U.float() - row, W, size, decay_factor, finite)
 
@@ -227,7 +227,7 @@ def _directions(
 
 
 def _step(U: Tensor, W: Tensor, size: Tensor, decay_factor: Tensor, finite: Tensor) -> Tensor:
-    """Update the weights by a direction, if `finite` is not 0, and return the change's sum of squares."""
+    """Update the weights by a direction, if `finite` is not 0, and return each row's sum of squares of the change."""
     stepped = (decay_factor * W.float() - size * U).to(W.dtype)
     W.copy_(torch.where(finite != 0, stepped, W))
-    return torch.where(finite != 0, size * U, 0.0).square().sum()
+    return torch.where(finite != 0, size * U, 0.0).square().sum(dim=-1)

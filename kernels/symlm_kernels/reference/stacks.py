@@ -44,19 +44,23 @@ def stack_inputs(
     return Y.to(dtype).view(M.shape)
 
 
-def stack_step(U: Tensor, weights: Sequence[Tensor], sizes: Tensor, decay_factor: Tensor) -> Tensor:
-    """Compute `W <- decay_factor·W − size·U` in place, of k parameters of one shape, with one size a matrix.
+def stack_step(
+    U: Tensor, weights: Sequence[Tensor], active: Tensor, rate: Tensor, scale: float, decay: float
+) -> Tensor:
+    """Compute `W <- (1 − rate·decay)W − rate·scale·a·U` in place, of k parameters of one shape.
 
     Args:
         U: The directions, (k, *shape).
         weights: W of each parameter.
-        sizes: The factor of each direction, (k, matrices); matrices have consecutive entries.
-        decay_factor: The factor of the weights, `1 − ηλ`, one element.
+        active: The factor a of each part of a parameter, (k, parts); parts are equal and have consecutive entries.
+        rate: The rate, 0 for a step that does not happen, one element.
+        scale: The scale of the directions.
+        decay: The weight decay.
 
     Returns:
-        `Σ(size·U)²`, one element.
+        `Σ(rate·scale·a·U)²` of the programs that share the work, whose sum is that of all entries.
     """
-    change = (U.float().view(*sizes.shape, -1) * sizes[..., None]).view(U.shape)
+    change = (U.float().view(*active.shape, -1) * (rate * scale * active)[..., None]).view(U.shape)
     for W, part in zip(weights, change, strict=True):
-        W.copy_(decay_factor * W.float() - part)
-    return change.square().sum()
+        W.copy_((1 - rate * decay) * W.float() - part)
+    return change.square().sum()[None]

@@ -60,12 +60,12 @@ def step(
         finite: Whether the step happens, a bool of one element; nothing changes if not.
 
     Returns:
-        `Σ(ηsU)²`, one element.
+        `Σ(ηsU)²` of each row.
     """
     from symlm_kernels import rows
 
     if not W.numel():
-        return torch.zeros((), device=W.device)
+        return torch.zeros(0, device=W.device)
     # A rate on the CPU is not copied to the device: a graph could not capture that.
     lr = group["lr"] * torch.ones((), device=W.device)
     decay_factor = 1 - lr * (group["weight_decay"] * group["weight_decay_multiplier"])
@@ -102,4 +102,4 @@ def _whitened_step(
     row, root = row @ root if centered else torch.zeros_like(row), root.to(dtype)
     parts = zip(D.split(ROWS_AT_A_TIME), W.split(ROWS_AT_A_TIME), strict=True)
     squares = [rows.step_by_directions(some @ root, row, weights, *factors) for some, weights in parts]
-    return torch.stack(squares).sum()
+    return torch.cat(squares)
