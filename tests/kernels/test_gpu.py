@@ -17,16 +17,19 @@ def with_gradients(seed):
     return model
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+REPLAYS = 20
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("preset", ["default", "muon"])
 def test_a_step_is_captured_in_a_cuda_graph_and_replayed(preset, kernels):
-    """Nothing in a step reads the device: three replays are three more steps, the count of skipped ones included."""
+    """Nothing in a step reads the device: replays are as many more steps, the count of skipped ones included."""
     eager, captured = with_gradients(0), with_gradients(0)
     optimizers = [
         symlm.SymOptimizer(m, lr=torch.tensor(0.02, device="cuda"), preset=preset, kernels=kernels)
         for m in (eager, captured)
     ]
-    for _ in range(6):
+    for _ in range(3 + REPLAYS):
         optimizers[0].step()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -37,7 +40,7 @@ def test_a_step_is_captured_in_a_cuda_graph_and_replayed(preset, kernels):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizers[1].step()
-    for _ in range(3):
+    for _ in range(REPLAYS):
         graph.replay()
     for (name, p), q in zip(eager.named_parameters(), captured.parameters(), strict=True):
         assert relative(q, p) < 10 * FP32, name
@@ -94,12 +97,27 @@ def test_a_whitened_heads_half_precision_products_give_fp32s_step(kernels):
     assert relative(two.lm_head.moved, one.lm_head.moved) < BF16_POLAR
 
 
-def test_tritons_products_give_torchs_step():
-    one, two = with_gradients(0), with_gradients(0)
-    for model, kernels in ((one, "torch"), (two, "triton")):
-        symlm.SymOptimizer(model, kernels=kernels, compute_dtype="float32").step()
-    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
-        assert relative(q, p) < 1e-3, name
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+@pytest.mark.parametrize("kind", ["qwen3", "olmoe", "tied", "bf16"])
+def test_the_kernels_give_torchs_step(kind, kernels):
+    sizes, models = [], []
+    for chosen in ("torch", kernels):
+        model = tiny("olmoe" if kind == "olmoe" else "qwen3", tie_word_embeddings=kind == "tied").cuda()
+        model = model.bfloat16() if kind == "bf16" else model
+        optimizer = symlm.SymOptimizer(model, kernels=chosen, compute_dtype="float32", weight_decay=0.1)
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model, tokens(step).cuda()).backward()
+            if not step:
+                optimizer.step()
+        for p, q in zip(models[0].parameters(), model.parameters(), strict=True) if models else ():
+            q.grad = p.grad.clone()  # of the second step, after which roundings would part the gradients
+        optimizer.step()
+        models.append(model)
+        sizes.append(symlm.diagnostics.update_rms(optimizer))
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert relative(q, p) < (1e-2 if kind == "bf16" else 1e-3), name
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(2, 300, 520), (1, 1024, 1024), (70_000, 16, 24)], ids=str)
