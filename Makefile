@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: pretrain test test-all lint types docs setup clean
+.PHONY: pretrain test test-all gpu lint types docs setup clean
 
 pretrain: setup  ## pretrain the embedded default: no network, no GPU
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/pretrain.py
@@ -17,6 +17,9 @@ test: setup lint types  ## lint, types and every guarantee once
 
 test-all: setup lint types docs  ## lint, types, the site and the whole test suite
 	$(PYTEST)
+
+gpu:  ## all that only a GPU can show, each record as soon as it is there; needs torch, triton, transformers, pytest
+	$(PYTHON) kernels/benchmarks/gpu.py
 
 lint: setup
 	$(BIN)/ruff check .

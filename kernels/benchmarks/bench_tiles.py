@@ -12,7 +12,7 @@ from multiprocessing import get_context
 import torch
 from measuring import DEVICE, arguments, attempted, ceilings, replayed, seconds, write
 from symlm_kernels import reference
-from symlm_kernels.tiles import LARGE, SMALL, Tile
+from symlm_kernels.tiles import ANY_STRIDE, GRAM, Tile
 from torch import Tensor
 
 SHAPES = {  # the stacks of a step: at most 2²⁶ elements
@@ -24,7 +24,7 @@ SHAPES = {  # the stacks of a step: at most 2²⁶ elements
     "square 2048": (8, 2048, 2048),
     "square 4096": (2, 4096, 4096),
 }
-SQUARE = [SMALL, LARGE] + [
+SQUARE = [ANY_STRIDE, GRAM] + [
     Tile(side, side, k, warps, stages)
     for side, k, warps, stages in (
         *((64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)),

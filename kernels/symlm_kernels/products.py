@@ -57,7 +57,7 @@ def apply_polynomial(B: Tensor, X: Tensor, a: float, tile: Tile | None = None) -
     """
     batch, m, n = X.shape
     out = torch.empty_like(X.mT).mT if is_transposed(X) else torch.empty_like(X, memory_format=torch.contiguous_format)
-    tile = tile or choose_tile(m, n, X.element_size(), _aligned(B, X, out))
+    tile = tile or choose_tile("apply_polynomial", m, n, X.element_size(), _aligned(B, X, out))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * batch,)  # the other axes of a grid are limited to 65,535
     _apply_kernel[grid](
         B,
@@ -84,7 +84,8 @@ def _symmetric(X: Tensor, Y: Tensor, C: Tensor | None, alpha: float, beta: float
     batch, m, k = X.shape
     out = torch.empty(batch, m, m, dtype=X.dtype, device=X.device)
     added = X if C is None else C
-    tile = tile or choose_tile(m, m, X.element_size(), _aligned(X, Y, added, out))
+    product = "gram" if C is None else "symmetric_product"
+    tile = tile or choose_tile(product, m, m, X.element_size(), _aligned(X, Y, added, out))
     tiles = triton.cdiv(m, tile.m)
     _symmetric_kernel[(tiles * (tiles + 1) // 2 * batch,)](
         X,

@@ -10,8 +10,10 @@ from symlm_kernels import reference
 CHOICES = ("auto", "torch", "triton")
 LARGEST_ROW = 8_192  # a fused row step holds a row in registers; rows of twice this length spill them
 # The shorter side from which products and passes over stacks, and the row length from which fused row steps, were
-# measured to be faster. None until a GPU's record shows it (kernels/README.md), so that "auto" selects torch.
-FASTER_FROM: dict[str, int | None] = {"products": None, "rows": 1, "stacks": 1}
+# measured to make a step faster: the records of an H200 in kernels/benchmarks/results. Triton's products are faster in
+# a graph, but a launch of theirs takes the host three times as long, and the whole step is not faster: "auto" takes
+# torch's (None).
+FASTER_FROM: dict[str, int | None] = {"products": None, "rows": 128, "stacks": 32}
 
 
 def select_products(device: str, dtype: torch.dtype, side: int, kernels: str = "auto") -> ModuleType:
@@ -44,7 +46,8 @@ def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto", wh
         device: The type of the device, such as "cuda".
         dtype: The dtype of the matrices.
         side: The shorter side of the matrices for products and stacks, the length of a row for rows.
-        kernels: "torch", "triton", or "auto" for Triton from the size on at which it was measured to be faster.
+        kernels: "torch", "triton", or "auto" for Triton from the size on at which it was measured to be faster, if
+            its kernels agree with torch on this device (`symlm_kernels.agreement`).
         what: "products", "rows" or "stacks", a key of `FASTER_FROM`.
 
     Returns:
@@ -57,12 +60,15 @@ def choose(device: str, dtype: torch.dtype, side: int, kernels: str = "auto", wh
     if kernels not in CHOICES:
         raise ValueError(f"unknown kernels {kernels!r}; choose one of {CHOICES}")
     least = FASTER_FROM[what]
-    if kernels == "torch" or (kernels == "auto" and (least is None or side < least)):
+    unmeasured = device != "cuda" or least is None or side < least  # Triton's interpreter is for those who ask for it
+    if kernels == "torch" or (kernels == "auto" and unmeasured):
         return "torch"
     reason = why_not_triton(device, dtype)
     if kernels == "triton" and reason:
         raise RuntimeError(f"Triton's {what} were asked for, but {reason}; use kernels='auto' or 'torch'")
-    return "torch" if reason else "triton"
+    if reason or (kernels == "auto" and not agrees_here(what)):
+        return "torch"
+    return "triton"
 
 
 def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
@@ -82,6 +88,17 @@ def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"they have no {dtype}"
     return None
+
+
+def agrees_here(what: str) -> bool:
+    """Return whether the kernels agree with their twins on the current GPU.
+
+    Args:
+        what: A key of `FASTER_FROM`.
+    """
+    from symlm_kernels.agreement import agrees
+
+    return agrees(what, f"cuda:{torch.cuda.current_device()}")
 
 
 def _interpreting() -> bool:
