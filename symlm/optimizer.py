@@ -26,15 +26,14 @@ from symlm.state.creation import count_step, create_state
 from symlm.state.loading import matched, restore_dtypes
 from symlm.state.originals import Originals
 from symlm.state.schedules import Schedules
-from symlm.step.bucket import buckets_of, bytes_to_receive, overlapped
+from symlm.step.bucket import buckets_of, bytes_to_receive, join, overlapped
 from symlm.step.directions import shares_layer_rotation
 from symlm.step.gradients import examine, refuse_nonfinite, skips_without_gradient
 from symlm.step.layer_rotations import rotate_layers
 from symlm.step.member import Member, members_of
 from symlm.update.adamw import adamw_step
-from symlm.update.apply import apply
-from symlm.update.rounding import store
-from symlm.update.size import Change, UpdateSize
+from symlm.update.apply import update
+from symlm.update.size import UpdateSize
 from symlm.verification import Verification, verified
 
 log = logging.getLogger("symlm")
@@ -174,16 +173,11 @@ class SymOptimizer(torch.optim.Optimizer):
         if is_first and (received := bytes_to_receive(buckets)):
             log.info("a step brings this rank %.1f MB from others, in %d buckets", received / 1e6, len(buckets))
         rotate_layers([bucket for bucket in buckets if shares_layer_rotation(bucket.group)], finite)
+        join(buckets)
         size.begin([bucket.group for bucket in buckets])
         for bucket in overlapped(buckets):  # phase 1, momentum, and phase 2, directions
-            if bucket.fused:
-                change = Change(1.0, squared=bucket.fused_step())
-                size.add(bucket.group, change, sum(member.parameter.numel() for member in bucket.batch))
-            for updated, rows, updates in bucket.updates() if not bucket.fused else ():
-                change = apply(bucket.group, updated, rows, updates, bucket.finite)  # phase 3, update
-                size.add(bucket.group, change, sum(U.numel() for U in updates))
-            for member in bucket.batch:
-                store(bucket.group, member, bucket.finite)
+            for change, entries in update(bucket):  # phase 3
+                size.add(bucket.group, change, entries)
 
     @torch.no_grad()
     def verify(self, matrices: int = 4) -> Verification:

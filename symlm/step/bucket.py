@@ -12,7 +12,7 @@ from symlm.distributed.tensors import local, placed_like
 from symlm.routing.options import with_rate
 from symlm.rules import get_rule
 from symlm.step import stacks
-from symlm.step.directions import cost_of, rule_state, scale_of, whole_directions
+from symlm.step.directions import POLAR_OPTIONS, cost_of, polar_factors, rule_state, scale_of, whole_directions, wide
 from symlm.step.member import BATCH_ELEMENTS, Member, batches
 from symlm.step.momentum import rule_input_of_block, rule_inputs, update_momentum
 from symlm.step.rows import fused
@@ -21,6 +21,7 @@ from symlm.step.rows.row_step import RowStep
 from symlm.views.matrix_view import MatrixView
 from symlm.views.storage import WHOLE
 
+JOINED_ELEMENTS = 2**20  # a larger bucket's launches cost little beside its products
 CPU_BLOCK_ELEMENTS = 2**20  # rows that do not mix are updated in blocks that fit a CPU's cache
 
 
@@ -53,6 +54,7 @@ class Bucket:
         self.exchange = Exchange(layout, len(batch), loads, cost_of(group, layout)) if shared or split else None
         self.fused = self._fusible(view)
         self.momenta = torch.empty(0)  # the rule's inputs, (members, *shape), between `start` and `release`
+        self.factors: Tensor | None = None  # the polar factors, if `join` has computed them
         self.started = False
 
     def start(self) -> None:
@@ -75,7 +77,7 @@ class Bucket:
 
     def release(self) -> None:
         """Free the exchanged tensors and the rule's inputs: those of all buckets would be as large as the model."""
-        self.momenta, self.exchange = torch.empty(0), None
+        self.momenta, self.exchange, self.factors = torch.empty(0), None, None
 
     def updates(self) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
         """Yield members, a block of their parts, and its `s·U` for each; the rule's next state is stored.
@@ -93,7 +95,8 @@ class Bucket:
                 yield [member], ALL, [_direction_everywhere(self.group, member, M, self.finite)]
         elif self.momenta.numel():
             states = [rule_state(self.group, member.state) for member in self.batch]
-            directions, states = whole_directions(self.group, self.momenta, self.local_view, states)
+            wholes = (self.group, self.momenta, self.local_view, states)
+            directions, states = whole_directions(*wholes, factors=self.factors)
             for member, state in zip(self.batch, states, strict=True):
                 member.store_state(state, self.finite)
             yield self.batch, ALL, list(directions)
@@ -112,6 +115,37 @@ class Bucket:
         if not self.by_rows:
             return [stacks.step(self.group, self.batch, MatrixView.parse(self.group["view"]), self.finite)]
         return [_fused_rows(self.group, member, self.finite) for member in self.batch]
+
+    def matrices_to_join(self) -> tuple[Any, ...] | None:
+        """Return what small buckets must have in common for `join`: shape up to transposition, place and settings."""
+        rule, shape = get_rule(self.group["rule"]), self.layout.shape
+        elsewhere = self.exchange or self.by_rows or self.everywhere or self.fused or not self.layout.whole
+        if elsewhere or not (rule.spectral and rule.fused) or MatrixView.parse(self.group["view"]).unequal:
+            return None
+        if prod(shape) * len(self.batch) > JOINED_ELEMENTS:
+            return None
+        _, m, n = MatrixView.parse(self.group["view"]).shape(shape)
+        place = (self.batch[0].dtype, self.batch[0].parameter.device)
+        return min(m, n), max(m, n), *place, *(self.group[key] for key in POLAR_OPTIONS)
+
+
+def join(buckets: list[Bucket]) -> None:
+    """Compute the polar factors of small buckets of equal matrices as one stack: their launches cost most.
+
+    Args:
+        buckets: The buckets of the step; phase 1 of those that are joined is run.
+    """
+    alike: dict[tuple[Any, ...], list[Bucket]] = {}
+    for bucket in buckets:
+        if key := bucket.matrices_to_join():
+            alike.setdefault(key, []).append(bucket)
+    for several in (some for some in alike.values() if len(some) > 1):
+        for bucket in several:
+            bucket.start()
+        stacks = [MatrixView.parse(bucket.group["view"]).to_matrices(wide(bucket.momenta)) for bucket in several]
+        factors = polar_factors(several[0].group, torch.cat([S if S.shape[1] <= S.shape[2] else S.mT for S in stacks]))
+        for bucket, S, U in zip(several, stacks, factors.split(list(map(len, stacks))), strict=True):
+            bucket.factors = U if S.shape[1] <= S.shape[2] else U.mT
 
 
 def buckets_of(members: Iterable[tuple[dict[str, Any], list[Member]]], finite: Tensor) -> list[Bucket]:

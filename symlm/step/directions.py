@@ -42,6 +42,7 @@ def whole_directions(
     view: MatrixView | None = None,
     states: States | None = None,
     refresh: bool = True,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, States]:
     """Compute `s·U(M)` of whole momenta of one shape, those of a section as one stack, and the rule's next states.
 
@@ -51,6 +52,7 @@ def whole_directions(
         view: How a parameter is a stack of matrices; the group's view if None.
         states: The `rule_state` of each parameter; those before a first step if None.
         refresh: Whether the states are refreshed; False to repeat a step from the states after it.
+        factors: The polar factors of the view's stack, if they are known; of a view of equal matrices.
 
     Returns:
         The directions, (k, *shape), fp32 or float64, and the states of the k parameters after the step.
@@ -58,7 +60,7 @@ def whole_directions(
     view = view or MatrixView.parse(group["view"])
     parts = view.sections(wide(momenta))
     if len(parts) == 1:
-        return _stack_directions(group, view, wide(momenta), states, refresh)
+        return _stack_directions(group, view, wide(momenta), states, refresh, factors)
     result = torch.empty_like(wide(momenta), memory_format=torch.contiguous_format)
     for (section_view, part), (_, target) in zip(parts, view.sections(result), strict=True):
         target.copy_(_stack_directions(group, section_view, part)[0])
@@ -66,12 +68,18 @@ def whole_directions(
 
 
 def _stack_directions(
-    group: dict[str, Any], view: MatrixView, momenta: Tensor, states: States | None = None, refresh: bool = True
+    group: dict[str, Any],
+    view: MatrixView,
+    momenta: Tensor,
+    states: States | None = None,
+    refresh: bool = True,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, States]:
     """Return the directions of one section, and the rule's next states."""
     rule, stack, shape = averaged_rule(group), view.to_matrices(momenta), tuple(momenta.shape)
     count = len(stack) // len(momenta)
-    settings: dict[str, Any] = {"polar": lambda X: _polar(group, X), "beta2": group["betas"][1]}
+    settings: dict[str, Any] = {"beta2": group["betas"][1]}
+    settings["polar"] = (lambda X: polar_factors(group, X)) if factors is None else lambda X: factors
     if rule.state:  # the refresh and the direction may both ask for it
         settings["polar"] = cache(settings["polar"])
     if rule.state and states:
@@ -84,7 +92,8 @@ def _stack_directions(
         shared_rotation = stacked["rotation"] if shares_layer_rotation(group) else None
         step, polar = settings.get("step", 1), settings["polar"]
         stacked = rule.refreshed(stack, stacked, settings["beta2"], shared_rotation, step, polar)
-    U = rule.direction(stack, stacked, **settings).mul_(scale_of(group, view, shape[1:]))
+    U, scale = rule.direction(stack, stacked, **settings), scale_of(group, view, shape[1:])
+    U = U if scale == 1 else U.mul_(scale)
     after = [{key: value[k * count : (k + 1) * count] for key, value in stacked.items()} for k in range(len(momenta))]
     return view.from_matrices(U, shape), after
 
@@ -107,16 +116,18 @@ def multiplies_norm(group: dict[str, Any]) -> bool:
     return group["momentum_of"] == "directions" and group["rule"] == "polargrad"
 
 
-def _polar(group: dict[str, Any], X: Tensor) -> Tensor:
-    """Return the polar factors with the group's settings."""
-    return polar(
-        X,
-        group["polar_method"],
-        schedule=group["schedule"],
-        steps=group["steps"],
-        compute_dtype=group["compute_dtype"],
-        kernels=group["kernels"],
-    )
+POLAR_OPTIONS = ("polar_method", "schedule", "steps", "compute_dtype", "kernels")
+
+
+def polar_factors(group: dict[str, Any], X: Tensor) -> Tensor:
+    """Return the polar factors with the group's settings.
+
+    Args:
+        group: The parameter group.
+        X: Matrices, (..., m, n).
+    """
+    method, schedule, steps, compute_dtype, kernels = (group[key] for key in POLAR_OPTIONS)
+    return polar(X, method, schedule=schedule, steps=steps, compute_dtype=compute_dtype, kernels=kernels)
 
 
 def scale_of(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from symlm.polar.factor import choose_iteration
 from symlm.rules import get_rule
-from symlm.step.directions import scale_of
+from symlm.step.directions import POLAR_OPTIONS, scale_of
 from symlm.step.member import Member
 from symlm.views.matrix_view import MatrixView
 
@@ -65,9 +65,7 @@ def step(group: dict[str, Any], batch: list[Member], view: MatrixView, finite: T
     b, m, n = view.shape(shape)
     like = momenta[0].float() if momenta[0].dtype != torch.float32 else momenta[0]
     like = like.new_empty(()).expand(b, min(m, n), max(m, n))
-    iteration = choose_iteration(
-        like, *(group[key] for key in ("polar_method", "schedule", "steps", "compute_dtype", "kernels"))
-    )
+    iteration = choose_iteration(like, *(group[key] for key in POLAR_OPTIONS))
     happens = finite.float()
     gradients, settings = [member.gradient for member in batch], (b, iteration.bound, group["nesterov"])
     X = stacks.stack_inputs(gradients, momenta, group["momentum"], happens, *settings, iteration.dtype)

@@ -84,13 +84,14 @@ class RowStep:
         self.cut_rows = self._cut_rows(blocks) if cut_rows(self.layout) else {}
         centered, whitened = self.rule.symmetry.shift, self.rule.whitens
         self.shift = self._means(blocks, self._input)[-1] if centered else None
+        only = self._mapped(blocks[0]) if len(blocks) == 1 else None  # several would be a second momentum
         mean = root = None
         if centered or whitened:
-            means = self._means(blocks, lambda block: self._mapped(block)[0], whitened)
+            means = self._means(blocks, lambda block: (only or self._mapped(block))[0], whitened)
             root = self._whitener(means[:-1]) if whitened else None
             mean = (means[-1] if root is None else means[-1] @ root) if centered else None
         for block in blocks:
-            U, state = self._mapped(block)
+            U, state = only or self._mapped(block)
             U = U if root is None else self._product(U, root)
             yield block, (U if mean is None else U.sub_(mean))[:, block.columns], state
 
@@ -114,9 +115,9 @@ class RowStep:
             if block.columns.start:
                 continue  # a split row is counted on the rank where it begins
             X = rows(block)
-            total[-1] += X.sum(dim=0)
+            total[-1].add_(X.sum(dim=0))
             if square:
-                total[:-1] += self._product(X.mT, X)
+                total[:-1].add_(self._product(X.mT, X))
         return summed(total, self.layout) / m
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""How many operations a step launches: few, and no more for more layers."""
+
+from collections import Counter
+
+import pytest
+import torch
+from models import tiny
+from numerics import relative
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import symlm
+from symlm.step import bucket
+
+VIEWS = {
+    *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "split", "split_with_sizes", "unbind", "slice"),
+    *("select", "expand", "alias", "detach", "as_strided", "unsqueeze", "squeeze", "squeeze_", "diagonal", "unflatten"),
+    *("empty", "empty_like", "new_empty", "promote_types", "_record_function_enter_new", "_record_function_exit"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Count the operations that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_name = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name.split("::")[1]
+        self.by_name[name] += name not in VIEWS
+        return operation(*args, **(kwargs or {}))
+
+
+def stepped(layers, **sizes):
+    torch.manual_seed(0)
+    model = tiny(num_hidden_layers=layers, **sizes)
+    for p in model.parameters():
+        p.grad = 1e-3 * torch.randn_like(p)
+    optimizer = symlm.SymOptimizer(model)
+    optimizer.step()
+    with Launches() as launches:
+        optimizer.step()
+    return model, launches.by_name
+
+
+def test_a_step_launches_few_operations_however_deep_the_model():
+    _, shallow = stepped(4, hidden_size=64, intermediate_size=192)
+    _, deep = stepped(28, hidden_size=64, intermediate_size=192)
+    assert deep.total() <= 250, deep.most_common()
+    assert deep == shallow
+
+
+def test_small_matrices_of_several_roles_are_one_stack(monkeypatch):
+    """Their polar factors are those of each role alone, and a large bucket is left alone."""
+    together, few = stepped(2)
+    monkeypatch.setattr(bucket, "JOINED_ELEMENTS", 0)
+    alone, many = stepped(2)
+    assert few["baddbmm"] < many["baddbmm"]
+    for (name, p), q in zip(together.named_parameters(), alone.parameters(), strict=True):
+        assert relative(p, q) < 1e-6, name
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e30])
+def test_a_gradient_whose_squares_vanish_or_overflow_is_one(value):
+    """The look at all gradients takes Euclidean norms, which see neither."""
+    model = tiny(num_hidden_layers=1)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, value)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = symlm.SymOptimizer(model, nonfinite="raise")
+    optimizer.step()
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True) if p.ndim > 1]
+    assert sum(moved) >= len(moved) - 1  # a head whose rows have equal gradients stays: a softmax does not see them
