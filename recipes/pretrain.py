@@ -16,6 +16,7 @@ from pretraining.checkpoints import Checkpoints
 from pretraining.config import RunConfig, TrainConfig, read
 from pretraining.folder import check_folder, forget_after, open_folder, origin, read_metrics, write
 from pretraining.setup import Training, build_accelerator, prepare
+from pretraining.signals import Stop
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -91,10 +92,13 @@ def summary(optimizer: torch.optim.Optimizer, seconds: list[float]) -> dict[str,
 PATIENCE = 3  # rows in a row whose loss is no number, after which a run has nothing left to learn
 
 
-def run(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path) -> tuple[list[float], bool]:
+def run(
+    job: Training, config: RunConfig, accelerator: Accelerator, folder: Path, stop: Stop
+) -> tuple[list[float], bool]:
     """Train from the last checkpoint, if one is asked for, to the end; return every step's seconds, and if it failed.
 
-    A run whose loss stays no number ends there, its last checkpoint from before.
+    A run whose loss stays no number ends there, its last checkpoint from before; one that is asked to stop ends behind
+    the step in hand.
     """
     train, checkpoints = config.train, Checkpoints(folder / "checkpoints", config.train.keep)
     first = checkpoints.load(accelerator) if config.resume else 0
@@ -131,8 +135,12 @@ def run(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path
                 write(row, folder, accelerator)
             if lost == PATIENCE:
                 break
-            if not lost and (step % train.save_every == 0 or step == train.steps):
+            stopped = step < train.steps and stop.agreed(waiting=logged)
+            if not lost and (step % train.save_every == 0 or step == train.steps or stopped):
                 checkpoints.save(accelerator, step)
+            if stopped:
+                accelerator.end_training()
+                raise SystemExit(128 + (stop.asked or 0))
     return seconds, lost > 0
 
 
@@ -181,7 +189,8 @@ def main() -> None:
     set_seed(config.train.seed)
     job, tokenizer = prepare(config, accelerator)
     open_folder(config, accelerator, folder)
-    seconds, failed = run(job, config, accelerator, folder)
+    with Stop(accelerator) as stop:
+        seconds, failed = run(job, config, accelerator, folder, stop)
     finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds), failed)
 
 

@@ -33,6 +33,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
         accelerator.wait_for_everyone()
         try:
+            self._refuse_what_does_not_fit()
             accelerator.save_state(str(temporary))
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -49,6 +50,15 @@ class Checkpoints:
             temporary.rename(target)
             for old in self.list()[: -self.keep]:
                 shutil.rmtree(old)
+
+    def _refuse_what_does_not_fit(self) -> None:
+        """Raises: OSError where the newest checkpoint would not fit again, before anything is written."""
+        if not self.list():
+            return
+        needed = sum(path.stat().st_size for path in self.list()[-1].rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} are free")
 
     def load(self, accelerator: Accelerator) -> int:
         """Load the newest that is whole, before which damaged ones are renamed; return its step, 0 without any.

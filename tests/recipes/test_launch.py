@@ -193,3 +193,24 @@ def test_the_trainer_trains_and_resumes_under_launchers(whole, text, tmp_path, k
     if kind != "zero3":  # whose whole weights are saved where its configuration says so
         assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size
     assert saved.stat().st_mtime_ns == before  # a fresh start would have come by here again
+
+
+def test_two_processes_that_are_asked_to_stop_save_one_checkpoint_and_go_on(text, whole, tmp_path):
+    """A terminal's Ctrl-C reaches the launcher and both processes, and the launcher passes it on: it comes twice."""
+    process = subprocess.Popen(
+        [*launch("cpu2.yaml", python=sys.executable), *recipe(text, tmp_path, "--train.save_every=100")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics, deadline = tmp_path / "default" / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for child in children_of(tmp_path):
+        os.kill(child, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    (saved,) = (tmp_path / "default" / "checkpoints").iterdir()
+    assert saved.name in ("step-6", "step-9")  # where both wait for each other anyway, to log
+    run(*launch("cpu2.yaml"), *recipe(text, tmp_path, "--train.save_every=100", "--resume=true"))
+    assert_alike(tmp_path / "default", whole)

@@ -75,6 +75,28 @@ def test_a_killed_run_resumes_bit_for_bit(text, whole, tmp_path):
     assert (tmp_path / "default" / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=str)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(text, whole, tmp_path, asked):
+    """Behind the step in hand, not at the next multiple of `save_every`; nothing of a finished run is drawn."""
+    command_line = command(text, tmp_path, "--train.save_every=5", python=sys.executable)
+    process = subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    metrics, deadline = tmp_path / "default" / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(asked)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 128 + asked, printed
+    assert f"{asked.name}: the run ends behind a step" in printed
+    steps = [int(path.name[5:]) for path in (tmp_path / "default" / "checkpoints").glob("step-*")]
+    assert 3 <= max(steps) < 12
+    assert not (tmp_path / "default" / "model").exists()
+    done = run(text, tmp_path, "--train.save_every=5", "--resume=auto")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (tmp_path / "default", whole[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert metrics.read_text() == (whole[0] / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

@@ -1,6 +1,7 @@
 """A comparison's runs: their commands are read in one thread, by relative paths too."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,3 +53,19 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half_and_names_the_l
         checkpoints.save(disk, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert damage_of(tmp_path / "step-1") == ""
+
+
+def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):
+    def write(folder):
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"whole" * 1000)
+
+    disk = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, save_state=write)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(disk, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
+    with pytest.raises(OSError, match=r"step-2 cannot be written \(it takes .* GB and .* are free\)"):
+        checkpoints.save(disk, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=6000))
+    checkpoints.save(disk, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
