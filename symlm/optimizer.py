@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from symlm.distributed.partitions import refuse_settings
 from symlm.distributed.tensors import local
 from symlm.polar.precision import without_autocast
-from symlm.routing.options import (
-    DEFAULTS,
-    ROUTED,
-    check_group,
-    check_options,
-    refuse_unknown,
-    with_rate,
-)
+from symlm.routing.options import DEFAULTS, ROUTED, check_group, check_options, refuse_unknown, with_rate
 from symlm.routing.param_groups import param_groups
 from symlm.rules import get_rule
 from symlm.state.agreement import Agreement, shapes_of_several_ranks
@@ -32,8 +25,9 @@ from symlm.step.gradients import examine, refuse_nonfinite, skips_without_gradie
 from symlm.step.layer_rotations import rotate_layers
 from symlm.step.member import Member, members_of
 from symlm.update.adamw import adamw_step
-from symlm.update.apply import update
-from symlm.update.size import UpdateSize
+from symlm.update.apply import apply
+from symlm.update.rounding import store
+from symlm.update.size import Change, UpdateSize
 from symlm.verification import Verification, verified
 
 log = logging.getLogger("symlm")
@@ -156,8 +150,7 @@ class SymOptimizer(torch.optim.Optimizer):
             create_state(group, self.state, self._originals)
             check_parameters(group, self.state)
         members = [(group, list(members_of(group, self.state, self._originals))) for group in self.param_groups]
-        finite = self._examine(members)
-        if finite is None:
+        if (finite := self._examine(members)) is None:
             self.update_size, self._moved = None, frozenset()
             return
         self._moved = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
@@ -176,8 +169,12 @@ class SymOptimizer(torch.optim.Optimizer):
         join(buckets)
         size.begin([bucket.group for bucket in buckets])
         for bucket in overlapped(buckets):  # phase 1, momentum, and phase 2, directions
-            for change, entries in update(bucket):  # phase 3
-                size.add(bucket.group, change, entries)
+            for updated, rows, updates in bucket.updates():
+                change = apply(bucket.group, updated, rows, updates, bucket.finite)  # phase 3, update
+                size.add(bucket.group, change, sum(U.numel() for U in updates))
+            size.add(bucket.group, Change(1.0, squared=bucket.squared), bucket.fused * bucket.entries)
+            for member in bucket.batch:
+                store(bucket.group, member, bucket.finite)
 
     @torch.no_grad()
     def verify(self, matrices: int = 4) -> Verification:

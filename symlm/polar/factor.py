@@ -1,6 +1,6 @@
 """The polar factor `U_r V_rᵀ` of a matrix, batched: the methods behind one function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ from symlm.polar.newton_schulz import gram_newton_schulz, newton_schulz
 from symlm.polar.precision import accumulation_dtype, resolve_dtype
 from symlm.polar.schedules import Triple, get_schedule
 
+CPU_STACK = 2**20  # entries; a larger stack's temporaries leave a CPU's cache
+CPU_PART = 2**18  # 1 MB in fp32
 METHODS = ("svd", "qdwh", "newton_schulz", "gram_newton_schulz", "auto")
 
 
@@ -75,8 +77,16 @@ def polar(
         U = qdwh_polar(X.mT).mT if X.shape[-2] <= X.shape[-1] else qdwh_polar(X)
     else:
         iteration = choose_iteration(X, method, schedule, steps, compute_dtype, kernels)
-        U = iteration(_normalize(X, iteration.bound, iteration.dtype))
+        divided = [iteration(_normalize(part, iteration.bound, iteration.dtype)) for part in _parts(X)]
+        U = torch.cat(divided) if len(divided) > 1 else divided[0]
     return (U.mT if flipped else U).to(M.dtype).reshape(M.shape)
+
+
+def _parts(X: Tensor) -> Sequence[Tensor]:
+    """Return the parts of a stack that are iterated one after the other: on a CPU what its cache holds."""
+    if X.device.type != "cpu" or X.numel() <= CPU_STACK:
+        return (X,)
+    return X.split(max(1, CPU_PART // (X.shape[-2] * X.shape[-1])))
 
 
 class Iteration(NamedTuple):
@@ -133,11 +143,15 @@ def choose_iteration(
 
 
 def _normalize(X: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
-    """Scale each matrix to `X / (bound·‖X‖_F)`, by its largest entry first so that no square overflows."""
+    """Scale each matrix to `X / (bound·‖X‖_F)`, by its largest entry first so that no square overflows.
+
+    On a CPU the result is contiguous, so that the products' roundings do not depend on how a matrix was stored.
+    """
     wide = X.to(torch.promote_types(accumulation_dtype(X.dtype), dtype))
     axes = (-2, -1)
     largest = torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True))
-    Y = wide / normal(largest)
+    out = torch.empty(wide.shape, dtype=wide.dtype) if wide.device.type == "cpu" else None
+    Y = torch.div(wide, normal(largest), out=out)
     norm = torch.linalg.vector_norm(Y, dim=axes, keepdim=True)
     size = normal(norm) * bound
     return Y.div_(size) if dtype == Y.dtype else torch.div(Y, size, out=torch.empty_like(Y, dtype=dtype))

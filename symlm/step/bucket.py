@@ -54,6 +54,7 @@ class Bucket:
         self.exchange = Exchange(layout, len(batch), loads, cost_of(group, layout)) if shared or split else None
         self.fused = self._fusible(view)
         self.momenta = torch.empty(0)  # the rule's inputs, (members, *shape), between `start` and `release`
+        self.squared: list[Tensor] = []
         self.factors: Tensor | None = None  # the polar factors, if `join` has computed them
         self.started = False
 
@@ -82,9 +83,11 @@ class Bucket:
     def updates(self) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
         """Yield members, a block of their parts, and its `s·U` for each; the rule's next state is stored.
 
-        Of a fused bucket `fused_step` is called instead.
+        Kernels that do all phases update the weights themselves: nothing is yielded, and `squared` has `Σ(ηsU)²`.
         """
-        if self.exchange:
+        if self.fused:
+            self.squared = self._fused_steps()
+        elif self.exchange:
             yield self.batch, ALL, [part.view(self.shape) for part in self.exchange.receive()]
         elif self.by_rows:
             for member in self.batch:
@@ -110,7 +113,12 @@ class Bucket:
         alone = self.layout.whole and not self.exchange and not self.everywhere
         return alone and stacks.serves(self.group, self.batch, view)
 
-    def fused_step(self) -> list[Tensor]:
+    @property
+    def entries(self) -> int:
+        """The number of entries of this rank's parts."""
+        return sum(member.parameter.numel() for member in self.batch)
+
+    def _fused_steps(self) -> list[Tensor]:
         """Run all three phases in kernels, and return parts of `Σ(ηsU)²`."""
         if not self.by_rows:
             return [stacks.step(self.group, self.batch, MatrixView.parse(self.group["view"]), self.finite)]

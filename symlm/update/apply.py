@@ -1,6 +1,5 @@
 """Phase 3: from a direction to the weight, under the constraint of its route."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,31 +7,12 @@ from torch import Tensor
 
 from symlm.distributed.layout import Layout
 from symlm.rules.constraints import get_constraint
-from symlm.step.bucket import Bucket
 from symlm.step.directions import multiplies_norm
 from symlm.step.member import Member
 from symlm.step.momentum import masked
 from symlm.step.rows.blocks import Block
 from symlm.update.constrained import factors, nuclear_norms
-from symlm.update.rounding import store
 from symlm.update.size import Change
-
-
-def update(bucket: Bucket) -> Iterator[tuple[Change, int]]:
-    """Update a bucket's weights from its directions, or by kernels that do all phases; round what is stored in bf16.
-
-    Args:
-        bucket: A bucket whose directions have arrived.
-
-    Yields:
-        The size of a part's change without the decay, and its number of entries.
-    """
-    if bucket.fused:
-        yield Change(1.0, squared=bucket.fused_step()), sum(member.parameter.numel() for member in bucket.batch)
-    for members, block, updates in bucket.updates() if not bucket.fused else ():
-        yield apply(bucket.group, members, block, updates, bucket.finite), sum(U.numel() for U in updates)
-    for member in bucket.batch:
-        store(bucket.group, member, bucket.finite)
 
 
 def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Change:
