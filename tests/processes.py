@@ -535,7 +535,9 @@ def borrowed(rank, world):
     from torch.profiler import ProfilerActivity, profile
 
     from symlm.planning import plan
+    from symlm.polar import factor
 
+    factor.CPU_STACK = sys.maxsize  # the plan is of a GPU, which iterates on whole stacks
     found = {}
     for case, copies in (("ddp", world), ("fsdp2", 1), ("fsdp2 experts", 1)):
         kind = "qwen3_moe" if "experts" in case else "qwen3"
