@@ -3,8 +3,7 @@
 The floor is what must be spent: the counted operations of the polar factors and of the head's Gram matrix over the
 measured rate of a large product, and the bytes of one pass (read gradient, momentum and weight; write momentum and
 weight) over the measured copy rate.
-torch.optim.Muon multiplies in bf16 whatever the machine; where bf16 is emulated, the row "Muon in fp32" (its own five
-steps, one whole matrix at a time) is the fairer peer.
+torch.optim.Muon multiplies in bf16 whatever the machine, which many CPUs emulate; here it takes fp32, as all do.
 """
 
 import statistics
@@ -12,8 +11,10 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from math import prod
+from unittest.mock import patch
 
 import torch
+from launches import Launches
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,9 +33,9 @@ def qwen3(layers: int, vocabulary: int, hidden: int = 1024) -> nn.Module:
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        head_dim=128,
+        num_attention_heads=max(2, hidden // 64),
+        num_key_value_heads=max(1, hidden // 128),
+        head_dim=min(128, hidden // 2),
         vocab_size=vocabulary,
         tie_word_embeddings=False,
     )
@@ -73,48 +74,81 @@ def floor_seconds(optimizer: symlm.SymOptimizer, device: str, runs: int) -> tupl
     return flops / rate, size / bandwidth
 
 
-def muon_and_adamw(model: nn.Module) -> Callable[[], None]:
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    taken = set(map(id, hidden))
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    muon, adamw = torch.optim.Muon(hidden, lr=0.02), torch.optim.AdamW(rest, lr=1e-3, fused=True)
+def muon_in_fp32(matrices: list[nn.Parameter], rest: list[nn.Parameter]) -> Callable[[], None]:
+    """Return the step of torch.optim.Muon and AdamW, whose products are in fp32 as all others' here are."""
+    muon, adamw = torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=1e-3, fused=True)
 
     def step() -> None:
-        muon.step()
+        with patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
+            muon.step()
         adamw.step()
 
     return step
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--skip-torch-muon", action="store_true", help="its emulated bf16 takes minutes a step")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = qwen3(arguments.layers, arguments.vocabulary).to(device)
+class Many(nn.Module):
+    """200 matrices of 256 × 256 and an embedding of 8,192 × 256."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8192, 256)
+        self.layers = nn.ModuleList(nn.Linear(256, 256, bias=False) for _ in range(200))
+
+
+def compared(model: nn.Module, roles: dict[str, str] | None, runs: int) -> dict[str, dict[str, float]]:
+    """Return time and launches of a step of symlm's default and Muon, of torch's Muon + AdamW in fp32, and of AdamW."""
     for p in model.parameters():
         p.grad = torch.randn_like(p) * NOISE
-    ours = symlm.SymOptimizer(model)
-    fp32 = {"schedule": "muon", "polar_method": "newton_schulz", "compute_dtype": "float32"}
-    peers: dict[str, Callable[[], object]] = {
-        "symlm default": ours.step,
-        "Muon in fp32 + AdamW": symlm.SymOptimizer(model, preset="muon", nesterov=True, **fp32).step,
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    taken = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    fp32 = {"schedule": "muon", "polar_method": "newton_schulz", "compute_dtype": "float32", "roles": roles}
+    steps: dict[str, Callable[[], object]] = {
+        "symlm default": symlm.SymOptimizer(model, roles=roles).step,
+        "symlm muon": symlm.SymOptimizer(model, preset="muon", nesterov=True, **fp32).step,
+        "torch.optim.Muon + AdamW, fp32": muon_in_fp32(matrices, rest),
+        "foreach AdamW": torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True).step,
         "fused AdamW": torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True).step,
     }
-    if not arguments.skip_torch_muon:
-        peers["torch.optim.Muon + AdamW"] = muon_and_adamw(model)
-    for step in peers.values():
+    table = {}
+    for name, step in steps.items():
         step()
-    multiply, move = floor_seconds(ours, device, arguments.runs)
-    seconds = {name: median_seconds(step, arguments.runs) for name, step in peers.items()}
-    base = seconds["symlm default"]
-    print(f"{'floor (products + bytes)':28} {multiply + move:8.3f} s   {multiply:.3f} + {move:.3f}")
-    for name, value in seconds.items():
-        print(f"{name:28} {value:8.3f} s   {value / base:5.2f} × symlm   {value / (multiply + move):5.2f} × floor")
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {arguments.layers} layers")
+        with Launches() as launches:
+            step()
+        table[name] = {"seconds": median_seconds(step, runs), "launches": launches.by_name.total()}
+    return table
+
+
+def show(table: dict[str, dict[str, float]], base: str, floor: float | None = None) -> None:
+    """Print a table of steps, as multiples of one of them and of the floor."""
+    for name, row in table.items():
+        seconds, unit = row["seconds"], table[base]["seconds"]
+        of_floor = f"{seconds / floor:6.2f} × floor" if floor else ""
+        print(f"{name:31}{seconds:9.4f} s {seconds / unit:6.2f} × {base} {of_floor} {row['launches']:6.0f} launches")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2], help="one table for each")
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--host", action="store_true", help="28 layers of d = 64: what the host does, one thread")
+    parser.add_argument("--many", action="store_true", help="200 matrices of 256 × 256, one thread")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.host or arguments.many:
+        torch.set_num_threads(1)
+        model = qwen3(28, 256, hidden=64) if arguments.host else Many()
+        roles = None if arguments.host else {"embedding.weight": "embedding", "layers.*": "matrix"}
+        show(compared(model.to(device), roles, arguments.runs), "foreach AdamW" if arguments.host else "symlm default")
+        arguments.layers = []
+    for layers in arguments.layers:
+        model = qwen3(layers, arguments.vocabulary).to(device)
+        multiply, move = floor_seconds(symlm.SymOptimizer(model), device, arguments.runs)
+        print(f"{layers} layers: floor {multiply + move:.3f} s, products {multiply:.3f}, bytes {move:.3f}")
+        table = compared(model, None, arguments.runs)
+        show(table, "torch.optim.Muon + AdamW, fp32", multiply + move)
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,13 @@
 """How many operations a step launches: few, and no more for more layers."""
 
-from collections import Counter
-
 import pytest
 import torch
+from benchmarks.launches import Launches
 from models import tiny
 from numerics import relative
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import symlm
 from symlm.step import bucket
-
-VIEWS = {
-    *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "split", "split_with_sizes", "unbind", "slice"),
-    *("select", "expand", "alias", "detach", "as_strided", "unsqueeze", "squeeze", "squeeze_", "diagonal", "unflatten"),
-    *("empty", "empty_like", "new_empty", "promote_types", "_record_function_enter_new", "_record_function_exit"),
-}
-
-
-class Launches(TorchDispatchMode):
-    """Count the operations that compute something."""
-
-    def __init__(self):
-        super().__init__()
-        self.by_name = Counter()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation._schema.name.split("::")[1]
-        self.by_name[name] += name not in VIEWS
-        return operation(*args, **(kwargs or {}))
 
 
 def stepped(layers, **sizes):
