@@ -78,7 +78,7 @@ def main() -> None:
 
 def _seconds(way: str, call: Callable[[], Tensor], quick: bool) -> float:
     """Return the median time of a call, captured in a graph for a way with "graph" in its name."""
-    return seconds(replayed(call) if "graph" in way else call, 3 if quick else 20, calls=10)
+    return seconds(replayed(call) if "graph" in way else call, 3 if quick else 10, calls=5)
 
 
 if __name__ == "__main__":

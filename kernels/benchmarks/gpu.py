@@ -39,13 +39,13 @@ class Stage:
 
 STAGES = (
     Stage("tests", ("-m", "pytest", "-q", "-rfE", "tests/kernels/test_gpu.py"), (), 150),
-    Stage("tiles", ("kernels/benchmarks/bench_tiles.py",), ("--quick",), 120),
     Stage(
         "step",
         ("kernels/benchmarks/bench_step.py", "--profile"),
         ("--layers=1", "--width=32", "--models=qwen3-tiny"),
         120,
     ),
+    Stage("tiles", ("kernels/benchmarks/bench_tiles.py",), ("--quick",), 120),
     Stage("polar", ("kernels/benchmarks/bench_polar.py",), ("--quick",), 120),
     Stage("row-norm", ("kernels/benchmarks/bench_row_norm.py",), ("--quick",), 90),
     Stage("pretrain", (*PRETRAIN, "--train.mixed_precision=bf16"), ("--train.mixed_precision=no",), 60),
