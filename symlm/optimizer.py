@@ -172,7 +172,8 @@ class SymOptimizer(torch.optim.Optimizer):
             for updated, rows, updates in bucket.updates():
                 change = apply(bucket.group, updated, rows, updates, bucket.finite)  # phase 3, update
                 size.add(bucket.group, change, sum(U.numel() for U in updates))
-            size.add(bucket.group, Change(1.0, squared=bucket.squared), bucket.fused * bucket.entries)
+            if bucket.fused:
+                size.add(bucket.group, Change(1.0, squared=bucket.squared), bucket.entries)
             for member in bucket.batch:
                 store(bucket.group, member, bucket.finite)
 

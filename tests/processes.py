@@ -47,6 +47,8 @@ def unsynchronized(model):
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
+    elif not hasattr(model, "set_requires_gradient_sync"):  # a model on one process
+        yield
     else:
         model.set_requires_gradient_sync(False)
         yield

@@ -63,8 +63,8 @@ def _kernel(name: str) -> Callable[..., Tensor]:
 def compile_one(case: tuple[str, Tile]) -> None:
     """Compile a tile's kernel into Triton's cache, in a process of its own."""
     name, tile = case
-    kernel, told, _ = works((1, 512, 512), torch.float16)[name]
-    attempted(lambda: kernel(*told, tile=tile).sum().item())
+    kernel, operands, _ = works((1, 512, 512), torch.float16)[name]
+    attempted(lambda: kernel(*operands, tile=tile).sum().item())
 
 
 def tiles_of(name: str) -> list[Tile]:
@@ -84,13 +84,13 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     shapes = {"small": (2, 64, 96)} if options.quick else SHAPES
     for (label, shape), name in product(shapes.items(), names):
-        kernel, told, operations = works(shape, torch.float16)[name]
+        kernel, operands, operations = works(shape, torch.float16)[name]
         twin = getattr(reference, name)
         runs = 3 if options.quick else 7
-        peer = _measured(twin, told, None, runs)
+        peer = _measured(twin, operands, None, runs)
         timed = {}
         for tile in tiles_of(name)[: 2 if options.quick else None]:
-            timed[tile] = attempted(partial(_measured, kernel, told, tile, runs))
+            timed[tile] = attempted(partial(_measured, kernel, operands, tile, runs))
         row: dict[str, object] = {"shape": f"{label} {shape}", "product": name, "torch ms": 1e3 * peer}
         whole = sorted(((spent, tile) for tile, spent in timed.items() if isinstance(spent, float)), key=lambda x: x[0])
         if whole:
@@ -102,9 +102,9 @@ def main() -> None:
     print(path)
 
 
-def _measured(product: Callable[..., Tensor], told: tuple, tile: Tile | None, runs: int) -> float:
+def _measured(product: Callable[..., Tensor], operands: tuple, tile: Tile | None, runs: int) -> float:
     """Return the seconds of a product, of a graph's replay on a GPU: a launch from Python takes longer than many."""
-    return seconds(replayed(partial(product, *told, **({"tile": tile} if tile else {}))), runs, calls=4)
+    return seconds(replayed(partial(product, *operands, **({"tile": tile} if tile else {}))), runs, calls=4)
 
 
 def _text(tile: Tile) -> str:

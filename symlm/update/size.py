@@ -23,10 +23,10 @@ class Change(NamedTuple):
     norms: Sequence[Tensor] = ()
     squared: Sequence[Tensor] = ()
 
-    def squares(self) -> Tensor | None:
-        """Return the sum of squares, one element; None of a change without parts."""
+    def squares(self) -> Tensor:
+        """Return the sum of squares, one element."""
         parts = [(self.factor * norm).square().sum() for norm in self.norms] + [x.sum() for x in self.squared]
-        return torch.stack(parts).sum() if parts else None
+        return torch.stack(parts).sum()
 
 
 class UpdateSize:
@@ -57,7 +57,8 @@ class UpdateSize:
             count: Its number of entries.
         """
         changes, before = self._changes[_key(group)]
-        self._changes[_key(group)] = ([*changes, change], before + count)
+        changes.append(change)
+        self._changes[_key(group)] = (changes, before + count)
 
     def of_adamw(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], originals: Originals) -> None:
         """Record a step of AdamW, of which `by_role` computes the update.
@@ -77,7 +78,7 @@ class UpdateSize:
         """Return `Σ(ηsU)²`, and the number of entries, by role."""
         parts = []
         for (role, _), (changes, count) in self._changes.items():
-            sums = [x for change in changes if (x := change.squares()) is not None]
+            sums = [change.squares() for change in changes]
             parts += [(role, torch.stack([x.to(sums[0].device) for x in sums]).sum(), count)] if sums else []
         for (role, _), stepped in self._adamw.items():
             parts += [(role, adamw_update(group, state).square().sum(), count) for group, state, count in stepped]
