@@ -42,6 +42,7 @@ def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any
     ours = isinstance(job.plain, symlm.SymOptimizer)
     sizes_by_role = symlm.diagnostics.update_rms(job.plain) if ours else {}
     report = job.control and job.control.last
+    largest = torch.cat(list(job.qk_clip.largest.values()) or [logits[:0, 0]]) if job.qk_clip else logits
     return {
         **({"skipped_steps": job.plain.skipped_steps} if ours else {}),
         **{f"update_rms/{role}": rms for role, rms in sizes_by_role.items()},
@@ -49,6 +50,7 @@ def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any
         **job.routers.metrics(output, accelerator),
         **({"radius/proposed": report.proposed, "radius/taken": report.taken} if report else {}),
         **({"teleport/gradient_ratio": job.teleporter.ratio} if job.teleporter else {}),
+        **({"attention/largest_logit": largest.max().item()} if job.qk_clip and largest.numel() else {}),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from symlm.optimizer import SymOptimizer
+from symlm.qk_clip import QKClip
 
 ADAMWS_RATE = ("adamw", "adamw-compatible")  # presets that take an AdamW learning rate
 UNUSED = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
@@ -18,13 +19,16 @@ FRAMES = 8  # how far above the factory the Trainer's own method may be
 class TrainerOptimizer:
     """Make a SymOptimizer of a model's parameters; the Trainer calls `TrainerOptimizer()(model, **kwargs)`."""
 
-    def __call__(self, model: nn.Module, arguments: Any = None, **kwargs: Any) -> SymOptimizer:
+    def __call__(
+        self, model: nn.Module, arguments: Any = None, qk_clip: float | None = None, **kwargs: Any
+    ) -> SymOptimizer:
         """Make the optimizer of the model, and of what the Trainer trains beside it: the modules of its loss.
 
         Args:
             model: The model.
             arguments: The Trainer's arguments; those of the calling Trainer by default. `weight_decay` is taken
                 unless `kwargs` has one, and `learning_rate` by the presets that take an AdamW learning rate.
+            qk_clip: The largest attention logit, see `symlm.qk_clip.QKClip`; None for no bound.
             kwargs: The other arguments of `SymOptimizer`.
 
         Returns:
@@ -40,7 +44,10 @@ class TrainerOptimizer:
             beside = model if isinstance(model, _Together) else _Together(model)
             beside.add_module(name, module)
             model = beside
-        return SymOptimizer(model, **_with_arguments(kwargs, arguments))
+        optimizer = SymOptimizer(model, **_with_arguments(kwargs, arguments))
+        if qk_clip is not None:
+            QKClip(model, optimizer, qk_clip)
+        return optimizer
 
 
 class _Together(nn.Module):
@@ -60,7 +67,7 @@ def trainer_optimizer(lr: float | None = None, **kwargs: Any) -> tuple[type[Trai
 
     Args:
         lr: The rate η, as in `SymOptimizer`; 0.02 by default.
-        kwargs: The other arguments of `SymOptimizer`, without the model.
+        kwargs: The other arguments of `SymOptimizer`, without the model; and `qk_clip`, the largest attention logit.
 
     Returns:
         The factory class, and the arguments with which the Trainer calls it.

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import symlm
+from symlm.qk_clip import QKClip
 
 STEPS = 10
 CLIP = 0.1
@@ -141,6 +142,10 @@ CASES |= {f"{kind} latent": {"kind": "deepseek_v3", "vocab_size": 61} for kind i
 CASES |= {f"{kind} constrained": {"kind": "qwen3", **ODD} for kind in ("ddp", "fsdp2", "zero2", "zero3")}
 CASES["fsdp2 experts constrained"] = {"kind": "qwen3_moe", "vocab_size": 61, "num_experts": 5}
 CASES["fsdp2 constrained normuon"] = {"kind": "qwen3", **ODD}
+# Attention logits bounded by the largest of all ranks' batches.
+CASES |= {f"{kind} bounded": {"kind": "llama", "vocab_size": 61} for kind in ("ddp", "fsdp2", "zero2", "zero3")}
+CASES["zero3 small groups bounded"] = {"kind": "llama", "vocab_size": 61}
+CASES["fsdp2 bounded gains"] = {"kind": "olmo2", **ODD}
 CONSTRAINED = {
     "attention_q": {"constraint": "fixed_norm"},
     "attention_k": {"constraint": "relative", "floor": 3.0},
@@ -172,7 +177,10 @@ def optimizer_of(case, model):
     overrides = {role: dict(values) for role, values in CONSTRAINED.items()} if "constrained" in case else {}
     if "normuon" in case:
         overrides["mlp_in"]["rule"] = "normuon"
-    return symlm.SymOptimizer(model, lr, preset, overrides, weight_decay=0.1, rotation=rotation)
+    optimizer = symlm.SymOptimizer(model, lr, preset, overrides, weight_decay=0.1, rotation=rotation)
+    if "bounded" in case:
+        QKClip(model, optimizer, threshold=0.05)
+    return optimizer
 
 
 def run_case(case, rank, world):

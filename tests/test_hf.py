@@ -111,3 +111,13 @@ def test_a_masked_language_model_and_an_encoder_decoder_train(tmp_path):
         assert losses[-1] < losses[0]
         still = [name for name, p in model.named_parameters() if p.ndim > 1 and torch.equal(p, before[name])]
         assert set(still) <= {"bert.embeddings.token_type_embeddings.weight"}, still
+
+
+def test_the_line_bounds_attention_logits(tmp_path):
+    model = tiny("llama")
+    q = model.model.layers[0].self_attn.q_proj.weight
+    before = q.detach().norm()
+    trainer(tmp_path, symlm.hf.trainer_optimizer(1e-9, qk_clip=1e-3), model).train()
+    assert q.norm() < 0.5 * before
+    with pytest.raises(ValueError, match="threshold must be a positive"):
+        trainer(tmp_path, symlm.hf.trainer_optimizer(qk_clip=0)).create_optimizer()

@@ -97,6 +97,7 @@ class TrainConfig:
         r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
         r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
         teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
+        qk_clip: the largest attention logit, held by `symlm.qk_clip`; none is no bound.
         load_loss: coefficient of the routers' load loss; the loss that is written is without it.
         z_loss: coefficient of the routers' z-loss; the loss that is written is without it.
         mixed_precision: "no", "bf16" or "fp16"; none takes the launcher's.
@@ -118,6 +119,7 @@ class TrainConfig:
     r_target: float | None = None
     r_over: float | str = "max"
     teleport_every: int | None = None
+    qk_clip: float | None = None
     load_loss: float = 0.0
     z_loss: float = 0.0
     mixed_precision: str | None = None

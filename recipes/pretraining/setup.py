@@ -18,6 +18,7 @@ from pretraining.packing import Collate
 from pretraining.routers import Routers
 from pretraining.teleporting import Teleporter
 from symlm.agd import AGD, initialize_
+from symlm.qk_clip import QKClip
 from symlm.step_control import StepControl
 
 
@@ -57,6 +58,7 @@ class Training:
     routers: Routers
     control: StepControl | None
     teleporter: Teleporter | None
+    qk_clip: QKClip | None
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -113,6 +115,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     collate = Collate(model.config.vocab_size)
     routers = Routers(model, train)
     plain = build_optimizer(model, config.optimizer, accelerator)
+    qk_clip = QKClip(model, plain, train.qk_clip) if train.qk_clip is not None else None
     schedule = build_schedule(plain, train)
     if config.model.compile:
         model = torch.compile(model)
@@ -129,4 +132,4 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
     if teleporter:
         accelerator.register_for_checkpointing(teleporter)
-    return Training(model, optimizer, plain, schedule, loader, held, routers, control, teleporter), tokenizer
+    return Training(model, optimizer, plain, schedule, loader, held, routers, control, teleporter, qk_clip), tokenizer

@@ -37,13 +37,15 @@ def train(
     seed: int = 0,
     rate: Callable[[int], float] = lambda step: 1.0,
     clip: float | None = None,
+    kind: str = "qwen3",
 ) -> tuple[list[float], float, Any]:
     """Train on random windows; return the training losses, the held-out loss and what `build` made.
 
-    build: model -> an optimizer, or a `StepControl` around one; rate: what its rates are multiplied by at a step.
+    build: model -> an optimizer, or a `StepControl` around one; rate: what its rates are multiplied by at a step;
+    kind: the architecture, one of transformers'.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SIZES))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
     taker = build(model)
     optimizer = getattr(taker, "optimizer", taker)
     rates, data, losses = [group["lr"] for group in optimizer.param_groups], text(), []

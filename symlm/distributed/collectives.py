@@ -38,6 +38,20 @@ def summed_everywhere(x: Tensor) -> Tensor:
     return x
 
 
+def largest_everywhere(x: Tensor) -> Tensor:
+    """Take the largest of all ranks entry by entry, in place.
+
+    Args:
+        x: This rank's numbers, any shape; the largest replace them.
+
+    Returns:
+        x.
+    """
+    if is_initialized():
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
 def world_size() -> int:
     """Return the number of ranks, one without a process group."""
     return dist.get_world_size() if is_initialized() else 1

@@ -55,6 +55,15 @@ def head_dim(site: Site, role: Role) -> int:
     )
 
 
+def query_heads(site: Site) -> int | None:
+    """Return the number of query heads, as the attention module or its config names it; None if neither does.
+
+    Args:
+        site: The site of an attention projection.
+    """
+    return _asked(site, HEAD_COUNTS)
+
+
 def kv_heads(site: Site) -> int | None:
     """Return the number of heads of k and v, as the attention module or its config names it; None if neither does.
 

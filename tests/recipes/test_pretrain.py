@@ -299,6 +299,7 @@ SYSTEMS = {
     "hybrid auon": ['--optimizer.overrides={"mlp_in": {"rule": "hybrid_auon"}}'],
     "polar first": ["--optimizer.preset=polargrad", '--optimizer.options={"momentum_of": "directions"}'],
     "teleport": ["--train.teleport_every=2"],
+    "bounded logits": ["--train.qk_clip=0.5"],
     "softmax radius": ["--train.r_target=0.5"],
     "softmax radius, a quantile": ["--train.r_target=0.5", "--train.r_over=0.95"],
 }
@@ -312,4 +313,5 @@ def test_each_system_is_switched_on_by_configuration(text, tmp_path, system):
     assert row["train/loss"] < 7
     assert system != "teleport" or row["teleport/gradient_ratio"] > 1
     assert "softmax radius" not in system or row["radius/taken"] <= 0.5 + 1e-6
+    assert ("attention/largest_logit" in row) == (system == "bounded logits")
     assert ("update_rms/mlp_in" in row) == (system != "agd")

@@ -6,7 +6,7 @@ import pytest
 import warm_python
 from recipe import ROOT
 
-SCRIPTS = ("agd", "aro", "polargrad", "softmax_radius", "teleport")
+SCRIPTS = ("agd", "aro", "polargrad", "qk_clip", "softmax_radius", "teleport")
 
 
 @pytest.mark.timeout(1800)

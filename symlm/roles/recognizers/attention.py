@@ -64,7 +64,7 @@ def attention_role(site: Site) -> Role | None:
     if fused_order(site):
         return Role.ATTENTION_QKV
     parent = site.parent
-    if site.leaf == ONE_HEAD[1] and re.fullmatch(ONE_HEAD[0], type(parent).__name__):
+    if is_value_too(site):
         return Role.ATTENTION_K
     if parent is None or is_fused(site.leaf):
         return None
@@ -80,6 +80,15 @@ def attention_role(site: Site) -> Role | None:
             return Role.ATTENTION_O
     named = any(word in type(parent).__name__.lower() for word in ("attention", "mla")) or _fuses(parent)
     return BESIDE_FUSED.get(site.leaf) if named else None
+
+
+def is_value_too(site: Site) -> bool:
+    """Tell whether a projection makes one head that is key and value at once.
+
+    Args:
+        site: The site of a projection of attention.
+    """
+    return site.leaf == ONE_HEAD[1] and bool(re.fullmatch(ONE_HEAD[0], type(site.parent).__name__))
 
 
 def core_of(site: Site) -> nn.Module | None:
