@@ -81,8 +81,8 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
                 replicated += cost_of(group, bucket.layout) * len(batch)
             part = MASTER * len(batch) * max(stop - start for start, stop in bucket.layout.intervals)
             if not (bucket.exchange or bucket.by_rows or bucket.everywhere):  # experts, heads, or all of one rank's
-                spectral = get_rule(group["rule"]).spectral
-                in_place += cost_of(group, bucket.layout) * len(batch) * spectral
+                counted = get_rule(group["rule"]).spectral and not get_rule(group["rule"]).state
+                in_place += cost_of(group, bucket.layout) * len(batch) * counted
                 temporary.append(7 * part)  # the input, and the six of `_temporary`
             if not bucket.exchange:
                 continue

@@ -16,6 +16,7 @@ from symlm.views.matrix_view import MatrixView
 
 PROMISES = {  # the largest departure, from rounding or from five Newton–Schulz steps
     "unit rows": 1e-3,
+    "unit columns": 1e-3,
     "rows' directions": 1e-3,
     "rows' senses": 1e-3,
     "unit RMS": 1e-3,
@@ -163,7 +164,7 @@ def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
     if "rotation" in rule.state:
         sizes = U.square().mean(dim=(-2, -1))
         departure["unit RMS"] = (sizes - 1)[sizes > 0].abs()
-    elif rule.symmetry == DENSE:
+    elif rule.symmetry == DENSE and not rule.state:
         L, S, Rh = torch.linalg.svd(M, full_matrices=False)
         size = S.sum(dim=-1, keepdim=True) if rule.degree else torch.ones_like(S[..., :1])
         values = (L.mT @ U @ Rh.mT).diagonal(dim1=-2, dim2=-1) / size.clamp(min=1e-300)
@@ -174,6 +175,8 @@ def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
     if rule.name in ("auon", "auon_unnormalized"):
         sizes = (M.square().sum(dim=(-2, -1)) * U.square().sum(dim=(-2, -1))).sqrt()
         departure["the matrix's direction"] = ((M * U).sum(dim=(-2, -1)) / sizes - 1)[sizes > 0].abs()
+    if rule.name == "muon_plus":
+        departure["unit columns"] = (U.norm(dim=-2) - 1)[M.norm(dim=-2) > 0].abs()
     if rule.name == "sign":
         departure["signs"] = (U.abs() - 1)[M != 0].abs()
     return {promise: float(x.max()) for promise, x in departure.items() if x.numel()}

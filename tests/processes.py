@@ -119,6 +119,9 @@ CASES = {
     "ddp aro": {"kind": "qwen3", **ODD},
     "fsdp2 aro layer": {"kind": "qwen3", **ODD},
     "ddp aro layer": {"kind": "qwen3", **ODD},
+    "ddp soap": {"kind": "qwen3", **ODD},
+    "fsdp2 soap": {"kind": "qwen3", **ODD},
+    "ddp normuon": {"kind": "qwen3", **ODD},
     "hsdp": {"kind": "qwen3", **ODD},
     "tp": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
     "tp fsdp2": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
@@ -171,12 +174,12 @@ def model_of(case):
 
 
 def optimizer_of(case, model):
-    preset = next((name for name in ("muon", "aro") if name in case), "default")
+    preset = next((name for name in ("muon", "aro", "soap-muon") if name[:4] in case), "default")
     rotation = "layer" if "layer" in case else "own"
     lr = 1e-3 if "fp32" in case else 0.02  # fp32 rounding of the gradients, times the rate, is what remains
     overrides = {role: dict(values) for role, values in CONSTRAINED.items()} if "constrained" in case else {}
     if "normuon" in case:
-        overrides["mlp_in"]["rule"] = "normuon"
+        overrides.setdefault("mlp_in", {})["rule"] = "normuon"
     optimizer = symlm.SymOptimizer(model, lr, preset, overrides, weight_decay=0.1, rotation=rotation)
     if "bounded" in case:
         QKClip(model, optimizer, threshold=0.05)

@@ -500,20 +500,21 @@ def test_a_state_of_another_route_is_refused_before_anything_changes(change):
     optimizer.load_state_dict(other_rate)  # rates are the run's
 
 
+@pytest.mark.parametrize("scale", ["unit", "rms_to_rms"])
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
-def test_polar_first_is_its_formula(shape):
-    """PolarGrad's other order, `M <- βM + (1−β)U`, `W <- W − ηνM`, arXiv 2505.21799: the mean has no norms."""
+def test_polar_first_is_its_formula(shape, scale):
+    """PolarGrad's other order, `M <- βM + (1−β)sU`, `W <- W − ηνM`, arXiv 2505.21799: the mean has no norms."""
     layer = nn.Linear(*shape[::-1], bias=False, dtype=torch.float64)
-    opt = symlm.SymOptimizer(
-        layer, lr=0.1, preset="polargrad", momentum_of="directions", polar_method="svd", nesterov=False
-    )
+    options = {"momentum_of": "directions", "polar_method": "svd", "nesterov": False}
+    opt = symlm.SymOptimizer(layer, 0.1, "polargrad", {"matrix": {"scale": scale}}, **options)
+    size = symlm.rules.scaling.SCALES[scale](*shape)
     W, M = layer.weight.detach().clone(), torch.zeros(shape, dtype=torch.float64)
     for seed in range(6):
         G = (10.0**seed) * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         layer.weight.grad = G.clone()
         opt.step()
         U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-        M = 0.95 * M + 0.05 * U @ Vh
+        M = 0.95 * M + 0.05 * size * U @ Vh
         W = W - 0.1 * S.sum() * M
     assert relative(layer.weight, W) < EXACT
     step = 0.1 * S.sum() * M

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 import symlm
 from symlm.polar import polar
+from symlm.polar.exact import orthonormal
 from symlm.rules import RULES
-from symlm.rules.rotated import orthonormal, refresh, rotate, sinkhorn
+from symlm.rules.rotated import refresh, rotate, sinkhorn
 
 INNER = ("attention_q", "attention_k", "attention_v", "attention_o", "mlp_in", "mlp_out")
 STREAM = {role: "whole" if role in ("attention_o", "mlp_out") else "transposed" for role in INNER}

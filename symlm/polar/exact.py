@@ -1,4 +1,4 @@
-"""Polar factors to rounding accuracy: by SVD, and by dynamically weighted Halley iterations (QDWH)."""
+"""Factors to rounding accuracy: polar by SVD and by dynamically weighted Halley iterations (QDWH), and QR's."""
 
 from math import sqrt
 
@@ -53,3 +53,43 @@ def qdwh_polar(X: Tensor) -> Tensor:
             factor = torch.linalg.cholesky(eye + c * X.mT @ X)
             X = (b / c) * X + (a - b / c) * torch.cholesky_solve(X.mT, factor).mT
     return X
+
+
+def orthonormal(A: Tensor) -> Tensor:
+    """Compute the Q of Householder's QR with a positive diagonal of R.
+
+    Args:
+        A: Square matrices, (..., m, m).
+
+    Returns:
+        The orthogonal factors, same shape.
+    """
+    Q, R = torch.linalg.qr(A)
+    signs = R.diagonal(dim1=-2, dim2=-1).sign()
+    return Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
+
+
+def cholesky_qr(A: Tensor) -> Tensor:
+    """Compute the Q of a QR by Cholesky, `K = AᵀA + εI = LLᵀ`, `Q = A L^{-T}`, then one Newton step `Q(3I − QᵀQ)/2`.
+
+    It is inaccurate for a singular A, where K's smallest eigenvalue is the shift ε; there Householder's QR is taken.
+    That choice waits for the device.
+
+    Args:
+        A: Square matrices, (..., m, m).
+
+    Returns:
+        The orthogonal factors, same shape.
+
+    Source:
+        arXiv 2602.09006, shifted Cholesky QR; with `A L^{-T}`, since `A L^{-1}` of some public code is not orthogonal.
+    """
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    A = A / A.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+    K = A.mT @ A
+    shift = torch.finfo(A.dtype).eps * K.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    L, failed = torch.linalg.cholesky_ex(K + shift * eye)
+    Q = torch.linalg.solve_triangular(L.mT, A, upper=True, left=False)
+    Q = Q @ (1.5 * eye - 0.5 * Q.mT @ Q)
+    bad = (failed > 0) | ~((Q.mT @ Q - eye).abs().amax(dim=(-2, -1)) < 1e-2)
+    return torch.where(bad[..., None, None], orthonormal(A), Q) if bad.any() else Q

@@ -78,6 +78,10 @@ _MUON: dict[Role, Route] = {
 }
 
 
+# A rule with a state needs matrices of one shape, which fused q, k and v are not.
+_EQUAL = tuple(role for role in _INNER if role is not Role.ATTENTION_QKV)
+
+
 # ARO takes AdamW's rate: 0.25 is 5e-3 at the dial 0.02, near AdamW's best (4e-3; LOG 2026-11-21, "the embedded
 # default") and the rate of the one run of ARO-Adam there (LOG 2026-11-21, "rows with a second moment"). Momentum 0.95
 # is the paper's.
@@ -129,6 +133,16 @@ PRESETS: dict[str, dict[Role, Route]] = {
     ),
     # Every hidden matrix whole, AdamW for the rest.
     "muon": _preset(_MUON, baseline=True),
+    # Zhang et al., arXiv 2602.21545: as Muon, rows and columns of the factor normalized; rate .04 of its scripts.
+    "muon-plus": _preset(
+        {
+            **_MUON,
+            **_changed(_MUON, _INNER, rule="muon_plus", scale="rms_to_rms", lr=2.0, why="Muon, then rows and columns"),
+        },
+        baseline=True,
+    ),
+    # As Muon, whitened before the polar factor in the eigenbases of the momentum; Jordan's rate.
+    "soap-muon": _preset({**_MUON, **_changed(_MUON, _EQUAL, rule="soap_polar", why="SOAP, then Muon")}, baseline=True),
     # Lau, Long & Su, arXiv 2505.21799: as Muon, times the nuclear norm; rate .02 and momentum .95 of its code.
     "polargrad": _preset(
         {**_MUON, **dict.fromkeys(_INNER, Route("polargrad", scale="unit", why="polar factor times nuclear norm"))},

@@ -5,9 +5,10 @@ exception is the cautious decay, which compares signs of entries. Names joined b
 `relative+radial_brake`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Step:
 
     Args:
         lr: The rate η, one number.
-        weight_decay: The decay λ.
+        weight_decay: The decay λ, see `effective_decay`.
         floor: The least size of a step over that of the weight, at the rate 1: `‖γU‖ ≥ η·floor·‖W‖`.
         keep: κ of each matrix, (b,), 1 at first.
         move: γ, (b,), η at first.
@@ -75,6 +76,11 @@ class Constraint:
     cautious: bool = False
 
     @property
+    def decays(self) -> bool:
+        """Whether the whole weight decays beside the step."""
+        return bool({"decay", "corrected_decay", "independent_decay"} & set(self.parts))
+
+    @property
     def parts(self) -> list[str]:
         """The names that it is joined of."""
         return self.name.split("+")
@@ -108,6 +114,45 @@ def decay(step: Step) -> Step:
         Loshchilov & Hutter, arXiv 1711.05101.
     """
     return replace(step, keep=step.keep * (1 - step.lr * step.weight_decay))
+
+
+@_constraint(measures=False)
+def corrected_decay(step: Step) -> Step:
+    """Decay as the square of the schedule, `W <- (1 − λη²/η_max)W − ηU`: the weight's size follows no schedule.
+
+    At rest a decay of ηλ holds `‖W‖²` near `η‖U‖²/2λ`, which a falling rate moves; this one holds it. η_max is the
+    `initial_lr` that torch's schedulers write; without one the decay is `decay`.
+
+    Source:
+        AdamC, Defazio, arXiv 2506.02285.
+    """
+    return decay.function(step)
+
+
+@_constraint(measures=False)
+def independent_decay(step: Step) -> Step:
+    """Decay by the schedule alone, `W <- (1 − λη/η_max)W − ηU`: another rate needs no other λ, here far below 1.
+
+    Source:
+        Loshchilov & Hutter, arXiv 1711.05101, as proposed; Wortsman et al., arXiv 2309.14322.
+    """
+    return decay.function(step)
+
+
+def effective_decay(group: Mapping[str, Any]) -> Any:
+    """Return λ such that a step decays by `1 − ηλ`.
+
+    Args:
+        group: A parameter group whose lr is the rate η of its step.
+
+    Returns:
+        The group's λ, by `η/η_max` under `corrected_decay` and by `1/η_max` under `independent_decay`.
+    """
+    value, parts = group["weight_decay"] * group["weight_decay_multiplier"], get_constraint(group["constraint"]).parts
+    if not value or not {"corrected_decay", "independent_decay"} & set(parts):
+        return value
+    largest = group["initial_lr"] * group["lr_multiplier"] if "initial_lr" in group else group["lr"]
+    return value * group["lr"] / largest if "corrected_decay" in parts else value / largest
 
 
 @_constraint(measures=False, cautious=True, symmetry=ELEMENTS)

@@ -14,6 +14,7 @@ import torch
 from symlm_kernels.reference import unit_rows
 from torch import Tensor
 
+from symlm.polar.exact import cholesky_qr
 from symlm.polar.precision import accumulation_dtype
 from symlm.rules.rule import A_ROTATION, ROTATED_ROOTS, rule
 from symlm.symmetry import Symmetry, rotations, signed_permutations
@@ -155,15 +156,21 @@ def aro_rows(M: Tensor, rotation: Tensor) -> Tensor:
     return rotate(M, rotation, unit_rows)
 
 
-def _mean_root(root: Tensor, Y: Tensor, beta2: float) -> Tensor:
-    """Return `√(β₂r² + (1−β₂)Y²)` by entries, without a square that overflows."""
+def mean_root(root: Tensor, Y: Tensor, beta2: float) -> Tensor:
+    """Return `√(β₂r² + (1−β₂)Y²)` by entries, without a square that overflows.
+
+    Args:
+        root: r, the root of the mean before this step, any shape.
+        Y: What is averaged, same shape.
+        beta2: The decay β₂ of the mean.
+    """
     return torch.hypot(sqrt(beta2) * root, sqrt(1 - beta2) * Y)
 
 
 def _pull_adam(M: Tensor, rotation: Tensor, roots: Tensor, beta2: float) -> Tensor:
     """Return the pull of `aro_adam`, whose base divides by the mean square of the old rotation's coordinates."""
-    Y = rotation.mT.to(_raw(M).dtype) @ _raw(M)
-    return _wide(M) @ over(Y, _mean_root(roots.to(Y.dtype), Y, beta2)).mT
+    Y = rotation.mT.to(raw(M).dtype) @ raw(M)
+    return _wide(M) @ over(Y, mean_root(roots.to(Y.dtype), Y, beta2)).mT
 
 
 def _refresh_adam(
@@ -171,8 +178,8 @@ def _refresh_adam(
 ) -> dict[str, Tensor]:
     """Return the next rotation, and the mean size of the coordinates in it."""
     R = next_rotation(_pull_adam(M, rotation, roots, beta2), rotation) if shared_rotation is None else shared_rotation
-    Y = R.to(_raw(M).dtype).mT @ _raw(M)
-    return {"rotation": R, "roots": _mean_root(roots.to(Y.dtype), Y, beta2)}
+    Y = R.to(raw(M).dtype).mT @ raw(M)
+    return {"rotation": R, "roots": mean_root(roots.to(Y.dtype), Y, beta2)}
 
 
 @rule(ROTATED, state={"rotation": A_ROTATION, "roots": ROTATED_ROOTS}, refresh=_refresh_adam, pull=_pull_adam)
@@ -187,8 +194,8 @@ def aro_adam(M: Tensor, rotation: Tensor, roots: Tensor) -> Tensor:
     Returns:
         The directions, same shape as M, at an RMS of 1.
     """
-    R = rotation.to(_raw(M).dtype)
-    Y = R.mT @ _raw(M)
+    R = rotation.to(raw(M).dtype)
+    Y = R.mT @ raw(M)
     return unit_rms(R @ over(Y, roots.to(Y.dtype))).to(M.dtype)
 
 
@@ -197,8 +204,12 @@ def over(X: Tensor, root: Tensor) -> Tensor:
     return X / torch.where(root > 0, root, torch.inf)
 
 
-def _raw(M: Tensor) -> Tensor:
-    """Return M in fp32 or wider."""
+def raw(M: Tensor) -> Tensor:
+    """Return M in fp32 or wider.
+
+    Args:
+        M: Matrices of any shape.
+    """
     return M.to(accumulation_dtype(M.dtype))
 
 
@@ -217,43 +228,3 @@ def unit_rms(M: Tensor) -> Tensor:
         The scaled matrices, same shape; a zero matrix stays zero.
     """
     return sqrt(M.shape[-2] * M.shape[-1]) * unit_rows(M.flatten(-2)).reshape(M.shape)
-
-
-def orthonormal(A: Tensor) -> Tensor:
-    """Compute the Q of Householder's QR with a positive diagonal of R.
-
-    Args:
-        A: Square matrices, (..., m, m).
-
-    Returns:
-        The orthogonal factors, same shape.
-    """
-    Q, R = torch.linalg.qr(A)
-    signs = R.diagonal(dim1=-2, dim2=-1).sign()
-    return Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
-
-
-def cholesky_qr(A: Tensor) -> Tensor:
-    """Compute the Q of a QR by Cholesky, `K = AᵀA + εI = LLᵀ`, `Q = A L^{-T}`, then one Newton step `Q(3I − QᵀQ)/2`.
-
-    It is inaccurate for a singular A, where K's smallest eigenvalue is the shift ε; there Householder's QR is taken.
-    That choice waits for the device.
-
-    Args:
-        A: Square matrices, (..., m, m).
-
-    Returns:
-        The orthogonal factors, same shape.
-
-    Source:
-        arXiv 2602.09006, shifted Cholesky QR; with `A L^{-T}`, since `A L^{-1}` of some public code is not orthogonal.
-    """
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    A = A / A.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
-    K = A.mT @ A
-    shift = torch.finfo(A.dtype).eps * K.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    L, failed = torch.linalg.cholesky_ex(K + shift * eye)
-    Q = torch.linalg.solve_triangular(L.mT, A, upper=True, left=False)
-    Q = Q @ (1.5 * eye - 0.5 * Q.mT @ Q)
-    bad = (failed > 0) | ~((Q.mT @ Q - eye).abs().amax(dim=(-2, -1)) < 1e-2)
-    return torch.where(bad[..., None, None], orthonormal(A), Q) if bad.any() else Q

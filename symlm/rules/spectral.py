@@ -3,7 +3,7 @@
 from symlm_kernels.reference import center, normal, unit_rows
 from torch import Tensor
 
-from symlm.rules.rule import A_NUMBER_A_ROW, CENTERED_ROWS, DENSE, ROWS, Polar, rule
+from symlm.rules.rule import A_NUMBER_A_ROW, CENTERED_ROWS, DENSE, ELEMENTS, ROWS, Polar, rule
 from symlm.rules.scaling import nuclear_norm
 
 
@@ -107,6 +107,25 @@ def polar_then_row(M: Tensor, polar: Polar) -> Tensor:
         arXiv 2605.18106, the published code, which has the hybrid in either order.
     """
     return unit_rows(polar(M))
+
+
+@rule(ELEMENTS)
+def muon_plus(M: Tensor, polar: Polar) -> Tensor:
+    """Return the polar factor with rows of unit length, then columns: rotations of either side change it.
+
+    `polar_then_row` is the variant with rows alone, which rotations of the columns do not change.
+
+    Args:
+        M: The momentum, (..., m, n).
+        polar: How polar factors are computed.
+
+    Returns:
+        The directions, same shape; columns have unit length, zero columns stay zero.
+
+    Source:
+        Muon+, arXiv 2602.21545, mode row_col.
+    """
+    return unit_rows(unit_rows(polar(M)).mT).mT
 
 
 def _mean_square(M: Tensor, polar: Polar, row_square: Tensor, beta2: float) -> dict[str, Tensor]:

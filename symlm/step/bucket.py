@@ -49,7 +49,7 @@ class Bucket:
         self.by_rows = rows_are_local and (not layout.whole or len(batch) == 1 or bool(rule.state))
         # A state by matrices is replicated on every rank, which then computes every direction.
         self.everywhere = layout.gathered or (bool(rule.state) and not layout.whole and not self.by_rows)
-        shared = layout.whole and prod(layout.size) > 1 and rule.spectral
+        shared = layout.whole and prod(layout.size) > 1 and rule.spectral and not rule.state  # which no owner has
         split = not layout.whole and not self.by_rows and not self.everywhere and self.local_view is None
         self.exchange = Exchange(layout, len(batch), loads, cost_of(group, layout)) if shared or split else None
         self.fused = self._fusible(view)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from symlm.distributed.tensors import local
+from symlm.rules.constraints import effective_decay
 from symlm.step.member import BATCH_ELEMENTS, Member
 from symlm.update.rounding import store
 
@@ -58,7 +59,7 @@ def _adamw_together(group: dict[str, Any], members: list[Member], finite: Tensor
         beta1=group["betas"][0],
         beta2=group["betas"][1],
         lr=group["lr"],
-        weight_decay=group["weight_decay"] * group["weight_decay_multiplier"] * (group["constraint"] != "none"),
+        weight_decay=float(effective_decay(group)) * (group["constraint"] != "none"),
         eps=group["eps"],
         maximize=False,
     )

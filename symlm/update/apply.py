@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from symlm.distributed.layout import Layout
-from symlm.rules.constraints import get_constraint
+from symlm.rules.constraints import effective_decay, get_constraint
 from symlm.step.directions import multiplies_norm
 from symlm.step.member import Member
 from symlm.step.momentum import masked
@@ -65,11 +65,12 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
 def _decay(group: dict[str, Any], weights: list[Tensor], updates: list[Tensor], lr: float | Tensor) -> None:
     """Decay blocks of weights, in place: all entries, or those that the step makes smaller."""
     constraint = get_constraint(group["constraint"])
-    rate = lr * (group["weight_decay"] * group["weight_decay_multiplier"])
+    value = effective_decay(group)
+    rate = lr * value
     if group["weight_decay"] and constraint.cautious:
         for W, U in zip(weights, updates, strict=True):
             W.mul_(1 - rate * (U * W > 0))
-    elif group["weight_decay"] * group["weight_decay_multiplier"] and "decay" in constraint.parts:
+    elif value and constraint.decays:
         torch._foreach_mul_(weights, 1 - rate)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from symlm.distributed.collectives import summed
 from symlm.distributed.layout import Layout
-from symlm.rules.constraints import Step, get_constraint
+from symlm.rules.constraints import Step, effective_decay, get_constraint
+from symlm.step.directions import scale_of
 from symlm.step.member import Member
 from symlm.views.matrix_view import MatrixView
 
@@ -34,21 +35,29 @@ def factors(
     if local_view is None:
         products = summed(products, layout)  # three numbers a matrix travel
     weight, product, direction = products.unbind(1)
-    decay = group["weight_decay"] * group["weight_decay_multiplier"]
     lr = torch.as_tensor(lr, dtype=weight.dtype, device=weight.device)
-    step = Step(lr, decay, group["floor"], torch.ones_like(weight), lr.expand_as(weight), weight, product, direction)
+    step = Step(
+        lr,
+        effective_decay(group),
+        group["floor"],
+        torch.ones_like(weight),
+        lr.expand_as(weight),
+        weight,
+        product,
+        direction,
+    )
     step = get_constraint(group["constraint"]).function(step)
     spread = partial(_spread, view, local_view, layout)
     return [(spread(step.keep[k], W), spread(step.move[k], W)) for k, (W, _) in enumerate(pairs)]
 
 
 def nuclear_norms(group: dict[str, Any], members: list[Member], directions: list[Tensor]) -> list[Tensor]:
-    """Compute `ν = ⟨G, U⟩` of every matrix, the nuclear norm of its gradient where U is its polar factor.
+    """Compute `ν = ⟨G, sU⟩/s` of every matrix, the nuclear norm of its gradient where U is its polar factor.
 
     Args:
         group: The parameter group.
         members: Members of one layout.
-        directions: This rank's part of each U.
+        directions: This rank's part of each `s·U`, s the scale.
 
     Returns:
         ν of each member, in a shape that multiplies its part; ranks that store shards call this together.
@@ -58,6 +67,8 @@ def nuclear_norms(group: dict[str, Any], members: list[Member], directions: list
     pairs = [(member.gradient.to(U.dtype), U) for member, U in zip(members, directions, strict=True)]
     products = torch.stack([_products(view, local_view, layout, G, U)[1] for G, U in pairs])
     norms = (summed(products, layout) if local_view is None else products).clamp(min=0)
+    shape = layout.shape if local_view is None else tuple(directions[0].shape)
+    norms = norms / norms.new_tensor(_scales(group, local_view or view, shape))
     return [_spread(view, local_view, layout, nu, U) for nu, (_, U) in zip(norms, pairs, strict=True)]
 
 
@@ -79,6 +90,12 @@ def _spread(view: MatrixView, local_view: MatrixView | None, layout: Layout, fac
     if local_view is None:
         return factor[_matrix_of_entries(str(view), layout.shape, *layout.interval, W.device)].view_as(W)
     return _by_matrix(local_view, factor, torch.empty_like(W, memory_format=torch.contiguous_format))
+
+
+def _scales(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> list[float]:
+    """Return the scale of every matrix of a view."""
+    parts = [(section, tuple(part.shape)) for section, part in view.sections(torch.empty(shape, device="meta"))]
+    return [scale_of(group, section, part) for section, part in parts for _ in range(section.shape(part)[0])]
 
 
 def _count(view: MatrixView, shape: tuple[int, ...]) -> int:

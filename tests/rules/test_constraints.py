@@ -12,7 +12,13 @@ from symlm.rules.constraints import CONSTRAINTS, get_constraint
 from symlm.symmetry import Symmetry, act, rotations, signed_permutations
 
 LR, DECAY, FLOOR = 0.3, 0.2, 4.0
-NAMES = [*CONSTRAINTS, "relative+radial_brake", "cautious_decay+radial_brake", "decay+relative"]
+NAMES = [
+    *CONSTRAINTS,
+    "relative+radial_brake",
+    "cautious_decay+radial_brake",
+    "decay+relative",
+    "independent_decay+relative",
+]
 
 
 def matrix(m, n, seed=0):
@@ -53,18 +59,54 @@ def cautious(W, U):
 FORMULAS = {
     "none": lambda W, U: W - LR * U,
     "decay": lambda W, U: (1 - LR * DECAY) * W - LR * U,
+    "corrected_decay": lambda W, U: (1 - LR * DECAY) * W - LR * U,  # without a schedule
+    "independent_decay": lambda W, U: (1 - DECAY) * W - LR * U,
     "cautious_decay": lambda W, U: cautious(W, U) - LR * U,
     "fixed_norm": lambda W, U: on_sphere(W, W - LR * W.norm() * U / U.norm()),
     "relative": lambda W, U: W - LR * floored(W, U),
     "radial_brake": braked,
     "relative+radial_brake": lambda W, U: braked(W, floored(W, U)),
     "cautious_decay+radial_brake": lambda W, U: cautious(braked(W, U), U),
+    "independent_decay+relative": lambda W, U: (1 - DECAY) * W - LR * floored(W, U),
     "decay+relative": lambda W, U: (1 - LR * DECAY) * W - LR * floored(W, U),
 }
 
 
 def test_every_constraint_has_a_formula_here():
     assert set(FORMULAS) == set(NAMES)
+
+
+DECAYS = {  # 1 − κ at a share s of the largest rate
+    "decay": lambda lr, s: lr * s * DECAY,
+    "corrected_decay": lambda lr, s: lr * s**2 * DECAY,
+    "independent_decay": lambda lr, s: s * DECAY,
+}
+
+
+@pytest.mark.parametrize("name", DECAYS)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_decay_follows_the_schedule_as_its_formula_says(name, tensor):
+    """Of a matrix, and of a vector by AdamW; both at a multiple of the optimizer's rate."""
+    net = nn.LayerNorm(5).double()
+    net.register_parameter("matrix", nn.Parameter(matrix(6, 9)))
+    net.bias.data.normal_()
+    values = {"matrix": {"constraint": name}, "vector": {"constraint": name}}
+    groups = symlm.param_groups(net, 0.1, "muon", values, {"matrix": "matrix"})
+    for group in groups:
+        group["weight_decay_multiplier"] = 1.0
+    optimizer = symlm.SymOptimizer(groups, torch.tensor(0.1) if tensor else 0.1, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+    for step in range(4):
+        before = {key: p.detach().clone() for key, p in net.named_parameters()}
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for key in group["param_names"]:
+                largest = float(group["initial_lr"]) * group["lr_multiplier"]
+                kept = 1 - DECAYS[name](largest, 1 - step / 4)
+                assert relative(net.get_parameter(key), kept * before[key]) < (1e-7 if tensor else EXACT), key
+        schedule.step()
 
 
 @pytest.mark.parametrize("sign", [1, -1])  # the weight grows, and shrinks
@@ -77,7 +119,7 @@ def test_constraint_is_its_formula(name, sign):
     assert relative(found, W - LR * U) > MUST_FAIL / 5 or name in ("none", "radial_brake")
 
 
-@pytest.mark.parametrize("name", [*NAMES[:2], *NAMES[3:7]])
+@pytest.mark.parametrize("name", [name for name in NAMES if "cautious" not in name])
 def test_no_rotation_changes_what_a_constraint_does(name):
     W, G = matrix(6, 9), matrix(6, 9, 1)
     L, R = Symmetry(rotations, rotations).sample(6, 9, torch.Generator().manual_seed(0))

@@ -5,8 +5,9 @@ import torch
 from numerics import EXACT, relative
 
 from symlm.polar import polar
+from symlm.polar.exact import cholesky_qr, orthonormal
 from symlm.rules import RULES
-from symlm.rules.rotated import cholesky_qr, orthonormal, refresh, rotate, sinkhorn
+from symlm.rules.rotated import refresh, rotate, sinkhorn
 
 
 def matrix(m, n, seed=0):

@@ -20,7 +20,7 @@ def matrix(shape, seed=0):
 
 
 def rounding(rule):
-    return ROTATED if "rotation" in rule.state else EXACT
+    return ROTATED if {"rotation", "right_basis"} & set(rule.state) else EXACT
 
 
 def first_state(rule, M):
@@ -135,6 +135,38 @@ def S(M):
     return M
 
 
+def soap(M, state=None, beta2=0.95):
+    """One step of SOAP before the polar factor, from its formulas and with a basis of each side."""
+    m, n = M.shape
+    L, R, Q, P, V = state or soap_start(m, n)
+    L, R = (beta2 * K + (1 - beta2) * X @ X.T / M.square().sum() for K, X in ((L, M), (R, M.T)))
+    Q, P = (basis(K @ B + 1e-3 * (K @ B).norm() / len(B) ** 0.5 * B) for K, B in ((L, Q), (R, P)))
+    Y = Q.T @ M @ P
+    V = beta2 * V + (1 - beta2) * Y.square()
+    U = Q @ exact(Y / (V.sqrt() + 1e-4 * V.max().sqrt())) @ P.T
+    if state is not None:
+        state[:] = L, R, Q, P, V
+    return U
+
+
+def soap_of_rows(M, beta2=0.95):
+    """Its first step: the columns in the eigenbasis of their Gram matrix, one power step from the identity."""
+    K = (1 - beta2) * M.T @ M / M.square().sum()
+    Q = basis(K + 1e-3 * K.norm() / len(K) ** 0.5 * torch.eye(len(K)).double())
+    V = (1 - beta2) * (M @ Q).square()
+    return exact(M @ Q / (V.sqrt() + 1e-4 * V.max().sqrt())) @ Q.T
+
+
+def soap_start(m, n):
+    start = torch.zeros(m, m), torch.zeros(n, n), torch.eye(m), torch.eye(n), torch.zeros(m, n)
+    return [x.double() for x in start]
+
+
+def basis(A):
+    Q, R = torch.linalg.qr(A)
+    return Q * R.diagonal().sign()
+
+
 FORMULAS = {
     "polar": exact,
     "left_spectral": exact,
@@ -152,6 +184,9 @@ FORMULAS = {
     "aro_adam": aro(torch.sign),
     "row_then_polar": lambda M: exact(D(M)),
     "polar_then_row": lambda M: D(exact(M)),
+    "muon_plus": lambda M: D(D(exact(M)).T).T,
+    "soap_polar": soap,
+    "soap_rows_polar": soap_of_rows,
     "normuon": lambda M: D(exact(M)) * (exact(M).norm() / D(exact(M)).norm()),
     "centered_polar": lambda M: exact(C(M)),
     "centered_polargrad": lambda M: torch.linalg.svdvals(C(M)).sum() * exact(C(M)),
@@ -174,6 +209,19 @@ def test_every_rule_has_a_formula_here():
 def test_rule_is_its_formula(name):
     M = matrix((12, 7), seed=3)
     assert relative(RULES[name](M, polar=lambda X: polar(X, "svd")), FORMULAS[name](M)) < rounding(RULES[name])
+
+
+def test_soap_is_its_formula_over_steps():
+    rule = RULES["soap_polar"]
+    state = rule.start(matrix((7, 12)))
+    expected = soap_start(7, 12)
+    for step in range(5):
+        M = matrix((7, 12), seed=step)
+        state = rule.refreshed(M, state, beta2=0.9)
+        U = rule.direction(M, state, polar=lambda X: polar(X, "svd"))
+        assert relative(U, soap(M, expected, 0.9)) < ROTATED
+    for key, found in zip(("left_gram", "right_gram", "left_basis", "right_basis"), expected[:4], strict=True):
+        assert relative(state[key], found) < ROTATED
 
 
 @pytest.mark.parametrize("method", METHODS)

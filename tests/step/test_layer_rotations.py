@@ -6,7 +6,8 @@ from models import loss_of, tiny, tokens
 from numerics import ROTATED, relative
 
 import symlm
-from symlm.rules.rotated import RETAINED, orthonormal
+from symlm.polar.exact import orthonormal
+from symlm.rules.rotated import RETAINED
 from symlm.step.layer_rotations import layer_of
 from symlm.views import MatrixView
 

@@ -1,0 +1,116 @@
+"""SOAP before the polar factor: the momentum is whitened by entries in the eigenbases of its Gram matrices.
+
+The bases are state, and so are the Gram matrices: under `M -> L M Rᵀ` they are moved along, and the coordinates in the
+bases stay as they are.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from symlm.polar.exact import orthonormal
+from symlm.rules.rotated import mean_root, next_rotation, raw, unit_rms
+from symlm.rules.rule import A_GRAM_MATRIX, A_ROTATION, DENSE, ROWS, Polar, State, rule
+
+# Added to √V, relative to its largest entry: coordinates that are rounding alone, as of a tall matrix's null space,
+# stay small. The value was chosen here; no record.
+FLOOR = 1e-4
+
+
+def _square_of(axis: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that makes a square matrix of zeros, as wide as an axis of M."""
+    return lambda M: M.new_zeros(*M.shape[:-2], M.shape[axis], M.shape[axis])
+
+
+LEFT = {"left_gram": State(_square_of(-2), "left", A_GRAM_MATRIX.act), "left_basis": A_ROTATION}
+RIGHT = {"right_gram": A_GRAM_MATRIX, "right_basis": State(lambda M: A_ROTATION.start(M.mT), "right", A_ROTATION.act)}
+ROOTS = State(torch.zeros_like, "left", lambda V, L: V)
+ROWS_ROOTS = State(torch.zeros_like, "left", lambda V, L: L.abs() @ V, rotations=False)
+
+
+def _turned(D: Tensor, gram: Tensor, basis: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+    """Return the next mean of `DDᵀ`, and its eigenbasis, one power step and a QR ahead."""
+    K, Q = gram.to(D.dtype).lerp(D @ D.mT, 1 - beta2), basis.to(D.dtype)
+    return K, next_rotation(K @ Q, Q, orthonormal)
+
+
+def _unit(M: Tensor) -> Tensor:
+    """Return M in fp32 or wider, at a Frobenius norm of 1."""
+    return unit_rms(raw(M)) / (M.shape[-2] * M.shape[-1]) ** 0.5
+
+
+def _whitened(P: Tensor, roots: Tensor) -> Tensor:
+    """Return `P/√V` by entries, with a floor."""
+    largest = roots.amax((-2, -1), keepdim=True)
+    return P / torch.where(largest > 0, roots + FLOOR * largest, 1.0)
+
+
+def _refresh(
+    M: Tensor,
+    left_gram: Tensor,
+    right_gram: Tensor,
+    left_basis: Tensor,
+    right_basis: Tensor,
+    roots: Tensor,
+    beta2: float,
+) -> dict[str, Tensor]:
+    """Return the next Gram matrices, bases, and mean roots in these."""
+    D = _unit(M)
+    L, Q = _turned(D, left_gram, left_basis, beta2)
+    K, R = _turned(D.mT, right_gram, right_basis, beta2)
+    roots = mean_root(roots.to(D.dtype), Q.mT @ raw(M) @ R, beta2)
+    return {"left_gram": L, "left_basis": Q, "right_gram": K, "right_basis": R, "roots": roots}
+
+
+@rule(DENSE, state={**LEFT, **RIGHT, "roots": ROOTS}, refresh=_refresh)
+def soap_polar(M: Tensor, polar: Polar, left_basis: Tensor, right_basis: Tensor, roots: Tensor) -> Tensor:
+    """Return `Q_L polar(P/√V) Q_Rᵀ`, `P = Q_Lᵀ M Q_R`, `V <- β₂V + (1−β₂)P²`, Q the eigenbases of M's Gram matrices.
+
+    `L <- β₂L + (1−β₂)MMᵀ/|M|²` and `R <- β₂R + (1−β₂)MᵀM/|M|²`; a basis is one power step and a QR ahead of the last,
+    `Q <- QR(LQ + εQ)`. The sources take the gradient's Gram matrices; a rule sees the momentum alone.
+
+    Args:
+        M: The momentum, (..., m, n).
+        polar: How polar factors are computed.
+        left_basis: Q_L after this step, (..., m, m).
+        right_basis: Q_R after this step, (..., n, n).
+        roots: `√V` after this step, (..., m, n).
+
+    Returns:
+        The directions, same shape.
+
+    Source:
+        SOAP, arXiv 2409.11321; SOAP-Muon, modded-nanogpt, track 3.
+    """
+    X = raw(M)
+    Q, R = left_basis.to(X.dtype), right_basis.to(X.dtype)
+    return (Q @ polar(_whitened(Q.mT @ X @ R, roots.to(X.dtype))) @ R.mT).to(M.dtype)
+
+
+def _refresh_rows(M: Tensor, right_gram: Tensor, right_basis: Tensor, roots: Tensor, beta2: float) -> dict[str, Tensor]:
+    """Return the next Gram matrix of the columns, its basis, and the mean roots in it."""
+    K, R = _turned(_unit(M).mT, right_gram, right_basis, beta2)
+    return {"right_gram": K, "right_basis": R, "roots": mean_root(roots.to(R.dtype), raw(M) @ R, beta2)}
+
+
+@rule(ROWS, state={**RIGHT, "roots": ROWS_ROOTS}, refresh=_refresh_rows)
+def soap_rows_polar(M: Tensor, polar: Polar, right_basis: Tensor, roots: Tensor) -> Tensor:
+    """Return `polar(P/√V) Q_Rᵀ`, `P = M Q_R`: `soap_polar` on the side where rotations are a symmetry and rows are not.
+
+    Rows are neurons, each with a basis vector of its own already. It stores `mn + 2n²` numbers beside the momentum.
+
+    Args:
+        M: The momentum, (..., m, n).
+        polar: How polar factors are computed.
+        right_basis: Q_R after this step, (..., n, n).
+        roots: `√V` after this step, (..., m, n).
+
+    Returns:
+        The directions, same shape.
+
+    Source:
+        One-sided SOAP, arXiv 2409.11321, section 5; the polar factor behind it as SOAP-Muon.
+    """
+    X, R = raw(M), right_basis.to(raw(M).dtype)
+    return (polar(_whitened(X @ R, roots.to(X.dtype))) @ R.mT).to(M.dtype)
