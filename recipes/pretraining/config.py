@@ -90,9 +90,9 @@ class TrainConfig:
         steps: how many.
         batch: blocks of a process's batch.
         accumulate: batches of a step.
-        schedule: "linear" (warm-up, constant, then linear to zero) or "cosine".
+        schedule: "linear" (warm-up, constant, then linear to zero), "power" (the same to the power 1.2) or "cosine".
         warmup: steps over which the rate grows.
-        decay: the part of the run in which a linear schedule falls to zero.
+        decay: the part of the run in which a linear or power schedule falls to zero.
         clip: the largest norm of the gradients; it weighs a step inside the momentum. none is no clipping.
         r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
         r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.

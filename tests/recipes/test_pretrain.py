@@ -315,3 +315,22 @@ def test_each_system_is_switched_on_by_configuration(text, tmp_path, system):
     assert "softmax radius" not in system or row["radius/taken"] <= 0.5 + 1e-6
     assert ("attention/largest_logit" in row) == (system == "bounded logits")
     assert ("update_rms/mlp_in" in row) == (system != "agd")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("linear", lambda left: min(1.0, left / 0.5)),
+        ("power", lambda left: min(1.0, left / 0.5) ** 1.2),
+        ("cosine", lambda left: 0.5 - 0.5 * math.cos(math.pi * left)),
+    ],
+)
+def test_a_schedule_is_its_formula(schedule, factor):
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    rates = setup.build_schedule(optimizer, run_config.TrainConfig(steps=20, warmup=4, decay=0.5, schedule=schedule))
+    for step in range(20):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(min(1.0, (step + 1) / 4) * factor(1 - step / 20))
+        optimizer.step()
+        rates.step()
+    with pytest.raises(ValueError, match="choose 'linear', 'power' or 'cosine'"):
+        setup.build_schedule(optimizer, run_config.TrainConfig(schedule="step"))
