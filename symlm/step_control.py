@@ -48,6 +48,7 @@ class StepControl:
         logits: Maps the model and the inputs to logits, (..., classes); by default the output itself, or its `logits`.
         r_target: The largest r of a step; 1, or 0.5 for more caution.
         over: How the spreads are reduced over positions, "max", "mean", or a quantile in (0, 1).
+        standalone: Whether shorter steps are lengthened to the target, in the place of a rate and its schedule.
         difference: Whether a finite difference is used for `J p`; it is set by itself once a kernel of the model has no
             forward derivative.
 
@@ -66,13 +67,14 @@ class StepControl:
         r_target: float = 1.0,
         over: str | float = "max",
         difference: bool = False,
+        standalone: bool = False,
     ) -> None:
         if r_target <= 0:
             raise ValueError(f"r_target must be positive, got {r_target}")
         if over not in REDUCTIONS and not (isinstance(over, float) and 0 < over < 1):
             raise ValueError(f"over must be one of {REDUCTIONS} or a quantile between 0 and 1, got {over!r}")
-        self.model, self.optimizer = model, optimizer
-        self.logits, self.r_target, self.over, self.difference = logits or _logits, r_target, over, difference
+        self.model, self.optimizer, self.logits = model, optimizer, logits or _logits
+        self.r_target, self.over, self.difference, self.standalone = r_target, over, difference, standalone
         self.last: StepReport | None = None
         self._warned = False
 
@@ -80,8 +82,8 @@ class StepControl:
     def step(self, *inputs: Any, **named: Any) -> Any:
         """Run the optimizer's step, measure it on these inputs, and shorten it if r exceeds the target.
 
-        The optimizer's state is that of the whole step. If the model gives no logits, or their derivative is not
-        finite, the step is not changed, and a warning is given once.
+        The optimizer's state is that of the whole step. Without logits or with a derivative that is not finite the
+        step stays, and a warning is given once.
 
         Args:
             inputs: The model's positional inputs.
@@ -95,8 +97,8 @@ class StepControl:
         result = self.optimizer.step()
         step = [self._exact(p).sub_(old) for p, old in zip(parameters, before, strict=True)]
         r = self._measured(before, step, inputs, named)
-        factor = 1.0 if r is None or r <= self.r_target else self.r_target / r
-        for p, old, change in zip(parameters, before, step, strict=True) if factor < 1 else ():
+        factor = self.r_target / r if r and (r > self.r_target or self.standalone) else 1.0
+        for p, old, change in zip(parameters, before, step, strict=True) if factor != 1 else ():
             short = old + factor * change  # an interpolation from the other end would lose a small factor to rounding
             p.copy_(short)
             if (compensation := self._compensation(p)) is not None:

@@ -55,6 +55,26 @@ def test_a_language_models_step_is_clipped_to_the_target(kind, difference):
         assert control.radius_ratio(moved, input_ids=x) == pytest.approx(0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("rate", [1e-4, 1.0, 1e4])
+def test_standalone_every_step_has_the_target_whatever_the_rate(rate):
+    """`η = r·ρ/|u|`: the update's size does not matter, in either direction."""
+    model = tiny(dtype=torch.float64)
+    control = StepControl(model, torch.optim.SGD(model.parameters(), rate), r_target=0.25, standalone=True)
+    x = tokens()
+    for _ in range(3):
+        model.zero_grad()
+        before = [p.detach().clone() for p in model.parameters()]
+        model(input_ids=x, labels=x).loss.backward()
+        control.step(input_ids=x)
+        after = [p.detach().clone() for p in model.parameters()]
+        for p, old in zip(model.parameters(), before, strict=True):
+            p.data.copy_(old)
+        step = [new - old for new, old in zip(after, before, strict=True)]
+        assert control.radius_ratio(step, input_ids=x) == pytest.approx(0.25, rel=1e-6)
+        for p, new in zip(model.parameters(), after, strict=True):
+            p.data.copy_(new)
+
+
 @pytest.mark.parametrize("rate", [1e2, 1e6, 1e12])
 def test_however_long_a_step_of_any_optimizer_is_its_measured_ratio_is_the_target(rate):
     """Of the step that was really made, in fp32."""
