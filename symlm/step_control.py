@@ -49,8 +49,7 @@ class StepControl:
         r_target: The largest r of a step; 1, or 0.5 for more caution.
         over: How the spreads are reduced over positions, "max", "mean", or a quantile in (0, 1).
         standalone: Whether shorter steps are lengthened to the target, in the place of a rate and its schedule.
-        difference: Whether a finite difference is used for `J p`; it is set by itself once a kernel of the model has no
-            forward derivative.
+        difference: Whether `J p` is a finite difference; set by itself once a kernel has no forward derivative.
 
     Raises:
         ValueError: `r_target` is not positive, or `over` is unknown.
