@@ -53,6 +53,7 @@ class SymOptimizer(torch.optim.Optimizer):
             - `momentum_dtype`: "float32", or "bfloat16" to save memory;
             - `rounding`: how a bf16 parameter without an fp32 master is stored, "stochastic" or "compensated";
             - `nonfinite`: "skip" a step whose gradients are not finite (counted in `skipped_steps`), or "raise";
+            - `gram_every`: every how many steps a whitened rule (the default head's) computes a Gram matrix (1);
             - `rotation`: of ARO's rules, "own" for one a matrix, or "layer" for one that a layer's matrices share;
             - `shared`: whether plain tensors are replicated on all ranks, which then share the work (True).
 

@@ -73,7 +73,9 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
                 received = [count + times * (size - size // shards) for count in received]
                 temporary.append(2 * size)
             if bucket.by_rows:
-                in_place += operations_of(get_rule(group["rule"]), bucket.layout.shape) * len(batch)
+                in_place += operations_of(get_rule(group["rule"]), bucket.layout.shape, group["gram_every"]) * len(
+                    batch
+                )
             if bucket.by_rows and shards > 1:
                 size = MASTER * entries_to_sum(get_rule(group["rule"]), bucket.layout) * len(batch)
                 received = [count + 2 * size * (shards - 1) // shards for count in received]

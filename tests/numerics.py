@@ -12,6 +12,7 @@ KERNEL = 2.0  # a kernel's error against float64, in units of torch's own matmul
 KERNEL_FLOOR = {"float32": 2e-7, "float16": 5e-4}  # rounding of the inputs and of the result alone
 RANKS = 1e-4  # fp32 after ten steps on other partial sums of the gradients, which small singular values amplify
 RANKS_AT_SMALL_RATES = 2e-6  # the same at lr = 1e-3, where torch's AdamW moves by 1.8e-6 for other partial sums
+RANKS_OF_ROOTS = 2e-5  # that through the inverse root of a Gram matrix of few steps, which is nearly singular
 
 
 def relative(a, b):

@@ -149,6 +149,9 @@ CASES["fsdp2 constrained normuon"] = {"kind": "qwen3", **ODD}
 CASES |= {f"{kind} bounded": {"kind": "llama", "vocab_size": 61} for kind in ("ddp", "fsdp2", "zero2", "zero3")}
 CASES["zero3 small groups bounded"] = {"kind": "llama", "vocab_size": 61}
 CASES["fsdp2 bounded gains"] = {"kind": "olmo2", **ODD}
+# A head's Gram matrix every third step.
+CASES |= {f"{kind} seldom": {"kind": "qwen3", **ODD} for kind in ("ddp", "fsdp2", "zero2 fp32", "zero3 fp32")}
+CASES["fsdp2 tied seldom"] = {"kind": "qwen3", "tie_word_embeddings": True, **ODD}
 CONSTRAINED = {
     "attention_q": {"constraint": "fixed_norm"},
     "attention_k": {"constraint": "relative", "floor": 3.0},
@@ -180,7 +183,9 @@ def optimizer_of(case, model):
     overrides = {role: dict(values) for role, values in CONSTRAINED.items()} if "constrained" in case else {}
     if "normuon" in case:
         overrides.setdefault("mlp_in", {})["rule"] = "normuon"
-    optimizer = symlm.SymOptimizer(model, lr, preset, overrides, weight_decay=0.1, rotation=rotation)
+    every = 3 if "seldom" in case else 1
+    options = {"weight_decay": 0.1, "rotation": rotation, "gram_every": every}
+    optimizer = symlm.SymOptimizer(model, lr, preset, overrides, **options)
     if "bounded" in case:
         QKClip(model, optimizer, threshold=0.05)
     return optimizer

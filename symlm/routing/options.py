@@ -42,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "nonfinite": "skip",
     "shared": True,
     "rotation": "own",
+    "gram_every": 1,
 }
 
 
@@ -164,8 +165,11 @@ def check_options(group: dict[str, Any]) -> None:
             f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
             f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
         )
-    if _is_below(group["floor"], 0):
-        raise ValueError(f"group {role}: floor must not be negative, got {group['floor']}")
+    if _is_below(group["floor"], 0) or group["gram_every"] < 1:
+        raise ValueError(
+            f"group {role}: floor must not be negative and gram_every at least 1, "
+            f"got {group['floor']}, {group['gram_every']}"
+        )
     if not all(map(_is_mean, group["betas"])) or _is_below(group["eps"], 0):
         raise ValueError(
             f"group {role}: betas must have 0 <= beta < 1 and eps must not be negative, "
@@ -192,8 +196,9 @@ def _check_types(group: dict[str, Any]) -> None:
     numbers = ("lr", "lr_multiplier", "momentum", "weight_decay", "weight_decay_multiplier", "floor", "eps")
     wrong = [(key, "a finite number") for key in numbers if not is_number(group[key])]
     wrong += [(key, "True or False") for key in ("nesterov", "shared") if not isinstance(group[key], bool)]
-    if not isinstance(group["steps"], int) or isinstance(group["steps"], bool):
-        wrong.append(("steps", "a whole number"))
+    for key in ("steps", "gram_every"):
+        if not isinstance(group[key], int) or isinstance(group[key], bool):
+            wrong.append((key, "a whole number"))
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(is_number, betas)):
         wrong.append(("betas", "a pair of finite numbers"))

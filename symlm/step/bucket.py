@@ -17,7 +17,7 @@ from symlm.step.member import BATCH_ELEMENTS, Member, batches
 from symlm.step.momentum import rule_input_of_block, rule_inputs, update_momentum
 from symlm.step.rows import fused
 from symlm.step.rows.blocks import ALL, Block
-from symlm.step.rows.row_step import RowStep
+from symlm.step.rows.row_step import RowStep, gram_weight
 from symlm.views.matrix_view import MatrixView
 from symlm.views.storage import WHOLE
 
@@ -220,7 +220,7 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
         return rule_input_of_block(group, member, finite, block)
 
     rule, dtype = get_rule(group["rule"]), group["compute_dtype"]
-    rows = RowStep(rule, member.layout, member.momentum, input_of, state, settings, dtype)
+    rows = RowStep(rule, member.layout, member.momentum, input_of, state, settings, gram_weight(group), dtype)
     size = scale_of(group, WHOLE, member.layout.shape)
     for block, U, row_state in rows.directions(elements):
         member.store_state(row_state, finite, block.rows)

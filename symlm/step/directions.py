@@ -12,6 +12,7 @@ from symlm.polar.counting import operations
 from symlm.polar.factor import polar
 from symlm.rules import Rule, get_rule
 from symlm.rules.scaling import SCALES
+from symlm.step.rows.row_step import gram_weight
 from symlm.views.matrix_view import MatrixView
 
 States = list[dict[str, Tensor]]  # the rule's state of each parameter
@@ -91,7 +92,10 @@ def _stack_directions(
     if refresh:
         shared_rotation = stacked["rotation"] if shares_layer_rotation(group) else None
         step, polar = settings.get("step", 1), settings["polar"]
-        stacked = rule.refreshed(stack, stacked, settings["beta2"], shared_rotation, step, polar)
+        before, stacked = stacked, rule.refreshed(stack, stacked, settings["beta2"], shared_rotation, step, polar)
+        if rule.whitens and group["gram_every"] > 1:
+            share = gram_weight(group) / (1 - settings["beta2"])
+            stacked["gram"] = before["gram"].lerp(stacked["gram"], share)
     U, scale = rule.direction(stack, stacked, **settings), scale_of(group, view, shape[1:])
     U = U if scale == 1 else U.mul_(scale)
     after = [{key: value[k * count : (k + 1) * count] for key, value in stacked.items()} for k in range(len(momenta))]

@@ -211,7 +211,9 @@ def test_a_stack_of_different_tensors_is_refused():
 @interpreted
 @pytest.mark.parametrize("kind", ["qwen3", "olmoe"])
 @pytest.mark.parametrize(
-    "told", [{}, {"nesterov": False, "weight_decay": 0.1}, {"momentum_dtype": "bfloat16"}], ids=str
+    "told",
+    [{}, {"nesterov": False, "weight_decay": 0.1}, {"momentum_dtype": "bfloat16"}, {"gram_every": 2}],
+    ids=str,
 )
 def test_the_optimizer_does_its_polar_factors_in_passes(kind, told):
     models = [tiny(kind, num_hidden_layers=1), tiny(kind, num_hidden_layers=1)]
@@ -221,7 +223,9 @@ def test_the_optimizer_does_its_polar_factors_in_passes(kind, told):
         train(model, optimizer, 2)
         sizes.append(symlm.diagnostics.update_rms(optimizer))
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert relative(p, q) < (1e-5 if "momentum_dtype" not in told else 1e-2), name
+        # The inverse root of a Gram matrix of few steps amplifies rounding.
+        bound = 1e-2 if "momentum_dtype" in told else 1e-4 if "gram_every" in told else 1e-5
+        assert relative(p, q) < bound, name
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-2)
 
 

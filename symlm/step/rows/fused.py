@@ -11,7 +11,7 @@ from symlm.distributed.layout import Layout, cut_rows
 from symlm.polar.precision import resolve_dtype
 from symlm.rules import get_rule
 from symlm.rules.rows import whitener
-from symlm.step.rows.row_step import product
+from symlm.step.rows.row_step import gram_weight, product
 
 ROWS_AT_A_TIME = 2**15  # of a vocabulary's whitened directions, which bounds their temporary memory
 
@@ -92,12 +92,13 @@ def _whitened_step(
     """Run the step of a whitened rule; `factors` are the step's size, the decay factor, and whether it happens."""
     from symlm_kernels import rows
 
-    centered, beta2 = get_rule(group["rule"]).symmetry.shift, group["betas"][1]
+    centered = get_rule(group["rule"]).symmetry.shift
     dtype, finite = resolve_dtype(W, group["compute_dtype"]), factors[-1]
     dtype = dtype if dtype.itemsize == 2 else W.dtype
     D, row = rows.row_directions(G, M, group["momentum"], finite, group["nesterov"], mean, centered, dtype)
-    refreshed = gram.lerp(product(D.mT, D, dtype) / len(D), 1 - beta2)
-    gram.copy_(torch.where(finite > 0, refreshed, gram))
+    if weight := gram_weight(group):
+        refreshed = gram.lerp(product(D.mT, D, dtype) / len(D), weight)
+        gram.copy_(torch.where(finite > 0, refreshed, gram))
     root = whitener(gram, len(D))
     row, root = row @ root if centered else torch.zeros_like(row), root.to(dtype)
     parts = zip(D.split(ROWS_AT_A_TIME), W.split(ROWS_AT_A_TIME), strict=True)

@@ -31,18 +31,33 @@ def entries_to_sum(rule: Rule, layout: Layout) -> int:
     return (len(cut_rows(layout)) + means) * n
 
 
-def operations_of(rule: Rule, shape: tuple[int, ...]) -> int:
-    """Count the floating-point operations of a whitened rule's products, `4mn²`: a Gram matrix, and its inverse root.
+def operations_of(rule: Rule, shape: tuple[int, ...], gram_every: int) -> float:
+    """Count the operations of a whitened rule's products, `2mn²(1 + 1/k)`: a Gram matrix, and its inverse root.
 
     Args:
         rule: A row rule.
         shape: The shape (m, n) of the whole.
+        gram_every: Every how many steps k the Gram matrix is computed.
 
     Returns:
         The count; 0 for a rule without such products.
     """
     m, n = shape
-    return 4 * m * n * n if rule.whitens else 0
+    return 2 * m * n * n * (1 + 1 / gram_every) if rule.whitens else 0
+
+
+def gram_weight(group: dict[str, Any]) -> float:
+    """Return the weight of this step's Gram matrix in the mean of a whitened rule, `1 − β₂^k` every k-th step, else 0.
+
+    In a CUDA graph, whose replays are all one step, it is `1 − β₂`.
+
+    Args:
+        group: The parameter group; k is its `gram_every`.
+    """
+    every, beta2 = group["gram_every"], group["betas"][1]
+    if every == 1 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return 1 - beta2
+    return 1 - beta2**every if (group["step"] - 1) % every == 0 else 0.0
 
 
 @dataclass
@@ -55,7 +70,8 @@ class RowStep:
         part: This rank's part of the momentum, of which the dtype and device are used.
         rule_input: Maps a block to the rule's input.
         state: The rule's state of this rank's rows, and of the whole.
-        settings: Further arguments of the row map, and the β₂ of the Gram matrix.
+        settings: Further arguments of the row map.
+        gram_weight: The weight of this step's Gram matrix in its mean; 0 in a step without one.
         compute_dtype: The dtype of products on a GPU.
     """
 
@@ -65,6 +81,7 @@ class RowStep:
     rule_input: Callable[[Block], Tensor]
     state: dict[str, Tensor]
     settings: dict[str, Any]
+    gram_weight: float
     compute_dtype: str | torch.dtype = "auto"
 
     def directions(self, elements: int) -> Iterator[tuple[Block, Tensor, dict[str, Tensor]]]:
@@ -86,10 +103,13 @@ class RowStep:
         self.shift = self._means(blocks, self._input)[-1] if centered else None
         only = self._mapped(blocks[0]) if len(blocks) == 1 else None  # several would be a second momentum
         mean = root = None
-        if centered or whitened:
-            means = self._means(blocks, lambda block: (only or self._mapped(block))[0], whitened)
-            root = self._whitener(means[:-1]) if whitened else None
-            mean = (means[-1] if root is None else means[-1] @ root) if centered else None
+        measured = whitened and self.gram_weight > 0
+        if centered or measured:
+            means = self._means(blocks, lambda block: (only or self._mapped(block))[0], measured)
+        if whitened:
+            root = self._whitener(means[:-1] if measured else None)
+        if centered:
+            mean = means[-1] if root is None else means[-1] @ root
         for block in blocks:
             U, state = only or self._mapped(block)
             U = U if root is None else self._product(U, root)
@@ -124,10 +144,11 @@ class RowStep:
         """Return `A B` in the compute dtype."""
         return product(A, B, resolve_dtype(A, self.compute_dtype))
 
-    def _whitener(self, square: Tensor) -> Tensor:
-        """Return the whitener of the Gram matrix in the mean of steps, and store that mean."""
-        self.matrix_state["gram"] = self.state["gram"].lerp(square, 1 - self.settings["beta2"])
-        return whitener(self.matrix_state["gram"], self.layout.shape[0])
+    def _whitener(self, square: Tensor | None) -> Tensor:
+        """Return the whitener of the Gram matrix in the mean of steps, and store that mean if this step has one."""
+        if square is not None:
+            self.matrix_state["gram"] = self.state["gram"].lerp(square, self.gram_weight)
+        return whitener(self.matrix_state.get("gram", self.state["gram"]), self.layout.shape[0])
 
     def _cut_rows(self, blocks: list[Block]) -> dict[int, Tensor]:
         """Return the whole rows of which this rank stores a piece, by their places among this rank's rows."""
