@@ -44,14 +44,15 @@ class GradientConductor:
     Inner products are of whole gradients, summed over the ranks, and all ranks resolve alike.
 
     Args:
-        model: The model, as the training loop calls it: wrapped, if it is.
+        model: The model, as the training loop calls it: wrap it before, since wrappers replace parameters.
         losses: The names of the losses, two or more.
         rules: How conflicts are resolved.
         momentum: β of the mean; the source has 0.85, and an optimizer without momentum of its own behind it.
         dtype: The dtype of the rows; the source has bfloat16. None is the parameters', at least fp32.
 
     Raises:
-        ValueError: Fewer than two losses, a name that is there twice, or a momentum out of [0, 1).
+        ValueError: Fewer than two losses, a name that is there twice, a momentum out of [0, 1), or a model without a
+            trainable parameter.
 
     Source:
         Limarenko et al., arXiv 2509.07252.
@@ -73,6 +74,7 @@ class GradientConductor:
         self.last: Report | None = None
         self.skipped_steps = 0
         self._arbiter = Arbiter(len(losses), rules or Arbitration())
+        self._places = places_of(model)
         self._rows: Rows | None = None
         self._steps = 0
         modules: Iterable[Any] = model.modules()
@@ -92,11 +94,11 @@ class GradientConductor:
 
         Raises:
             ValueError: A name that the conductor was not given.
-            RuntimeError: The model has no trainable parameter, or a loss reaches none.
+            RuntimeError: A loss reaches no trainable parameter.
         """
         if unknown := [name for name in losses if name not in self.losses]:
             raise ValueError(f"unknown losses {unknown}; the conductor was given {list(self.losses)}")
-        rows = self._placed()
+        rows = self._made()
         for module in self.model.modules():
             if synchronize := getattr(module, "set_requires_gradient_sync", None):  # FSDP2's
                 synchronize(True, recurse=False)  # of gradients that wait nobody could tell whose they are
@@ -105,16 +107,15 @@ class GradientConductor:
         for left, (name, loss) in zip(reversed(range(len(losses))), losses.items(), strict=True):
             run(loss, retain_graph=left > 0)
             if not rows.take(self.losses.index(name)):
-                raise RuntimeError(f"the loss {name!r} gave no trainable parameter a gradient")
+                raise RuntimeError(
+                    f"the loss {name!r} gave no parameter of the conductor a gradient: build the conductor after the "
+                    "model is wrapped, and give it losses of this model"
+                )
 
-    def _placed(self) -> Rows:
-        """Return the rows, with the places of the parameters as they are now: wrappers replace them."""
-        places = places_of(self.model)
-        if not places:
-            raise RuntimeError("the model has no trainable parameter for a conductor")
-        if self._rows is None or self._rows.now.shape[1] != places[-1].stop:
-            self._rows = Rows(places, len(self.losses), self.beta > 0, self.dtype)
-        self._rows.places = places
+    def _made(self) -> Rows:
+        """Return the rows, made at the first use, when the parameters are where they are trained."""
+        if self._rows is None:
+            self._rows = Rows(self._places, len(self.losses), self.beta > 0, self.dtype)
         return self._rows
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class GradientConductor:
         Raises:
             RuntimeError: A loss had no backward pass since the last step, or shares no parameter with any other.
         """
-        rows = self._placed()
+        rows = self._made()
         given = rows.reached.any(1).tolist()
         if missing := [name for name, has in zip(self.losses, given, strict=True) if not has]:
             raise RuntimeError(f"the losses {missing} had no backward pass since the last step of the conductor")
@@ -186,7 +187,7 @@ class GradientConductor:
         if list(state["losses"]) != list(self.losses):
             raise ValueError(f"the conductor's state is of the losses {state['losses']}, not of {list(self.losses)}")
         if state["gradients"]:
-            self._placed().load(state["gradients"])
+            self._made().load(state["gradients"])
         self._arbiter.load_state_dict(state)
         self._steps, self.skipped_steps = state["steps"], state["skipped_steps"]
 

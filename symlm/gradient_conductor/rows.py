@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
 
 def places_of(model: nn.Module) -> list[Place]:
-    """Return the places of a model's trainable parameters, in their order."""
+    """Return the places of a model's trainable parameters, in their order; raise ValueError if there are none."""
     places, start = [], 0
     for path, p in model.named_parameters():
         if p.requires_grad:
@@ -45,6 +45,8 @@ def places_of(model: nn.Module) -> list[Place]:
             stop = start + local(p).numel()
             places.append(Place(name, p, start, stop, copies_of(p)))
             start = stop
+    if not places:
+        raise ValueError("the model has no trainable parameter for a conductor")
     return places
 
 
