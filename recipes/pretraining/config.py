@@ -99,6 +99,8 @@ class TrainConfig:
         teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
         load_loss: coefficient of the routers' load loss; the loss that is written is without it.
         z_loss: coefficient of the routers' z-loss; the loss that is written is without it.
+        conductor: resolve conflicts of these with the next token's loss (`symlm.gradient_conductor`): "all" losses on
+            every batch, or "stochastic", one on each batch of a step; none sums them.
         mixed_precision: "no", "bf16" or "fp16"; none takes the launcher's.
         seed: of the model, the data's order and what is random in the step.
         validate_every: steps between validations.
@@ -120,6 +122,7 @@ class TrainConfig:
     teleport_every: int | None = None
     load_loss: float = 0.0
     z_loss: float = 0.0
+    conductor: Literal["all", "stochastic"] | None = None
     mixed_precision: str | None = None
     seed: int = 42
     validate_every: int = 50

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import symlm
 from pretraining import corpus
+from pretraining.conducting import Conducting
 from pretraining.config import OptimizerConfig, RunConfig, TrainConfig
 from pretraining.models import build_model
 from pretraining.packing import Collate
@@ -57,6 +58,7 @@ class Training:
     routers: Routers
     control: StepControl | None
     teleporter: Teleporter | None
+    conducting: Conducting | None
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -129,4 +131,9 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
     if teleporter:
         accelerator.register_for_checkpointing(teleporter)
-    return Training(model, optimizer, plain, schedule, loader, held, routers, control, teleporter), tokenizer
+    conducting = Conducting(model, routers, train, accelerator) if train.conductor else None
+    if conducting:
+        accelerator.register_for_checkpointing(conducting)
+    return Training(
+        model, optimizer, plain, schedule, loader, held, routers, control, teleporter, conducting
+    ), tokenizer
