@@ -24,8 +24,8 @@ class Conducting:
             )
         if train.conductor == "stochastic" and train.accumulate % len(names):
             raise ValueError(
-                f"train.conductor=stochastic gives each of {len(names)} losses batches of its own: train.accumulate must "
-                f"be a multiple of that, got {train.accumulate}"
+                f"train.conductor=stochastic gives each of {len(names)} losses batches of its own: train.accumulate "
+                f"must be a multiple of that, got {train.accumulate}"
             )
         if accelerator.distributed_type.value == "DEEPSPEED" or accelerator.mixed_precision == "fp16":
             raise ValueError(
@@ -51,7 +51,7 @@ class Conducting:
         return report.finite
 
     def metrics(self) -> dict[str, float]:
-        """Return the last step's lowest cosine and norms, and how many conflicts each loss has won since the last call."""
+        """Return the last step's lowest cosine and norms, and the conflicts that each loss won since the last call."""
         report = self.conductor.last
         if report is None:
             return {}
