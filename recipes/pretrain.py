@@ -50,6 +50,7 @@ def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any
         **({"radius/proposed": report.proposed, "radius/taken": report.taken} if report else {}),
         **({"teleport/gradient_ratio": job.teleporter.ratio} if job.teleporter else {}),
         **(job.conducting.metrics() if job.conducting else {}),
+        **(job.probe.metrics() if job.probe else {}),
     }
 
 
@@ -74,10 +75,14 @@ def train_step(
                 job.teleporter.before_step(x)
             if train.clip and steps:
                 accelerator.clip_grad_norm_(model.parameters(), train.clip)
+            if job.probe and steps:
+                job.probe.before_step()
             if job.control and steps:
                 job.control.step(input_ids=x)
             elif steps:
                 job.optimizer.step()
+            if job.probe and steps:
+                job.probe.after_step(x)
             job.optimizer.zero_grad()
         loss += output.loss.detach() / train.accumulate
     return loss, output

@@ -13,7 +13,7 @@ from symlm.gradient_conductor import GradientConductor
 class Conducting:
     """Accumulate each loss's gradient apart and resolve their conflicts: `train.conductor`, "all" or "stochastic".
 
-    Raises: ValueError for one loss alone, for batches that cannot be dealt out, and where gradients are not whole.
+    Raises: ValueError for one loss alone, for batches that cannot be dealt out, and where gradients cannot be read.
     """
 
     def __init__(self, model: nn.Module, routers: Routers, train: TrainConfig, accelerator: Accelerator) -> None:
@@ -26,6 +26,11 @@ class Conducting:
             raise ValueError(
                 f"train.conductor=stochastic gives each of {len(names)} losses batches of its own: train.accumulate "
                 f"must be a multiple of that, got {train.accumulate}"
+            )
+        if train.conductor == "all" and hasattr(model, "_orig_mod"):
+            raise ValueError(
+                "train.conductor=all goes back through one graph several times, which compiled code cannot: leave out "
+                "model.compile, or use train.conductor=stochastic"
             )
         if accelerator.distributed_type.value == "DEEPSPEED" or accelerator.mixed_precision == "fp16":
             raise ValueError(

@@ -97,6 +97,8 @@ class TrainConfig:
         r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
         r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
         teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
+        smoothness_every: measure how far the gradient holds along the step, by role, every so many steps
+            (`symlm.gradient_smoothness`); none is never.
         load_loss: coefficient of the routers' load loss; the loss that is written is without it.
         z_loss: coefficient of the routers' z-loss; the loss that is written is without it.
         conductor: resolve conflicts of these with the next token's loss (`symlm.gradient_conductor`): "all" losses on
@@ -120,6 +122,7 @@ class TrainConfig:
     r_target: float | None = None
     r_over: float | str = "max"
     teleport_every: int | None = None
+    smoothness_every: int | None = None
     load_loss: float = 0.0
     z_loss: float = 0.0
     conductor: Literal["all", "stochastic"] | None = None
@@ -132,7 +135,8 @@ class TrainConfig:
     tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch", "accumulate", "validate_every", "log_every", "save_every", "keep", "teleport_every")
+        counts = ("steps", "batch", "accumulate", "validate_every", "log_every", "save_every", "keep")
+        counts += ("teleport_every", "smoothness_every")
         at_least(1, {f"train.{name}": getattr(self, name) for name in counts})
         at_least(0, {f"train.{name}": getattr(self, name) for name in ("warmup", "decay", "load_loss", "z_loss")})
         if self.tracker not in (installed := ["none", *map(str, get_available_trackers())]):

@@ -17,6 +17,7 @@ from pretraining.config import OptimizerConfig, RunConfig, TrainConfig
 from pretraining.models import build_model
 from pretraining.packing import Collate
 from pretraining.routers import Routers
+from pretraining.smoothness import SmoothnessProbe
 from pretraining.teleporting import Teleporter
 from symlm.agd import AGD, initialize_
 from symlm.step_control import StepControl
@@ -59,6 +60,7 @@ class Training:
     control: StepControl | None
     teleporter: Teleporter | None
     conducting: Conducting | None
+    probe: SmoothnessProbe | None
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -122,18 +124,15 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     held = DataLoader(validation, batch_size=train.batch, collate_fn=collate)
     model, optimizer, loader, held = accelerator.prepare(model, plain, loader, held)
     accelerator.register_for_checkpointing(schedule)
-    for name in ("r_target", "teleport_every"):
+    for name in ("r_target", "teleport_every", "smoothness_every"):
         if getattr(train, name) is not None and accelerator.num_processes > 1:
             raise ValueError(f"train.{name} looks at one process's batch and weights: use one process, or leave it out")
     if train.teleport_every and accelerator.mixed_precision != "no":
         raise ValueError("train.teleport_every compares losses that rounding would change: set mixed_precision to no")
     control = StepControl(model, optimizer, r_target=train.r_target, over=train.r_over) if train.r_target else None
     teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
-    if teleporter:
-        accelerator.register_for_checkpointing(teleporter)
     conducting = Conducting(model, routers, train, accelerator) if train.conductor else None
-    if conducting:
-        accelerator.register_for_checkpointing(conducting)
-    return Training(
-        model, optimizer, plain, schedule, loader, held, routers, control, teleporter, conducting
-    ), tokenizer
+    probe = SmoothnessProbe(model, routers, train.smoothness_every) if train.smoothness_every else None
+    stateful = (teleporter, conducting, probe)
+    accelerator.register_for_checkpointing(*(part for part in stateful if part))
+    return Training(model, optimizer, plain, schedule, loader, held, routers, control, *stateful), tokenizer
