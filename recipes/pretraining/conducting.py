@@ -27,11 +27,6 @@ class Conducting:
                 f"train.conductor=stochastic gives each of {len(names)} losses batches of its own: train.accumulate "
                 f"must be a multiple of that, got {train.accumulate}"
             )
-        if train.conductor == "all" and hasattr(model, "_orig_mod"):
-            raise ValueError(
-                "train.conductor=all goes back through one graph several times, which compiled code cannot: leave out "
-                "model.compile, or use train.conductor=stochastic"
-            )
         if accelerator.distributed_type.value == "DEEPSPEED" or accelerator.mixed_precision == "fp16":
             raise ValueError(
                 "train.conductor reads gradients, which DeepSpeed partitions and fp16 scales: use one process, DDP or "

@@ -1,5 +1,6 @@
 """How far the loss's gradient holds along the optimizer's own step, by role, now and then in a run."""
 
+import torch
 from torch import Tensor, nn
 
 import symlm
