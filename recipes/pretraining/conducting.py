@@ -1,4 +1,4 @@
-"""The next token's loss and the routers' losses, each with a gradient of its own, conducted to one."""
+"""The gradients of the next token's loss and of the routers' losses, conducted to one."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class Conducting:
             )
         if train.conductor == "stochastic" and train.accumulate % len(names):
             raise ValueError(
-                f"train.conductor=stochastic gives each of {len(names)} losses batches of its own: train.accumulate "
+                f"train.conductor=stochastic gives each of {len(names)} losses a part of the batches: train.accumulate "
                 f"must be a multiple of that, got {train.accumulate}"
             )
         if accelerator.distributed_type.value == "DEEPSPEED" or accelerator.mixed_precision == "fp16":

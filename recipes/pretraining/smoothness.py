@@ -1,4 +1,4 @@
-"""How far the loss's gradient holds along the optimizer's own step, by role, now and then in a run."""
+"""How far the loss's gradient holds along the optimizer's step, by role, now and then in a run."""
 
 import torch
 from torch import Tensor, nn

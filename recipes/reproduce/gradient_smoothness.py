@@ -1,10 +1,10 @@
 """Regularized Newton steps, and γ along an optimizer's steps:  python recipes/reproduce/gradient_smoothness.py
 
-Source: arXiv 2506.13710. The targets are what the authors' code gives on these problems: its own data (NumPy's old seed
-3124) at a tenth and at half of its size, iterations and solves. Then a tiny Qwen3 of bytes, where γ is a diagnostic alone.
+Source: arXiv 2506.13710. The targets are what the authors' code gives on these problems, iterations and solves: its own
+data (NumPy's old seed 3124) at a tenth and at half of its size. Then a tiny Qwen3 of bytes, where γ is a diagnostic.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -99,42 +99,48 @@ def linear(m: int = 50, n: int = 100) -> dict[str, tuple[Minimum, tuple[int, int
     }
 
 
-def language_model(rate: float, steps: int = 60) -> tuple[dict[str, list[float]], float]:
-    """Return γ over the length of the step, by role, each fifth step of a run; and the held-out loss."""
-    lengths: dict[str, list[float]] = {}
+class Probe:
+    """Measure each fifth step that an optimizer makes on a model, on one batch: how many such steps γ is long."""
 
-    class Measured(symlm.SymOptimizer):
-        def step(self, closure: Callable[[], float] | None = None) -> None:
-            before = {name: p.detach().clone() for name, p in model.named_parameters()}
-            super().step(closure)
-            seen.append(len(seen))
-            if len(seen) % 5 == 0:
-                step = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-                for role, found in along_step(model, step, loss, before, symlm.assign_roles(model)).items():
-                    lengths.setdefault(role, []).append(found.steps)
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.taken = model, 0
+        self.lengths: list[float] = []
+        self.batch = tiny_lm.text()[: 16 * tiny_lm.LENGTH].view(16, tiny_lm.LENGTH)
+        optimizer.register_step_pre_hook(lambda *_: self.before_step())
+        optimizer.register_step_post_hook(lambda *_: self.after_step())
 
-    def build(network: torch.nn.Module) -> torch.optim.Optimizer:
-        nonlocal model
-        model = network
-        return Measured(network, lr=0.02)
+    def before_step(self) -> None:
+        self.before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
-    def loss(call: Callable[..., tiny_lm.Any]) -> Tensor:
-        return call(input_ids=batch, labels=batch).loss
+    def after_step(self) -> None:
+        self.taken += 1
+        if self.taken % 5 == 0:
+            step = {name: p.detach() - self.before[name] for name, p in self.model.named_parameters()}
+            self.lengths.append(along_step(self.model, step, self.loss, self.before)["all"].steps)
 
-    seen: list[int] = []
-    model = torch.nn.Module()
-    batch = tiny_lm.text()[: 16 * tiny_lm.LENGTH].view(16, tiny_lm.LENGTH)
+    def loss(self, call: Any) -> Tensor:
+        return call(input_ids=self.batch, labels=self.batch).loss
+
+
+def language_model(rate: float, steps: int = 60) -> tuple[list[float], float]:
+    """Return γ over the length of the step, each fifth step of a run, and the held-out loss."""
+    probes = []
+
+    def build(model: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = symlm.SymOptimizer(model, lr=0.02)
+        probes.append(Probe(model, optimizer))
+        return optimizer
+
     held = tiny_lm.train(build, steps, rate=lambda step: rate)[1]
-    return lengths, held
+    return probes[0].lengths, held
 
 
 def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     checks = []
     for name, (found, counts) in {**rosenbrock(), **log_sum_exp(), **linear()}.items():
-        target, here = (
-            f"{steps} steps, {solves} solves" for steps, solves in (counts, (len(found.steps), found.solves))
-        )
+        both = counts, (len(found.steps), found.solves)
+        target, here = (f"{steps} steps, {solves} solves" for steps, solves in both)
         checks.append(Check(name, target, here, found.reason == "target" and here == target))
         left.semilogy([step.gradient for step in found.steps], label=name)
     f = composed(square, residuals)
@@ -142,10 +148,8 @@ def main() -> None:
     checks.append(Check("Rosenbrock, zero, f after 2,000 steps", "none reported", normalized.value))
     for rate in (0.1, 1.0, 10.0):
         lengths, held = language_model(rate)
-        right.semilogy(range(5, 61, 5), lengths["all"], label=f"rate × {rate:g}, held-out loss {held:.2f}")
-        checks.append(
-            Check(f"tiny Qwen3, rate × {rate:g}: γ/|step| at the end, all", "none reported", lengths["all"][-1])
-        )
+        right.semilogy(range(5, 61, 5), lengths, label=f"rate × {rate:g}, held-out loss {held:.2f}")
+        checks.append(Check(f"tiny Qwen3, rate × {rate:g}: γ/|step| at the end", "none reported", lengths[-1]))
         checks.append(Check(f"tiny Qwen3, rate × {rate:g}: held-out loss", "none reported", held))
     left.set(xlabel="iteration", ylabel="|∇f|*", title="Newton steps that γ regularizes")
     right.set(xlabel="step", ylabel="γ over the step's length", title="tiny Qwen3, the default optimizer")

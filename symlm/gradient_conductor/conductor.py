@@ -40,7 +40,7 @@ class GradientConductor:
     It stores two rows a loss of the trainable parameters' size, one more with momentum, and costs a backward pass a
     loss, a pass over the rows, and one read of the device a step, of `4K²` numbers.
 
-    Under DDP it turns the model's own reduction off, and averages once a step; FSDP2 reduces in each backward pass.
+    Under DDP it reduces in the model's place, once a step; FSDP2 reduces in each backward pass.
     Inner products are of whole gradients, summed over the ranks, and all ranks resolve alike.
 
     Args:
@@ -172,8 +172,8 @@ class GradientConductor:
             The state.
         """
         gradients = self._rows.gather() if self._rows is not None and self._steps else []
-        own = {"losses": list(self.losses), "steps": self._steps, "skipped_steps": self.skipped_steps}
-        return {**own, **self._arbiter.state_dict(), "gradients": gradients}
+        plain = {"losses": list(self.losses), "steps": self._steps, "skipped_steps": self.skipped_steps}
+        return {**plain, **self._arbiter.state_dict(), "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state; all ranks call this together.

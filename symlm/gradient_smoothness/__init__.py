@@ -1,4 +1,4 @@
-"""Gradient-normalized smoothness: how far a step may go before the gradient has changed by its own size.
+"""Gradient-normalized smoothness: how far a step may go before the gradient has changed by as much as it is long.
 
 The radius γ at x is the largest with `|∇f(x+h) − ∇f(x) − Hh|_* <= |∇f(x)|_* |h|/γ` for all `|h| <= γ`, where H is what
 is known of the Hessian, `|h|² = ⟨h, Bh⟩` and `|g|_*² = ⟨g, B⁻¹g⟩`. `minimize` takes Newton steps that γ regularizes;

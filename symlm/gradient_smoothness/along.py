@@ -25,7 +25,7 @@ class Smoothness:
 
     @property
     def steps(self) -> float:
-        """How many such steps change the gradient by its own size, |∇f|/|∇²f p|; infinity if none do."""
+        """How many such steps change the gradient by as much as it is long, |∇f|/|∇²f p|; infinity if none do."""
         return self.gradient / self.change if self.change else float("inf")
 
     @property

@@ -70,7 +70,7 @@ def fisher(inner: Function, p: float) -> Hessian:
         ValueError: p is below 2.
     """
     if p < 2:
-        raise ValueError(f"the Fisher term of |u|^p/p needs p >= 2, got {p}")
+        raise ValueError(f"a Fisher term of a norm's power needs p >= 2, got {p}")
 
     def hessian(x: Tensor) -> RankOne:
         u, pull = torch.func.vjp(inner, x)[:2]

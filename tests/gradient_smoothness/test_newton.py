@@ -172,7 +172,7 @@ def test_bad_input_is_refused_and_a_minimum_that_cannot_be_bettered_ends():
         minimize(rosenbrock, START, B=B)
     with pytest.raises(ValueError, match="the radius gamma must be positive, got 0"):
         minimize(rosenbrock, START, gamma=0.0)
-    with pytest.raises(ValueError, match="needs p >= 2, got 1"):
+    with pytest.raises(ValueError, match="power needs p >= 2, got 1"):
         fisher(residuals, 1)
     with pytest.raises(ValueError, match=r"the Hessian plus .* B is not positive definite"):
         minimize(rosenbrock, START, lambda x: torch.full((2, 2), float("nan"), dtype=x.dtype))
