@@ -1,6 +1,6 @@
 """Regularized Newton steps, and γ along an optimizer's steps:  python recipes/reproduce/gradient_smoothness.py
 
-Source: arXiv 2506.13710. The targets are what the authors' code gives on these problems, iterations and solves: its own
+Source: arXiv 2506.13710. The targets are what the authors' code gives on these problems, iterations and solves: its
 data (NumPy's old seed 3124) at a tenth and at half of its size. Then a tiny Qwen3 of bytes, where γ is a diagnostic.
 """
 

@@ -47,7 +47,7 @@ class GradientConductor:
         model: The model, as the training loop calls it: wrap it before, since wrappers replace parameters.
         losses: The names of the losses, two or more.
         rules: How conflicts are resolved.
-        momentum: β of the mean; the source has 0.85, and an optimizer without momentum of its own behind it.
+        momentum: β of the mean; the source has 0.85, before an optimizer that has none.
         dtype: The dtype of the rows; the source has bfloat16. None is the parameters', at least fp32.
 
     Raises:
