@@ -241,7 +241,7 @@ def test_two_conflicting_quadratics_reach_a_point_that_serves_both_where_the_lar
 
 def test_the_state_is_plain_and_goes_on_bit_for_bit():
     steps = drifting(12)
-    whole, _ = conducted(steps, momentum=0.5)
+    whole, uninterrupted = conducted(steps, momentum=0.5)
     _, first = conducted(steps[:6], momentum=0.5)
     buffer = io.BytesIO()
     torch.save(first.state_dict(), buffer)
@@ -253,6 +253,8 @@ def test_the_state_is_plain_and_goes_on_bit_for_bit():
         second.backward({name: model.loss(g) for name, g in gradients.items()})
         second.step()
         assert torch.equal(model.gradient, expected)
+    ours, theirs = second.state_dict(), uninterrupted.state_dict()
+    assert all(ours[key] == theirs[key] for key in ("norms", "winners", "mixing", "steps"))
 
 
 def test_a_state_of_something_else_is_refused():
