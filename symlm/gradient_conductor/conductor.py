@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symlm.distributed.collectives import anywhere
 from symlm.gradient_conductor.conflicts import Arbiter, Arbitration, Conflict
 from symlm.gradient_conductor.rows import Rows, places_of
 
@@ -38,7 +37,7 @@ class GradientConductor:
     any orthogonal map of the flat gradient, and the order of the losses does not matter but for ties.
 
     It stores two rows a loss of the trainable parameters' size, one more with momentum, and costs a backward pass a
-    loss, a pass over the rows, and one read of the device a step, of `4K²` numbers.
+    loss, a pass over the rows, and one exchange of small numbers and one read of the device a step.
 
     Under DDP it reduces in the model's place, once a step; FSDP2 reduces in each backward pass.
     Inner products are of whole gradients, summed over the ranks, and all ranks resolve alike.
@@ -135,11 +134,10 @@ class GradientConductor:
         given = rows.reached.any(1).tolist()
         if missing := [name for name, has in zip(self.losses, given, strict=True) if not has]:
             raise RuntimeError(f"the losses {missing} had no backward pass since the last step of the conductor")
-        reached = anywhere(rows.reached.to(rows.now.device)).cpu()
-        rows.reached = torch.zeros_like(rows.reached)
-        self._refuse_strangers(reached)
         rows.average()
-        products = rows.inner_products().cpu()  # the read of the device
+        products, reached = rows.examine()
+        rows.reached.zero_()
+        self._refuse_strangers(reached)
         K = len(self.losses)
         norms = dict(zip(self.losses, products.diagonal()[:K].sqrt().tolist(), strict=True))
         if not products[:K, :K].isfinite().all():

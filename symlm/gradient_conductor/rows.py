@@ -95,10 +95,14 @@ class Rows:
             for row in self.now if plain and copies > 1 else ():
                 averaged_everywhere(row[start:stop])
 
-    def inner_products(self) -> Tensor:
-        """Compute the inner products of whole gradients, these and the ones before, (2K, 2K) in float64.
+    def examine(self) -> tuple[Tensor, Tensor]:
+        """Compute what all ranks decide by, in one exchange and one read of the device.
 
         A part that several ranks store counts once, so that the sum over all ranks is that of one process.
+
+        Returns:
+            The inner products of whole gradients, these and the ones before, (2K, 2K) in float64; and whether a loss
+            reached a parameter on any rank, (K, parameters).
         """
         K = len(self.now)
         total = torch.zeros(2 * K, 2 * K, dtype=torch.float64, device=self.now.device)
@@ -107,7 +111,9 @@ class Rows:
                 columns = slice(first, min(stop, first + COLUMNS))
                 X = torch.cat([self.now[:, columns], self.before[:, columns]]).double()
                 total.addmm_(X, X.T, alpha=1 / copies)
-        return summed_everywhere(total)
+        numbers = summed_everywhere(torch.cat([total.flatten(), self.reached.to(total).flatten()])).cpu()
+        products, reached = numbers.split([total.numel(), self.reached.numel()])
+        return products.view_as(total), reached.view_as(self.reached) > 0
 
     def combined(self, weights: list[float]) -> Tensor:
         """Compute `Σ_k w_k g_k` in fp32 or wider, (columns,)."""
