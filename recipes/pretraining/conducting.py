@@ -41,7 +41,7 @@ class Conducting:
         if self.is_dealt:
             name = list(losses)[turn % len(losses)]
             losses = {name: losses[name] * len(losses)}  # of so many times fewer passes
-        self.conductor.backward(losses, accelerator.backward)
+        self.conductor.backward(losses, accelerator.backward, output.loss)
 
     def resolve(self) -> bool:
         """Write the conducted gradient; return whether all gradients were finite: if not, the step is skipped."""

@@ -80,7 +80,12 @@ class GradientConductor:
         for wrapper in (module for module in modules if hasattr(module, "require_backward_grad_sync")):
             wrapper.require_backward_grad_sync = False  # DDP's
 
-    def backward(self, losses: Mapping[str, Tensor], run: Callable[..., Any] = Tensor.backward) -> None:
+    def backward(
+        self,
+        losses: Mapping[str, Tensor],
+        run: Callable[..., Any] = Tensor.backward,
+        output: Tensor | None = None,
+    ) -> None:
         """Run a backward pass for each loss, and add its gradients to those that it has already in this step.
 
         All losses of one forward pass, or one loss of each micro-batch ("stochastic": as cheap as one loss). As in
@@ -90,6 +95,8 @@ class GradientConductor:
         Args:
             losses: The losses by name; those of one call may share their graph.
             run: Runs a backward pass, called as `run(loss, retain_graph=...)`; accelerate's is `accelerator.backward`.
+            output: A scalar of the model's output, the losses' sum if None. FSDP2 gathers weights where a backward pass
+                comes by a module's output, so that there zero times this is added to each loss.
 
         Raises:
             ValueError: A name that the conductor was not given.
@@ -98,9 +105,12 @@ class GradientConductor:
         if unknown := [name for name in losses if name not in self.losses]:
             raise ValueError(f"unknown losses {unknown}; the conductor was given {list(self.losses)}")
         rows = self._made()
-        for module in self.model.modules():
-            if synchronize := getattr(module, "set_requires_gradient_sync", None):  # FSDP2's
-                synchronize(True, recurse=False)  # of gradients that wait nobody could tell whose they are
+        sharded: list[Any] = [x for x in self.model.modules() if hasattr(x, "set_requires_gradient_sync")]
+        if sharded:
+            path = 0.0 * (sum(losses.values()) if output is None else output)
+            losses = {name: loss + path for name, loss in losses.items()}
+        for module in sharded:
+            module.set_requires_gradient_sync(True, recurse=False)  # nobody could tell whose the ones that wait are
         for place in rows.places:
             place.parameter.grad = None
         for left, (name, loss) in zip(reversed(range(len(losses))), losses.items(), strict=True):

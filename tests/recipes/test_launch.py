@@ -132,11 +132,15 @@ def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, pro
     assert all((after[name] == W).all() for name, W in before.items())
 
 
-@pytest.mark.parametrize("config", [slow("cpu2"), slow("fsdp8")])
-def test_a_conductor_on_two_processes_resumes_bit_for_bit(text, tmp_path, config):
-    """Its rows are sharded as the model is, and each loss has one of two batches, which accelerate would not reduce."""
+@pytest.mark.parametrize(
+    ("config", "how"), [slow("cpu2", "stochastic"), slow("fsdp8", "stochastic"), slow("fsdp8", "all")]
+)
+def test_a_conductor_on_two_processes_resumes_bit_for_bit(text, tmp_path, config, how):
+    """Its rows are sharded as the model is; accelerate would not reduce the first of two batches; and the load loss
+    leaves the model inside a layer, by none of the outputs where FSDP2 gathers weights.
+    """
     start = sharded(config, 2) if config == "fsdp8" else launch(f"{config}.yaml", "--mixed_precision=no")
-    moe = ["--model.preset=olmoe-tiny", "--train.load_loss=10", "--train.conductor=stochastic", "--train.accumulate=2"]
+    moe = ["--model.preset=olmoe-tiny", "--train.load_loss=10", f"--train.conductor={how}", "--train.accumulate=2"]
     moe += ["--train.steps=6", "--train.save_every=3"]
     run(*start, *recipe(text, tmp_path, *moe))
     folder = tmp_path / "default"
