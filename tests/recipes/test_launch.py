@@ -132,9 +132,10 @@ def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, pro
     assert all((after[name] == W).all() for name, W in before.items())
 
 
-@pytest.mark.parametrize(
-    ("config", "how"), [slow("cpu2", "stochastic"), slow("fsdp8", "stochastic"), slow("fsdp8", "all")]
-)
+SHARED = [slow("cpu2", "stochastic"), slow("fsdp8", "stochastic"), slow("fsdp8", "all")]
+
+
+@pytest.mark.parametrize(("config", "how"), SHARED)
 def test_a_conductor_on_two_processes_resumes_bit_for_bit(text, tmp_path, config, how):
     """Its rows are sharded as the model is; accelerate would not reduce the first of two batches; and the load loss
     leaves the model inside a layer, by none of the outputs where FSDP2 gathers weights.
