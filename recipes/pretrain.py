@@ -51,6 +51,8 @@ def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any
         **({"radius/proposed": report.proposed, "radius/taken": report.taken} if report else {}),
         **({"teleport/gradient_ratio": job.teleporter.ratio} if job.teleporter else {}),
         **({"attention/largest_logit": largest.max().item()} if job.qk_clip and largest.numel() else {}),
+        **(job.conducting.metrics() if job.conducting else {}),
+        **(job.probe.metrics() if job.probe else {}),
     }
 
 
@@ -59,21 +61,30 @@ def train_step(
 ) -> tuple[torch.Tensor, Any]:
     """Take one step over `accumulate` batches; return their mean loss, and what the model said of the last."""
     model, routers, loss = job.model, job.routers, torch.zeros((), device=accelerator.device)
-    for _ in range(train.accumulate):
+    for turn in range(train.accumulate):
         x = next(stream, None)
         if x is None:
             raise ValueError(f"the dataset ended before step {train.steps}: use fewer steps")
         with accelerator.accumulate(model):
             output = model(input_ids=x, labels=x, **routers.inputs)
-            accelerator.backward(output.loss + routers.loss(output))
-            if job.teleporter and accelerator.sync_gradients:
-                job.teleporter.before_step(x)
-            if train.clip and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), train.clip)
-            if job.control and accelerator.sync_gradients:
-                job.control.step(input_ids=x)
+            steps = accelerator.sync_gradients
+            if job.conducting:
+                job.conducting.backward(output, turn, accelerator)
+                steps = steps and job.conducting.resolve()
             else:
+                accelerator.backward(sum(routers.losses(output).values()))
+            if job.teleporter and steps:
+                job.teleporter.before_step(x)
+            if train.clip and steps:
+                accelerator.clip_grad_norm_(model.parameters(), train.clip)
+            if job.probe and steps:
+                job.probe.before_step()
+            if job.control and steps:
+                job.control.step(input_ids=x)
+            elif steps:
                 job.optimizer.step()
+            if job.probe and steps:
+                job.probe.after_step(x)
             job.optimizer.zero_grad()
         loss += output.loss.detach() / train.accumulate
     return loss, output

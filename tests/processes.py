@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import symlm
+from symlm.gradient_conductor import GradientConductor
 from symlm.qk_clip import QKClip
 
 STEPS = 10
@@ -662,7 +663,71 @@ def refused_settings(rank, world):
     return messages
 
 
+CONDUCTED = ("text", "against")
+CONDUCTED_STEPS = 4
+
+
+def conducted_losses(model, x):
+    """Return two losses of one forward pass that want opposite things."""
+    logits = model(input_ids=x).logits[:, :-1].flatten(0, 1)
+    shifted = nn.functional.cross_entropy(logits, x[:, 1:].flatten())
+    return {"text": shifted, "against": 1e-2 * logits.square().mean() - 0.8 * shifted}
+
+
+def train_conducted(model, optimizer, conductor, rank=0, world=1, first=0, steps=CONDUCTED_STEPS):
+    """Take steps of two micro-batches where there is enough; return the reports of the steps."""
+    reports = []
+    for step in range(first, first + steps):
+        parts = batch(step, rank, world).chunk(2)  # one on four ranks
+        for part in parts:
+            conductor.backward({name: loss / len(parts) for name, loss in conducted_losses(model, part).items()})
+        reports.append(conductor.step())
+        optimizer.step()
+        optimizer.zero_grad()
+    return reports
+
+
+def conducted(rank, world):
+    """Conduct two losses on copies and on shards; a second conductor loads the first's state and goes on."""
+    found = {}
+    for case in ("ddp", "fsdp2") + (("hsdp",) if world == 4 else ()):
+        model = model_of(case)
+        optimizer = optimizer_of(case, model)
+        if case == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            grid = (2, world // 2) if case == "hsdp" else (world,)
+            shard(model, init_device_mesh("cpu", grid, mesh_dim_names=("copies", "shards")[-len(grid) :]))
+            optimizer = optimizer_of(case, model)
+        reports = []
+        state = None
+        for first in (0, CONDUCTED_STEPS // 2):
+            conductor = GradientConductor(model, CONDUCTED, momentum=0.5)
+            if state:
+                conductor.load_state_dict(state)
+            reports += train_conducted(model, optimizer, conductor, rank, world, first, CONDUCTED_STEPS // 2)
+            state = conductor.state_dict()
+        found[case] = {
+            "weights": whole(model),
+            "conflicts": [[tuple(conflict) for conflict in report.conflicts] for report in reports],
+            "norms": [report.norms for report in reports],
+            "gradients": state["gradients"],
+            "skips": skips_together(model, conductor, rank, world),
+        }
+    return found
+
+
+def skips_together(model, conductor, rank, world):
+    """Give the last rank a bad gradient; return whether this rank skipped its step, with nothing written."""
+    losses = conducted_losses(model, batch(9, rank, world))
+    if rank == world - 1:
+        losses["against"] = losses["against"] * torch.nan
+    conductor.backward(losses)
+    return not conductor.step().finite and all(p.grad is None for p in model.parameters())
+
+
 EXTRA_CASES = {
+    "conducted": conducted,
     "refused settings": refused_settings,
     "matrices under zero": matrices_under_zero,
     "watched": watched,

@@ -98,8 +98,12 @@ class TrainConfig:
         r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
         teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
         qk_clip: the largest attention logit, held by `symlm.qk_clip`; none is no bound.
+        smoothness_every: measure how far the gradient holds along the step, by role, every so many steps
+            (`symlm.gradient_smoothness`); none is never.
         load_loss: coefficient of the routers' load loss; the loss that is written is without it.
         z_loss: coefficient of the routers' z-loss; the loss that is written is without it.
+        conductor: resolve conflicts of these with the next token's loss (`symlm.gradient_conductor`): "all" losses on
+            every batch, or "stochastic", one on each batch of a step; none sums them.
         mixed_precision: "no", "bf16" or "fp16"; none takes the launcher's.
         seed: of the model, the data's order and what is random in the step.
         validate_every: steps between validations.
@@ -120,8 +124,10 @@ class TrainConfig:
     r_over: float | str = "max"
     teleport_every: int | None = None
     qk_clip: float | None = None
+    smoothness_every: int | None = None
     load_loss: float = 0.0
     z_loss: float = 0.0
+    conductor: Literal["all", "stochastic"] | None = None
     mixed_precision: str | None = None
     seed: int = 42
     validate_every: int = 50
@@ -131,7 +137,8 @@ class TrainConfig:
     tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch", "accumulate", "validate_every", "log_every", "save_every", "keep", "teleport_every")
+        counts = ("steps", "batch", "accumulate", "validate_every", "log_every", "save_every", "keep")
+        counts += ("teleport_every", "smoothness_every")
         at_least(1, {f"train.{name}": getattr(self, name) for name in counts})
         at_least(0, {f"train.{name}": getattr(self, name) for name in ("warmup", "decay", "load_loss", "z_loss")})
         if self.tracker not in (installed := ["none", *map(str, get_available_trackers())]):

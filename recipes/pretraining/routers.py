@@ -10,21 +10,21 @@ import symlm
 from pretraining.config import TrainConfig
 
 
-def router_loss(logits: tuple[Tensor, ...], top_k: int, load: float, z: float) -> Tensor:
-    """Return `load · E Σ f_i P_i + z · mean lse²`, the mean over layers; f is the share of choices, without gradient.
+def router_losses(logits: tuple[Tensor, ...], top_k: int) -> tuple[Tensor, Tensor]:
+    """Return `E Σ f_i P_i` and `mean lse²`, each the mean over layers; f is the share of choices, without gradient.
 
-    Shapes: a (tokens, experts) tensor a layer -> scalar. The load term is 1 for a uniform router.
+    Shapes: a (tokens, experts) tensor a layer -> two scalars. The first, of the load, is 1 for a uniform router.
     Source: Switch Transformer, arXiv 2101.03961, eq. 4; ST-MoE, arXiv 2202.08906, eq. 5.
     """
-    total = torch.zeros((), device=logits[0].device)
+    load, z = (torch.zeros((), device=logits[0].device) for _ in range(2))
     for scores in logits:
         scores = scores.float()
         tokens, experts = scores.shape
         chosen = scores.topk(top_k, dim=-1).indices.flatten()
         f = torch.zeros(experts, device=scores.device).index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float))
-        balance = experts * (f / (tokens * top_k) * scores.softmax(-1).mean(0)).sum()
-        total = total + load * balance + z * scores.logsumexp(-1).square().mean()
-    return total / len(logits)
+        load = load + experts * (f / (tokens * top_k) * scores.softmax(-1).mean(0)).sum()
+        z = z + scores.logsumexp(-1).square().mean()
+    return load / len(logits), z / len(logits)
 
 
 class Routers:
@@ -37,14 +37,24 @@ class Routers:
         if self.top_k is None and (self.load or self.z):
             raise ValueError(f"{type(model).__name__} has no routers for train.load_loss and train.z_loss")
         if self.top_k:
-            model.config.router_aux_loss_coef = 0.0  # transformers' own sums over layers; ours is `router_loss`
+            model.config.router_aux_loss_coef = 0.0  # transformers' own sums over layers; ours are `router_losses`
 
     @property
     def inputs(self) -> dict[str, bool]:
         return {"output_router_logits": True} if self.top_k else {}
 
-    def loss(self, output: Any) -> torch.Tensor | float:
-        return router_loss(output.router_logits, self.top_k, self.load, self.z) if self.load or self.z else 0.0
+    @property
+    def trained(self) -> list[str]:
+        """The names of the losses that a run trains."""
+        return ["next_token", *(["load"] if self.load else []), *(["z"] if self.z else [])]
+
+    def losses(self, output: Any) -> dict[str, Tensor]:
+        """Return the losses by name, times their coefficients."""
+        if len(self.trained) == 1:
+            return {"next_token": output.loss}
+        load, z = router_losses(output.router_logits, self.top_k)
+        weighted = {"next_token": output.loss, "load": self.load * load, "z": self.z * z}
+        return {name: weighted[name] for name in self.trained}
 
     def metrics(self, output: Any, accelerator: Accelerator) -> dict[str, Any]:
         """Return each metric's mean over the layers, and the load of every expert, layer by layer."""

@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader
 
 import symlm
 from pretraining import corpus
+from pretraining.conducting import Conducting
 from pretraining.config import OptimizerConfig, RunConfig, TrainConfig
 from pretraining.models import build_model
 from pretraining.packing import Collate
 from pretraining.routers import Routers
+from pretraining.smoothness import SmoothnessProbe
 from pretraining.teleporting import Teleporter
 from symlm.agd import AGD, initialize_
 from symlm.qk_clip import QKClip
@@ -58,9 +60,11 @@ class Training:
     loader: DataLoader
     held: DataLoader
     routers: Routers
+    qk_clip: QKClip | None
     control: StepControl | None
     teleporter: Teleporter | None
-    qk_clip: QKClip | None
+    conducting: Conducting | None
+    probe: SmoothnessProbe | None
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -125,13 +129,16 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     held = DataLoader(validation, batch_size=train.batch, collate_fn=collate)
     model, optimizer, loader, held = accelerator.prepare(model, plain, loader, held)
     accelerator.register_for_checkpointing(schedule)
-    for name in ("r_target", "teleport_every"):
+    for name in ("r_target", "teleport_every", "smoothness_every"):
         if getattr(train, name) is not None and accelerator.num_processes > 1:
             raise ValueError(f"train.{name} looks at one process's batch and weights: use one process, or leave it out")
     if train.teleport_every and accelerator.mixed_precision != "no":
         raise ValueError("train.teleport_every compares losses that rounding would change: set mixed_precision to no")
     control = StepControl(model, optimizer, r_target=train.r_target, over=train.r_over) if train.r_target else None
     teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
-    if teleporter:
-        accelerator.register_for_checkpointing(teleporter)
-    return Training(model, optimizer, plain, schedule, loader, held, routers, control, teleporter, qk_clip), tokenizer
+    conducting = Conducting(model, routers, train, accelerator) if train.conductor else None
+    probe = SmoothnessProbe(model, routers, train.smoothness_every) if train.smoothness_every else None
+    stateful = (teleporter, conducting, probe)
+    accelerator.register_for_checkpointing(*(part for part in stateful if part))
+    beside = (qk_clip, control, *stateful)
+    return Training(model, optimizer, plain, schedule, loader, held, routers, *beside), tokenizer

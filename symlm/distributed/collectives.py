@@ -52,6 +52,18 @@ def largest_everywhere(x: Tensor) -> Tensor:
     return x
 
 
+def averaged_everywhere(x: Tensor) -> Tensor:
+    """Average x over all ranks, in place.
+
+    Args:
+        x: This rank's value, any shape, contiguous; the mean replaces it.
+
+    Returns:
+        x.
+    """
+    return summed_everywhere(x).div_(world_size()) if world_size() > 1 else x
+
+
 def world_size() -> int:
     """Return the number of ranks, one without a process group."""
     return dist.get_world_size() if is_initialized() else 1

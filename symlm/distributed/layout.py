@@ -166,6 +166,15 @@ def rank_in(group: Any) -> int:
     return 0 if group is None or isinstance(group, AbsentGroup) else dist.get_rank(group)
 
 
+def copies_of(p: Any) -> int:
+    """Return how many ranks store the same part of a parameter: all of a plain one, by the placements of a DTensor."""
+    world = dist.get_world_size() if is_initialized() else 1
+    if not hasattr(p, "placements"):
+        return world
+    shards = [p.device_mesh.size(axis) for axis, placement in enumerate(p.placements) if placement.is_shard()]
+    return max(1, world // prod(shards))
+
+
 def cut_rows(layout: Layout) -> list[int]:
     """Return the indices of the rows that are split between ranks."""
     n = layout.shape[-1]

@@ -8,6 +8,7 @@ from numerics import RANKS, RANKS_AT_SMALL_RATES, RANKS_OF_ROOTS, RUN, relative
 from processes import (
     CASES,
     CLIP,
+    CONDUCTED,
     EXTRA_CASES,
     SHORT,
     WORLDS,
@@ -16,11 +17,13 @@ from processes import (
     optimizer_of,
     run,
     train,
+    train_conducted,
     train_half,
     whole,
 )
 
 import symlm
+from symlm.gradient_conductor import GradientConductor
 
 PAIRS = [(case, world) for case in CASES for world in WORLDS.get(case, (2,))]
 FOUR = pytest.param(4, marks=pytest.mark.slow)
@@ -175,6 +178,27 @@ def test_metrics_are_of_all_tokens(ran, world):
     for many in result(ran, "watched", world):
         assert set(many) == set(one)
         assert all(torch.allclose(many[key], value, rtol=1e-5) for key, value in one.items())
+
+
+@BOTH
+def test_a_conductor_on_many_ranks_is_the_one_of_one_process(ran, world):
+    """Each rank resolves the same conflicts of the same whole gradients, also after its state was loaded."""
+    alone = optimizer_of("ddp", model := model_of("ddp"))
+    conductor = GradientConductor(model, CONDUCTED, momentum=0.5)
+    reports = train_conducted(model, alone, conductor)
+    assert all(report.conflicts for report in reports)
+    last = conductor.state_dict()["gradients"]
+    for rank in result(ran, "conducted", world):
+        for case, found in rank.items():
+            assert found["skips"], case
+            for report, conflicts, norms in zip(reports, found["conflicts"], found["norms"], strict=True):
+                assert [(w, lost) for w, lost, _ in conflicts] == [(w, lost) for w, lost, _ in report.conflicts], case
+                assert [c for *_, c in conflicts] == pytest.approx([c for *_, c in report.conflicts], rel=RUN), case
+                assert norms == pytest.approx(report.norms, rel=RUN), case
+            for name, W in whole(model).items():
+                assert relative(found["weights"][name], W) < RUN, (case, name)
+                for row, expected in zip(found["gradients"], last, strict=True):
+                    assert relative(row[name], expected[name]) < RUN, (case, name)
 
 
 @pytest.fixture(scope="module")

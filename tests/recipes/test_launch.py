@@ -132,6 +132,28 @@ def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, pro
     assert all((after[name] == W).all() for name, W in before.items())
 
 
+SHARED = [slow("cpu2", "stochastic"), slow("fsdp8", "stochastic"), slow("fsdp8", "all")]
+
+
+@pytest.mark.parametrize(("config", "how"), SHARED)
+def test_a_conductor_on_two_processes_resumes_bit_for_bit(text, tmp_path, config, how):
+    """Its rows are sharded as the model is; accelerate would not reduce the first of two batches; and the load loss
+    leaves the model inside a layer, by none of the outputs where FSDP2 gathers weights.
+    """
+    start = sharded(config, 2) if config == "fsdp8" else launch(f"{config}.yaml", "--mixed_precision=no")
+    moe = ["--model.preset=olmoe-tiny", "--train.load_loss=10", f"--train.conductor={how}", "--train.accumulate=2"]
+    moe += ["--train.steps=6", "--train.save_every=3"]
+    run(*start, *recipe(text, tmp_path, *moe))
+    folder = tmp_path / "default"
+    before, rows = load_file(folder / "model" / "model.safetensors"), (folder / "metrics.jsonl").read_text()
+    assert json.loads(rows.splitlines()[-1])["conductor/norm/load"] > 0
+    (folder / "checkpoints" / "step-6").rename(folder / "checkpoints" / "lost")
+    run(*start, *recipe(text, tmp_path, *moe, "--resume=true"))
+    after = load_file(folder / "model" / "model.safetensors")
+    assert all((after[name] == W).all() for name, W in before.items())
+    assert (folder / "metrics.jsonl").read_text() == rows
+
+
 def test_a_kill_during_a_save_of_two_processes_leaves_a_usable_checkpoint(text, whole, tmp_path):
     process = subprocess.Popen(
         [*launch("cpu2.yaml", python=sys.executable), *recipe(text, tmp_path)],

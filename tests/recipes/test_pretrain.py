@@ -302,6 +302,7 @@ SYSTEMS = {
     "bounded logits": ["--train.qk_clip=0.5"],
     "softmax radius": ["--train.r_target=0.5"],
     "softmax radius, a quantile": ["--train.r_target=0.5", "--train.r_over=0.95"],
+    "smoothness": ["--train.smoothness_every=2"],
 }
 
 
@@ -315,6 +316,7 @@ def test_each_system_is_switched_on_by_configuration(text, tmp_path, system):
     assert "softmax radius" not in system or row["radius/taken"] <= 0.5 + 1e-6
     assert ("attention/largest_logit" in row) == (system == "bounded logits")
     assert ("update_rms/mlp_in" in row) == (system != "agd")
+    assert system != "smoothness" or 0 < row["smoothness/gamma/mlp_in"] < row["smoothness/gamma/all"]
 
 
 @pytest.mark.parametrize(
@@ -334,3 +336,38 @@ def test_a_schedule_is_its_formula(schedule, factor):
         rates.step()
     with pytest.raises(ValueError, match="choose 'linear', 'power' or 'cosine'"):
         setup.build_schedule(optimizer, run_config.TrainConfig(schedule="step"))
+
+
+CONDUCTED = ("--model.preset=olmoe-tiny", "--train.load_loss=10", "--train.steps=6", "--train.save_every=3")
+
+
+@pytest.mark.parametrize(
+    "how", [("all",), ("stochastic", "--train.accumulate=2", "--train.smoothness_every=2")], ids=str
+)
+def test_a_conductor_conducts_and_a_run_with_it_resumes_bit_for_bit(text, tmp_path, how):
+    flags = [*CONDUCTED, *how[1:], f"--train.conductor={how[0]}"]
+    assert run(text, tmp_path, *flags).returncode == 0
+    folder = tmp_path / "default"
+    before, rows = load_file(folder / "model" / "model.safetensors"), (folder / "metrics.jsonl").read_text()
+    last = json.loads(rows.splitlines()[-1])
+    assert last["conductor/norm/load"] > 0
+    assert -1 <= last["conductor/cosine"] < 1
+    shutil.rmtree(folder / "checkpoints" / "step-6")
+    assert run(text, tmp_path, *flags, "--resume=true").returncode == 0
+    after = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(after[name], W) for name, W in before.items())
+    assert (folder / "metrics.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.conductor=all"], "train.conductor needs two losses, and this run has one"),
+        ([*CONDUCTED, "--train.conductor=stochastic"], "train.accumulate must be a multiple of that, got 1"),
+        ([*CONDUCTED, "--train.conductor=all", "--train.mixed_precision=fp16"], "which DeepSpeed partitions and fp16"),
+    ],
+)
+def test_what_a_conductor_cannot_do_is_named(text, tmp_path, flags, message):
+    done = run(text, tmp_path, *flags)
+    assert done.returncode != 0
+    assert message in done.stderr

@@ -6,11 +6,14 @@ import pytest
 import warm_python
 from recipe import ROOT
 
-SCRIPTS = ("agd", "aro", "polargrad", "qk_clip", "softmax_radius", "teleport")
+SCRIPTS = ("agd", "aro", "gradient_conductor", "gradient_smoothness", "polargrad", "qk_clip")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*SCRIPTS, "softmax_radius", "teleport")]
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["auon", *(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS)])
+@pytest.mark.parametrize(
+    "name", ["auon", *(pytest.param(name, marks=pytest.mark.slow) for name in (*SCRIPTS, "teleport"))]
+)
 def test_reproduction_passes(name, tmp_path):
     command = [warm_python.executable(), str(ROOT / "recipes" / "reproduce" / f"{name}.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
