@@ -105,6 +105,7 @@ class TrainConfig:
         log_every: steps between rows of metrics.jsonl.
         save_every: steps between checkpoints.
         keep: how many checkpoints stay.
+        timeout: seconds that processes wait for one of them, which is frozen or gone, before all end; none is torch's.
         tracker: where the metrics go besides metrics.jsonl, one of accelerate's trackers, or "none".
     """
 
@@ -126,12 +127,14 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 100
     keep: int = 2
+    timeout: float | None = None
     tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch", "accumulate", "validate_every", "log_every", "save_every", "keep", "teleport_every")
         at_least(1, {f"train.{name}": getattr(self, name) for name in counts})
         at_least(0, {f"train.{name}": getattr(self, name) for name in ("warmup", "decay", "load_loss", "z_loss")})
+        at_least(1, {"train.timeout": self.timeout})
         if self.tracker not in (installed := ["none", *map(str, get_available_trackers())]):
             raise ValueError(f"train.tracker {self.tracker!r} is not installed or unknown; there are {installed}")
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,12 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """
     train, deepspeed = config.train, parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
+    group: dict[str, Any] = {"backend": "gloo"} if on_cpu and deepspeed else {}
+    if train.timeout:
+        group["timeout"] = timedelta(seconds=train.timeout)
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,  # which accelerate would turn off
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
+        kwargs_handlers=[InitProcessGroupKwargs(**group)] if group else [],
         mixed_precision=train.mixed_precision,
         gradient_accumulation_steps=train.accumulate,
         log_with=None if train.tracker == "none" else train.tracker,

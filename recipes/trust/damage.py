@@ -1,0 +1,103 @@
+"""Damage to the newest checkpoint, file by file: found before a weight is touched, and the one before is taken."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from random import Random
+
+from pretraining.checkpoints import MANIFEST, manifest
+
+from trust.kills import Outcome
+from trust.runs import EVERY, Lost, Run, tail
+
+
+def flip(run: Run, random: Random, number: int) -> Outcome:
+    """One bit of a file."""
+
+    def damage(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        file.write_bytes(content)
+
+    return _damaged(run, number, damage)
+
+
+def cut(run: Run, random: Random, number: int) -> Outcome:
+    """A file without its end."""
+    return _damaged(run, number, lambda file: file.write_bytes(file.read_bytes()[: random.randrange(_size(file))]))
+
+
+def missing(run: Run, random: Random, number: int) -> Outcome:
+    """A file that is not there."""
+    return _damaged(run, number, Path.unlink)
+
+
+def mixed(run: Run, random: Random, number: int) -> Outcome:
+    """A file of the checkpoint before in the place of the newest one's."""
+
+    def damage(file: Path) -> None:
+        newest, before = run.saved()[-1], run.saved()[-2]
+        other = before / file.relative_to(newest)
+        if other.read_bytes() == file.read_bytes():
+            raise Lost("both checkpoints have one content there")
+        shutil.copy(other, file)
+
+    return _damaged(run, number, damage, alike=False)
+
+
+class Hostile:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.mkdir, (self.mark, 0o777, True, True)
+
+
+def hostile(run: Run, random: Random, number: int) -> Outcome:
+    """A pickle that runs code in the place of a file, which the manifest has been made to allow."""
+    mark = run.folder.with_name(f"{run.folder.name}-executed")
+    _copy_whole(run)
+    newest = run.saved()[-1]
+    file = _files(run)[number % len(_files(run))]
+    file.write_bytes(pickle.dumps(Hostile(mark)))
+    if file.name != MANIFEST:
+        (newest / MANIFEST).write_text(json.dumps(manifest(newest)))
+    job = run.start()
+    codes = run.end()
+    if mark.exists():
+        raise Lost(f"{file.name} was executed")
+    if any(codes) and "cannot be read" not in job.text:
+        raise Lost(f"no word of {newest.name}: {tail(job.text)}")
+    return [(0, 0.0)]
+
+
+def _damaged(run: Run, number: int, damage, alike: bool = True) -> Outcome:
+    """Damage a file of a finished run's newest checkpoint, by turns; go on, and end as the undisturbed run."""
+    _copy_whole(run)
+    newest, files = run.saved()[-1], _files(run, alike)
+    file = files[number % len(files)]
+    damage(file)
+    seconds = run.go_on()
+    if f"{newest.name} is damaged" not in run.job.text and file.name != MANIFEST:
+        raise Lost(f"the damage of {file.name} was not found")
+    run.check()
+    return [(EVERY, seconds)]
+
+
+def _copy_whole(run: Run) -> None:
+    shutil.copytree(run.whole.results, run.results)
+
+
+def _files(run: Run, alike: bool = True) -> list[Path]:
+    """Return the files of the newest checkpoint; without `alike` those that the one before has with another content."""
+    newest, before = run.saved()[-1], run.saved()[-2]
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and _size(path))
+    same = [path for path in files if (other := before / path.relative_to(newest)).exists()]
+    return files if alike else [p for p in same if p.read_bytes() != (before / p.relative_to(newest)).read_bytes()]
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
