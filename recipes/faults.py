@@ -69,7 +69,7 @@ class Fault:
         return f"{self.name}, {self.launcher}, {self.number}"
 
     def happen(self, folder: Path, seed: int) -> dict[str, Any]:
-        """Let it happen to a run in a folder of its own, and return what is recorded; of a run that is lost, the folder stays."""
+        """Let it happen to a run in a folder of its own, which stays if it is lost; return what is recorded."""
         run = Run(folder / "now" / self.key.replace(", ", "-").replace(" ", "_"), self.launcher, folder)
         shutil.rmtree(run.folder, ignore_errors=True)
         try:
@@ -155,8 +155,7 @@ def main(
             before = records.get(fault.key, {})
             failures = [*before.get("failures", []), *([before["note"]] if "note" in before else [])]
             records[fault.key] = record | ({"failures": failures} if failures else {})
-            if "note" in record:
-                bar.write(f"{fault.key}: {record['note']}")
+            bar.write(f"{fault.key}: {record.get('note', 'survived')}")
             store(results, seed, records)
     print(table(records))
     tried, survived = (sum(record[key] for record in records.values()) for key in ("tried", "survived"))

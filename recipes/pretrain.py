@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +104,8 @@ def run(
     """
     train, checkpoints = config.train, Checkpoints(folder / "checkpoints", config.train.keep)
     first = checkpoints.load(accelerator) if config.resume else 0
+    with checkpoints.named("a checkpoint"):  # before the first step is paid for
+        checkpoints.refuse_what_does_not_fit(sum(p.numel() * p.element_size() for p in job.model.parameters()))
     if accelerator.is_main_process:
         forget_after(first, folder)
     if accelerator.log_with:
@@ -160,7 +164,8 @@ def finish(
         print(f"validation loss {final['val/loss']:.4f} after {final['tokens']:,} tokens")
         if not failed:
             plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-            plain.save_pretrained(folder / "model", state_dict=weights)
+            with Checkpoints(folder / "checkpoints", 1).named(f"{folder / 'model'}"):
+                plain.save_pretrained(folder / "model", state_dict=weights)
             paths.insert(0, folder / "model")
         print("\n".join(map(str, paths)))
         if tokenizer and not failed:
@@ -189,9 +194,13 @@ def main() -> None:
     set_seed(config.train.seed)
     job, tokenizer = prepare(config, accelerator)
     open_folder(config, accelerator, folder)
-    with Stop(accelerator) as stop:
-        seconds, failed = run(job, config, accelerator, folder, stop)
-    finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds), failed)
+    try:
+        with Stop(accelerator) as stop:
+            seconds, failed = run(job, config, accelerator, folder, stop)
+        finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds), failed)
+    except OSError as error:  # a disk that is full or gone
+        print(error, file=sys.stderr)
+        raise SystemExit(os.EX_IOERR) from error
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Damage to the newest checkpoint, file by file: found before a weight is touched, and the one before is taken."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
 from random import Random
 
-from pretraining.checkpoints import MANIFEST, manifest
-
+from symlm.manifests import MANIFEST, write_manifest
 from trust.kills import Outcome
 from trust.runs import EVERY, Lost, Run, tail
 
@@ -38,10 +36,7 @@ def mixed(run: Run, random: Random, number: int) -> Outcome:
 
     def damage(file: Path) -> None:
         newest, before = run.saved()[-1], run.saved()[-2]
-        other = before / file.relative_to(newest)
-        if other.read_bytes() == file.read_bytes():
-            raise Lost("both checkpoints have one content there")
-        shutil.copy(other, file)
+        shutil.copy(before / file.relative_to(newest), file)
 
     return _damaged(run, number, damage, alike=False)
 
@@ -64,7 +59,7 @@ def hostile(run: Run, random: Random, number: int) -> Outcome:
     file = _files(run)[number % len(_files(run))]
     file.write_bytes(pickle.dumps(Hostile(mark)))
     if file.name != MANIFEST:
-        (newest / MANIFEST).write_text(json.dumps(manifest(newest)))
+        write_manifest(newest)
     job = run.start()
     codes = run.end()
     if mark.exists():
@@ -95,8 +90,10 @@ def _files(run: Run, alike: bool = True) -> list[Path]:
     """Return the files of the newest checkpoint; without `alike` those that the one before has with another content."""
     newest, before = run.saved()[-1], run.saved()[-2]
     files = sorted(path for path in newest.rglob("*") if path.is_file() and _size(path))
-    same = [path for path in files if (other := before / path.relative_to(newest)).exists()]
-    return files if alike else [p for p in same if p.read_bytes() != (before / p.relative_to(newest)).read_bytes()]
+    if alike:
+        return files
+    pairs = [(path, before / path.relative_to(newest)) for path in files]
+    return [path for path, other in pairs if other.exists() and other.read_bytes() != path.read_bytes()]
 
 
 def _size(file: Path) -> int:

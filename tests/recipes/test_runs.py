@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from evidence import runs
-from pretraining.checkpoints import Checkpoints, damage_of
+from pretraining.checkpoints import Checkpoints
 from recipe import ROOT
+
+from symlm.manifests import damage_of
 
 
 @pytest.mark.parametrize("jobs", [1, 8])
