@@ -72,8 +72,8 @@ class Fault:
         """Let it happen to a run in a folder of its own, which stays if it is lost; return what is recorded."""
         run = Run(folder / "now" / self.key.replace(", ", "-").replace(" ", "_"), self.launcher, folder)
         shutil.rmtree(run.folder, ignore_errors=True)
+        make_whole(self.launcher, folder)
         try:
-            make_whole(self.launcher, folder)
             outcome = PLAN[self.name][0](run, Random(f"{seed}, {self.key}"), self.number)
         except Lost as lost:
             return {"tried": 1, "survived": 0, "note": str(lost)}

@@ -199,7 +199,7 @@ def main() -> None:
             seconds, failed = run(job, config, accelerator, folder, stop)
         finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds), failed)
     except OSError as error:  # a disk that is full or gone
-        print(error, file=sys.stderr)
+        print(f"{error}; {Checkpoints(folder / 'checkpoints', 1).how_to_go_on()}", file=sys.stderr)
         raise SystemExit(os.EX_IOERR) from error
 
 

@@ -1,4 +1,4 @@
-"""Manifests: what a checkpoint's files are, written last, so that one that is half or damaged is not taken for whole."""
+"""Manifests of checkpoints: what their files are, written last: none that is half or damaged passes for whole."""
 
 import hashlib
 import json

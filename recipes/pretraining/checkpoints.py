@@ -27,7 +27,7 @@ class Checkpoints:
     def save(self, accelerator: Accelerator, step: int) -> None:
         """Save the state of all processes; the manifest is written last, and the folder is renamed then.
 
-        Raises: OSError that names the last whole one, where this cannot be written. Nothing half stays.
+        Raises: OSError where this cannot be written. Nothing half stays.
         """
         temporary = self.folder / "unfinished"
         if accelerator.is_main_process:
@@ -47,16 +47,19 @@ class Checkpoints:
 
     @contextmanager
     def named(self, what: str) -> Iterator[None]:
-        """Write something in a `with` block.  Raises: OSError that names the last whole checkpoint; nothing half stays."""
+        """Write in a `with` block.  Raises: OSError that names what could not be written, and nothing half stays."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # torch and safetensors have their own for a full disk
             shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
-            last = self.list()[-1] if self.list() else "none"
-            raise OSError(
-                f"{what} cannot be written ({error}); the last whole checkpoint is {last}: make room there and start "
-                "the same command again with --resume=auto"
-            ) from error
+            raise OSError(f"{what} cannot be written ({error})") from error
+
+    def how_to_go_on(self) -> str:
+        """Say what a run that a disk has ended goes on from."""
+        last = self.list()[-1] if self.list() else "none"
+        return (
+            f"the last whole checkpoint is {last}: make room there and start the same command again with --resume=auto"
+        )
 
     def refuse_what_does_not_fit(self, weights: int = 0) -> None:
         """Look at the disk before anything is written.

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 from pretraining.folder import read_metrics
+from torch.utils.cpp_extension import get_default_build_root
 
+from symlm.manifests import MANIFEST
 from trust.launchers import LAUNCHERS, Before, Job
 
 STEPS, EVERY = 24, 3  # steps of a run, and between its checkpoints
@@ -89,7 +91,9 @@ class Run:
     def start(self, *more: str, before: Before | None = None, cache: Path | None = None) -> Job:
         """Start it, or go on with it."""
         self.started += 1
-        log, environment = self.folder / f"{self.started}.log", {"XDG_CACHE_HOME": str(cache or self.base / "cache")}
+        log = self.folder / f"{self.started}.log"
+        environment = {"XDG_CACHE_HOME": str(cache or self.base / "cache")}
+        environment["TORCH_EXTENSIONS_DIR"] = f"{get_default_build_root()}/faults"  # what DeepSpeed compiles, once
         self.job = Job(self.launcher, [*self.arguments(), *more], log, before, environment)
         return self.job
 
@@ -112,7 +116,7 @@ class Run:
     def half(self) -> bool:
         """Tell whether a checkpoint is being written."""
         if self.trainer:
-            return any(not (path / "manifest.json").exists() for path in self.saved())
+            return any(not (path / MANIFEST).exists() for path in self.saved())
         return (self.checkpoints / "unfinished").exists()
 
     def end(self, limit: float = LIMIT) -> list[int]:
@@ -122,13 +126,13 @@ class Run:
             raise Lost(f"still running after {limit:.0f} s: {tail(self.job.text)}")
         return [code for code in codes if code is not None]
 
-    def go_on(self) -> float:
+    def go_on(self, limit: float = LIMIT) -> float:
         """Start it again, by the same command line, to its end; return the seconds to its first step.
 
         Raises: Lost where it does not end well.
         """
         job, seconds = self.start(), 0.0
-        while job.running and time.monotonic() - job.began < LIMIT:
+        while job.running and time.monotonic() - job.began < limit:
             if not seconds and re.search(r"loss'?[=:]", job.text):
                 seconds = time.monotonic() - job.began
             time.sleep(0.01)
@@ -152,7 +156,7 @@ def make_whole(name: str, base: Path) -> Run:
         make_whole("one process", base)
     if not (run.folder / "seconds").exists():
         shutil.rmtree(run.folder, ignore_errors=True)
-        run.go_on()
+        run.go_on(2400)  # which has DeepSpeed compile
         (run.folder / "seconds").write_text(str(time.monotonic() - run.job.began))
     return run
 
