@@ -1,5 +1,6 @@
 """Disks that fill, vanish, become read-only, and files that cannot be opened any more."""
 
+import os
 import resource
 import shutil
 import subprocess
@@ -104,6 +105,8 @@ def _after(run: Run, codes: list[int], mend) -> Outcome:
     if not any(codes):
         run.check()  # the fault came behind its last write
         return [(0, 0.0)]
+    if not run.launcher.config and codes != [os.EX_IOERR]:  # a launcher has a code of its own
+        raise Lost(f"ended with {codes}: {tail(run.job.text)}")
     if not named:
         raise Lost(f"no word of the last whole checkpoint: {tail(run.job.text)}")
     mend()

@@ -10,7 +10,7 @@ import psutil
 
 from trust.runs import STEPS, Lost, Run, tail
 
-CHAIN = 3  # kills of one run, each of what goes on after the one before
+CHAIN = 4  # kills of one run, each of what goes on after the one before
 Outcome = list[tuple[int, float]]  # for each fault: steps that were lost, seconds until the run went on
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from evidence import runs
+from pretraining import folder
 from pretraining.checkpoints import Checkpoints
 from recipe import ROOT
 
@@ -73,3 +75,36 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=6000))
     checkpoints.save(disk, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
+
+
+def test_a_folder_that_is_gone_is_not_made_anew(tmp_path):
+    disk = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, save_state=pytest.fail)
+    with pytest.raises(OSError, match=r"step-2 cannot be written .*No such file"):
+        Checkpoints(tmp_path / "gone", keep=2).save(disk, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_of_metrics_that_does_not_fit_is_left_out_whole(tmp_path, monkeypatch):
+    """The limit of a file's size, as a full disk does, takes the part of a row that still fits."""
+    file, logged = tmp_path / "metrics.jsonl", []
+    accelerator = SimpleNamespace(is_main_process=True, log=lambda row, step: logged.append(step))
+    folder.write({"step": 1}, tmp_path, accelerator)
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="the metrics of step 2 are not written"):
+            folder.write({"step": 2, "train/loss": 3.0}, tmp_path, accelerator)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    folder.write({"step": 3}, tmp_path, accelerator)
+    assert [row["step"] for row in folder.read_metrics(tmp_path)] == [1, 3]
+    assert logged == [1, 3]
+
+
+def test_metrics_are_read_around_what_is_none(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x80\x04cut\n[1]\n{"step": 2}\n{"st')
+    assert [row["step"] for row in folder.read_metrics(tmp_path)] == [1, 2]
+    folder.forget_after(1, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
