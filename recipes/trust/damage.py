@@ -72,10 +72,10 @@ def hostile(run: Run, random: Random, number: int) -> Outcome:
 def _damaged(run: Run, number: int, damage, alike: bool = True) -> Outcome:
     """Damage a file of a finished run's newest checkpoint, by turns; go on, and end as the undisturbed run."""
     _copy_whole(run)
-    newest, files = run.saved()[-1], _files(run, alike)
+    (*_, before, newest), files = run.saved(), _files(run, alike)
     file = files[number % len(files)]
     damage(file)
-    seconds = run.go_on()
+    seconds = run.go_on(since=int(before.name.split("-")[1]))
     if f"{newest.name} is damaged" not in run.job.text and file.name != MANIFEST:
         raise Lost(f"the damage of {file.name} was not found")
     run.check()

@@ -168,6 +168,7 @@ def _become(command: list[str], launched: bool, log: Path, before: Before | None
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what a kill would leave unwritten
     if not launched:
         return _script(before, *command)
     from accelerate.commands.launch import launch_command, launch_command_parser

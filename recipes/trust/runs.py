@@ -98,8 +98,9 @@ class Run:
         return self.job
 
     def saved(self) -> list[Path]:
-        """Return the checkpoints by their steps."""
+        """Return the checkpoints by their steps, whole ones alone of a Trainer, which writes them in place."""
         found = [path for path in self.checkpoints.glob("*-*") if re.fullmatch(r"(step|checkpoint)-\d+", path.name)]
+        found = [path for path in found if not self.trainer or (path / MANIFEST).exists()]
         return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
     def reached(self) -> int:
@@ -116,7 +117,7 @@ class Run:
     def half(self) -> bool:
         """Tell whether a checkpoint is being written."""
         if self.trainer:
-            return any(not (path / MANIFEST).exists() for path in self.saved())
+            return any(not (path / MANIFEST).exists() for path in self.folder.glob("checkpoint-*[0-9]"))
         return (self.checkpoints / "unfinished").exists()
 
     def end(self, limit: float = LIMIT) -> list[int]:
@@ -126,18 +127,27 @@ class Run:
             raise Lost(f"still running after {limit:.0f} s: {tail(self.job.text)}")
         return [code for code in codes if code is not None]
 
-    def go_on(self, limit: float = LIMIT) -> float:
+    def go_on(self, limit: float = LIMIT, since: int | None = None) -> float:
         """Start it again, by the same command line, to its end; return the seconds to its first step.
+
+        Args:
+            limit: Seconds that it may take.
+            since: The step from which it goes on, the last that is saved by default.
 
         Raises: Lost where it does not end well.
         """
+        before = self.reached() if since is None else since
         job, seconds = self.start(), 0.0
         while job.running and time.monotonic() - job.began < limit:
             if not seconds and re.search(r"loss'?[=:]", job.text):
                 seconds = time.monotonic() - job.began
+                if not self.trainer and self.last_step(before) < before:
+                    raise Lost(f"it did not go on from step {before}")
             time.sleep(0.01)
         if any(codes := self.end(1.0)):
             raise Lost(f"the restart ended with {codes}: {tail(job.text)}")
+        if self.trainer and self.last_step(before) != STEPS:
+            raise Lost(f"it did not go on from step {before}")
         return seconds or time.monotonic() - job.began
 
     def check(self) -> None:
