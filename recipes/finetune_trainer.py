@@ -7,6 +7,7 @@ checkpoint in the output folder, and begins where there is none.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def main() -> None:
     )
     print(symlm.describe_routing(model, fields.preset, lr=fields.lr))
     with arguments.main_process_first():  # which renames what is damaged
-        last = symlm.hf.SafeCheckpoints.newest(arguments.output_dir) if fields.resume else None
+        below = arguments.max_steps if arguments.max_steps > 0 else math.inf
+        last = symlm.hf.SafeCheckpoints.newest(arguments.output_dir, below) if fields.resume else None
     # Both wrap the model together with its optimizer: they evaluate only once they have trained.
     wrapped = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     before = "" if wrapped else f"{trainer.evaluate()['eval_loss']:.3f} before, "

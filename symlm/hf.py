@@ -1,5 +1,6 @@
 """Adapters for the Hugging Face Trainer: its argument `optimizer_cls_and_kwargs`, and manifests for checkpoints."""
 
+import math
 import re
 import sys
 import warnings
@@ -98,11 +99,12 @@ class SafeCheckpoints:
         return lambda *arguments, **more: None
 
     @staticmethod
-    def newest(folder: str | Path) -> str | None:
+    def newest(folder: str | Path, below: float = math.inf) -> str | None:
         """Return the newest whole checkpoint in a Trainer's output folder; what is newer and is not is renamed, loudly.
 
         Args:
             folder: The output folder.
+            below: A step that it comes before, as the run's last: from there the Trainer would make one step more.
 
         Returns:
             Its path, or None where there is no checkpoint but the first, which a kill left half.
@@ -111,7 +113,8 @@ class SafeCheckpoints:
             RuntimeError: There were whole ones, and all are damaged.
         """
         found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        found.sort(key=lambda path: int(path.name.split("-")[1]))
+        steps = {int(path.name.split("-")[1]): path for path in found}
+        found = [steps[step] for step in sorted(steps) if step < below]
         first_is_half = len(found) == 1 and not (found[0] / MANIFEST).exists()
         whole = newest_whole(found, lambda text: warnings.warn(text, stacklevel=4), required=True)
         if found and not whole and not first_is_half:

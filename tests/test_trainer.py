@@ -180,6 +180,7 @@ def test_the_newest_whole_checkpoint_of_a_trainer_is_taken(checkpointed, tmp_pat
     folder = shutil.copytree(checkpointed, tmp_path / "run")
     newest = symlm.hf.SafeCheckpoints.newest
     assert newest(folder) == str(folder / "checkpoint-6")
+    assert newest(folder, below=6) == str(folder / "checkpoint-3")
     for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
         assert name in json.loads((folder / "checkpoint-6" / "manifest.json").read_text())
     (folder / "checkpoint-6" / "optimizer.pt").write_bytes(b"another's")
@@ -189,6 +190,15 @@ def test_the_newest_whole_checkpoint_of_a_trainer_is_taken(checkpointed, tmp_pat
     resumed = trainer(folder, save_steps=3, callbacks=[symlm.hf.SafeCheckpoints()])
     resumed.train(resume_from_checkpoint=newest(folder))
     assert same(weights(resumed.model), load_file(checkpointed / "checkpoint-6" / "model.safetensors"))
+
+
+def test_a_finished_trainer_that_is_resumed_makes_no_step_more(saved, tmp_path):
+    """A kill between the last checkpoint and the model: the Trainer alone would go on from step 8 of 8 to a step 9."""
+    for _ in range(2):
+        subprocess.run(finetune(saved, tmp_path, "--resume", "True"), cwd=ROOT, check=True, capture_output=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == "checkpoint-8"
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-8", "."))
+    assert same(first, second)
 
 
 def test_a_checkpoint_that_a_kill_left_half_is_not_taken(checkpointed, tmp_path):

@@ -118,9 +118,10 @@ class PackedStream(IterableDataset):
         rest: list[int] = []
         for row in self.stream:
             rest += tokenize([_text(row, self.column)], self.tokenizer)[0].tolist()
-            while len(rest) >= self.length:
-                yield torch.tensor(rest[: self.length])
-                rest = rest[self.length :]
+            whole = len(rest) - len(rest) % self.length
+            for start in range(0, whole, self.length):
+                yield torch.tensor(rest[start : start + self.length])
+            rest = rest[whole:]
 
 
 def _text(row: dict, column: str) -> str:

@@ -2,11 +2,13 @@
 
 import pickle
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 from symlm.manifests import MANIFEST, write_manifest
-from trust.kills import Outcome
+from trust.kills import CHAIN, Outcome
 from trust.runs import EVERY, Lost, Run, tail
 
 
@@ -69,17 +71,25 @@ def hostile(run: Run, random: Random, number: int) -> Outcome:
     return [(0, 0.0)]
 
 
-def _damaged(run: Run, number: int, damage, alike: bool = True) -> Outcome:
-    """Damage a file of a finished run's newest checkpoint, by turns; go on, and end as the undisturbed run."""
-    _copy_whole(run)
-    (*_, before, newest), files = run.saved(), _files(run, alike)
-    file = files[number % len(files)]
-    damage(file)
-    seconds = run.go_on(since=int(before.name.split("-")[1]))
-    if f"{newest.name} is damaged" not in run.job.text and file.name != MANIFEST:
-        raise Lost(f"the damage of {file.name} was not found")
-    run.check()
-    return [(EVERY, seconds)]
+def _damaged(run: Run, number: int, damage: Callable[[Path], object], alike: bool = True) -> Outcome:
+    """Damage a finished run's newest checkpoint, file by file; each start finds it, and the last ends as it should."""
+    for link in range(CHAIN):
+        shutil.rmtree(run.results, ignore_errors=True)
+        _copy_whole(run)
+        (*_, before, newest), files = run.saved(), _files(run, alike)
+        file = files[(number * CHAIN + link) % len(files)]
+        damage(file)
+        if link < CHAIN - 1:
+            run.start()
+            while run.job.running and not run.has_stepped():
+                time.sleep(0.01)
+            run.job.wait(0)
+        else:
+            seconds = run.go_on(since=int(before.name.split("-")[1]))
+            run.check()
+        if f"{newest.name} is damaged" not in run.job.text and file.name != MANIFEST:
+            raise Lost(f"the damage of {file.name} was not found: {tail(run.job.text)}")
+    return [(EVERY, seconds)] * CHAIN
 
 
 def _copy_whole(run: Run) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-from trust.kills import Outcome, _moment
+from trust.kills import CHAIN, Outcome, behind_a_step, chain
 from trust.runs import Lost, Run, tail
 
 
@@ -45,27 +45,66 @@ ROOM = 100_000  # kilobytes, more than a run takes
 
 
 def full(run: Run, random: Random, number: int) -> Outcome:
-    """A disk that is full after a random number of kilobytes; then it grows, and the same command goes on."""
+    """A disk that is full after a random number of kilobytes, grows a little, is full again, and so on."""
     needed = sum(path.stat().st_size for path in run.whole.results.rglob("*") if path.is_file()) // 1024
-    with disk(run.results, random.randrange(1, needed)):
-        run.start()
+    sizes = sorted(random.randrange(1, needed) for _ in range(CHAIN))
+    later = iter([*sizes[1:], ROOM])
+
+    def fault() -> bool:
         codes = run.end()
-        if run.half():
+        if any(codes) and run.half():
             raise Lost("something half was left")
-        return _after(run, codes, lambda: remount(run.results, f"size={ROOM}k"))
+        remount(run.results, f"size={next(later)}k")
+        return _ended(run, codes)
+
+    with disk(run.results, sizes[0]):
+        outcome = chain(run, fault)
+    return outcome
 
 
 def read_only(run: Run, random: Random, number: int) -> Outcome:
     """A folder that becomes read-only at a random step, for root too, and writable again."""
-    run.start()
-    if not _moment(run, random, first_step=True):
-        raise Lost("the run ended before its fault")
-    immutable(run.results, "+i")
-    try:
+
+    def fault() -> bool:
+        if not behind_a_step(run, random):
+            return False
+        immutable(run.results, "+i")
+        try:
+            codes = run.end()
+        finally:
+            immutable(run.results, "-i")
+        return _ended(run, codes)
+
+    return chain(run, fault)
+
+
+def gone(run: Run, random: Random, number: int) -> Outcome:
+    """A folder that is moved away at a random step, and comes back."""
+
+    def fault() -> bool:
+        if not behind_a_step(run, random):
+            return False
+        away = run.results.with_name("away")
+        run.results.rename(away)
         codes = run.end()
-    finally:
-        immutable(run.results, "-i")
-    return _after(run, codes, lambda: None)
+        shutil.rmtree(run.results, ignore_errors=True)
+        away.rename(run.results)
+        return _ended(run, codes)
+
+    return chain(run, fault)
+
+
+def no_more_files(run: Run, random: Random, number: int) -> Outcome:
+    """No further file can be opened from a random step on."""
+
+    def fault() -> bool:
+        if not behind_a_step(run, random):
+            return False
+        for rank in run.job.ranks():
+            resource.prlimit(rank.pid, resource.RLIMIT_NOFILE, (rank.num_fds(), rank.num_fds()))
+        return _ended(run, run.end())
+
+    return chain(run, fault)
 
 
 def immutable(folder: Path, flag: str) -> None:
@@ -73,43 +112,12 @@ def immutable(folder: Path, flag: str) -> None:
     subprocess.run(["chattr", "-R", flag, folder], check=True, capture_output=True)
 
 
-def gone(run: Run, random: Random, number: int) -> Outcome:
-    """A folder that is moved away at a random step, and comes back."""
-    run.start()
-    if not _moment(run, random, first_step=True):
-        raise Lost("the run ended before its fault")
-    away = run.results.with_name("away")
-    run.results.rename(away)
-
-    def back() -> None:
-        shutil.rmtree(run.results, ignore_errors=True)
-        away.rename(run.results)
-
-    return _after(run, run.end(), back)
-
-
-def no_more_files(run: Run, random: Random, number: int) -> Outcome:
-    """No further file can be opened from a random step on."""
-    run.start()
-    if not _moment(run, random, first_step=True):
-        raise Lost("the run ended before its fault")
-    for rank in run.job.ranks():
-        resource.prlimit(rank.pid, resource.RLIMIT_NOFILE, (rank.num_fds(), rank.num_fds()))
-    return _after(run, run.end(), lambda: None)
-
-
-def _after(run: Run, codes: list[int], mend) -> Outcome:
-    """Look at how a run ended whose disk failed, mend the disk, and go on."""
-    named = "the last whole checkpoint is" in run.job.text
-    made, saved = run.last_step(0), run.reached()
+def _ended(run: Run, codes: list[int]) -> bool:
+    """Look at how a run ended whose disk failed; False where the fault came behind its last write."""
     if not any(codes):
-        run.check()  # the fault came behind its last write
-        return [(0, 0.0)]
+        return False
     if not run.launcher.config and codes != [os.EX_IOERR]:  # a launcher has a code of its own
         raise Lost(f"ended with {codes}: {tail(run.job.text)}")
-    if not named:
+    if "the last whole checkpoint is" not in run.job.text:
         raise Lost(f"no word of the last whole checkpoint: {tail(run.job.text)}")
-    mend()
-    seconds = run.go_on()
-    run.check()
-    return [(max(0, made - saved), seconds)]
+    return True

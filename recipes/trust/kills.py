@@ -2,126 +2,144 @@
 
 import contextlib
 import os
+import re
 import signal
 import time
+from collections.abc import Callable
 from random import Random
 
 import psutil
 
-from trust.runs import STEPS, Lost, Run, tail
+from trust.runs import Lost, Run, tail
 
-CHAIN = 4  # kills of one run, each of what goes on after the one before
+CHAIN = 5  # faults of one run, each of what goes on after the one before
 Outcome = list[tuple[int, float]]  # for each fault: steps that were lost, seconds until the run went on
 
 
 def kill_all(run: Run, random: Random, number: int) -> Outcome:
     """SIGKILL all processes at random moments."""
-    return _chain(run, random, _moment, lambda: run.job.signal(signal.SIGKILL))
+    return chain(run, lambda: moment(run, random) and _kill(run, None))
 
 
 def kill_one(run: Run, random: Random, number: int) -> Outcome:
     """SIGKILL one rank at random moments; the launcher ends the rest."""
-    return _chain(run, random, _moment, lambda: _signal_one(run, random, signal.SIGKILL))
+    return chain(run, lambda: moment(run, random) and _kill(run, random))
 
 
 def kill_in_a_save(run: Run, random: Random, number: int) -> Outcome:
     """SIGKILL all processes, or one, while a checkpoint is being written."""
-    one = number % 2 and run.launcher.processes > 1
-    kill = (lambda: _signal_one(run, random, signal.SIGKILL)) if one else (lambda: run.job.signal(signal.SIGKILL))
-    return _chain(run, random, _save, kill)
+    one = random if number % 2 and run.launcher.processes > 1 else None
+    return chain(run, lambda: _in_a_save(run, random) and _kill(run, one))
 
 
 def terminate(run: Run, random: Random, number: int) -> Outcome:
     """SIGTERM, as a scheduler sends it to what it started."""
-    return _ask(run, random, lambda: [os.kill(machine.pid, signal.SIGTERM) for machine in run.job.machines])
+
+    def ask() -> None:
+        for machine in run.job.machines:
+            os.kill(machine.pid, signal.SIGTERM)
+
+    return chain(run, lambda: behind_a_step(run, random) and _ask(run, ask))
 
 
 def interrupt(run: Run, random: Random, number: int) -> Outcome:
     """Ctrl-C, which reaches all processes of a terminal."""
-    return _ask(run, random, lambda: run.job.signal(signal.SIGINT))
+    return chain(run, lambda: behind_a_step(run, random) and _ask(run, lambda: run.job.signal(signal.SIGINT)))
 
 
 def freeze(run: Run, random: Random, number: int) -> Outcome:
     """SIGSTOP one rank: the others end with a message, and the restart goes on."""
-    run.start()
-    if not _moment(run, random, first_step=True):
-        raise Lost("the run ended before its fault")
-    made, saved = run.last_step(0), run.reached()
-    _signal_one(run, random, signal.SIGSTOP)
-    if not any(run.end(120)):
-        raise Lost("the run ended well with a frozen rank")
-    if "imed out" not in run.job.text and "imeout" not in run.job.text:
-        raise Lost(f"no word of a time limit: {tail(run.job.text)}")
-    seconds = run.go_on()
-    run.check()
-    return [(max(0, made - saved), seconds)]
+
+    def fault() -> bool:
+        if not behind_a_step(run, random):
+            return False
+        signal_one(run, random, signal.SIGSTOP)
+        if not any(run.end(120)):
+            raise Lost("the run ended well with a frozen rank")
+        if not re.search(r"[Tt]imed out|[Tt]imeout", run.job.text):
+            raise Lost(f"no word of a time limit: {tail(run.job.text)}")
+        return True
+
+    return chain(run, fault, links=1)
 
 
-def _chain(run: Run, random: Random, until, kill) -> Outcome:
-    """Kill a run, go on, and kill it again; let the last one end, and compare it."""
+def chain(run: Run, fault: Callable[[], bool], links: int = CHAIN) -> Outcome:
+    """Start a run, let a fault happen, go on, and so on; let the last one end, and compare it.
+
+    Args:
+        run: The run.
+        fault: Lets it happen to the running job, waits for the job's end and looks at it; False where it ended before.
+        links: How many.
+    """
     lost = []
-    for _ in range(CHAIN):
+    for _ in range(links):
         since = run.reached()
         run.start()
-        if not until(run, random):
-            break  # it has come to its end before
-        kill()
-        run.end()
+        if not fault():
+            break
         lost.append(max(0, run.last_step(since) - run.reached()))
     if not lost:
-        raise Lost("the run ended before its fault")
+        raise Lost(f"the run ended before its fault: {tail(run.job.text)}")
     seconds = run.go_on()
     run.check()
     return [(steps, seconds) for steps in lost]
 
 
-def _ask(run: Run, random: Random, ask) -> Outcome:
-    """Ask a run to stop behind a random step: it saves, ends by itself with a code of its own, and goes on."""
-    run.start()
-    if not _moment(run, random, first_step=True):
-        raise Lost("the run ended before its fault")
-    ask()
-    codes, made = run.end(60), run.last_step(0)
-    if not all(codes):
-        raise Lost(f"exit code 0 of a run that was asked to stop: {tail(run.job.text)}")
-    if (lost := max(0, made - run.reached())) and not run.trainer:  # which ends at once, and its steps are made again
-        raise Lost(f"{lost} steps lost though the run was asked to stop")
-    seconds = run.go_on()
-    run.check()
-    return [(lost, seconds)]
-
-
-def _moment(run: Run, random: Random, first_step: bool = False) -> bool:
-    """Wait for a random moment of the time that the undisturbed run took, or for a random step; False if it ended."""
-    step = random.randrange(1, STEPS - 4)
+def moment(run: Run, random: Random) -> bool:
+    """Wait for a random moment of the time that the undisturbed run took; False where the run has ended."""
     seconds = random.uniform(0, float((run.whole.folder / "seconds").read_text()))
-    while run.job.running:
-        if first_step and run.last_step(0) >= step:
-            return True
-        if not first_step and time.monotonic() - run.job.began > seconds and run.job.ranks():
-            return True
-        time.sleep(0.002)
-    return False
+    return _wait(run, lambda: time.monotonic() - run.job.began > seconds)
 
 
-def _save(run: Run, random: Random) -> bool:
-    """Wait until a checkpoint is being written, the next one or one after it, and a little longer."""
-    saves, inside = random.randrange(1, 3), False
-    while run.job.running:
-        if run.half() and not inside:
-            saves -= 1
-            if saves == 0:
-                time.sleep(random.uniform(0, 0.03))
-                return True
-        inside = run.half()
-        time.sleep(0.0005)
-    return False
+def behind_a_step(run: Run, random: Random) -> bool:
+    """Wait for the first step, and a random part of the others; False where the run has ended."""
+    if not _wait(run, run.has_stepped):
+        return False
+    later = time.monotonic() + random.uniform(0, 0.2) * float((run.whole.folder / "seconds").read_text())
+    return _wait(run, lambda: time.monotonic() > later)
 
 
-def _signal_one(run: Run, random: Random, number: int) -> None:
-    """Send a signal to a rank, drawn at random."""
-    ranks = run.job.ranks()
-    if not ranks:
-        raise Lost("there is no rank")
+def signal_one(run: Run, random: Random, number: int) -> None:
+    """Send a signal to a rank, drawn at random, or to its launcher where there is none yet."""
+    ranks = run.job.ranks() or [psutil.Process(machine.pid) for machine in run.job.machines if machine.is_alive()]
     with contextlib.suppress(psutil.NoSuchProcess):
         random.choice(ranks).send_signal(number)
+
+
+def _kill(run: Run, one: Random | None) -> bool:
+    """Kill all processes, or one that is drawn, and wait until none is left."""
+    if one:
+        signal_one(run, one, signal.SIGKILL)
+    else:
+        run.job.signal(signal.SIGKILL)
+    run.end()
+    return True
+
+
+def _ask(run: Run, ask: Callable[[], None]) -> bool:
+    """Ask a run to stop: it ends by itself, with a code of its own and nothing lost."""
+    ask()
+    if not any(run.end(60)):
+        return False  # it had come to its end
+    made = run.last_step(0)
+    if not run.trainer and (lost := made - run.reached()) > 0:  # which has no word for signals, and ends at once
+        raise Lost(f"{lost} steps lost though the run was asked to stop")
+    return True
+
+
+def _in_a_save(run: Run, random: Random) -> bool:
+    """Wait until a checkpoint is being written, the next one or the one after it, and a little longer."""
+    for _ in range(random.randrange(1, 3)):
+        if not _wait(run, lambda: not run.half()) or not _wait(run, run.half):
+            return False
+    time.sleep(random.uniform(0, 0.03))
+    return True
+
+
+def _wait(run: Run, until: Callable[[], bool]) -> bool:
+    """Wait until something is so; False where the run has ended before."""
+    while run.job.running:
+        if until():
+            return True
+        time.sleep(0.001)
+    return False

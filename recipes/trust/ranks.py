@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import symlm
-from trust.kills import Outcome
+from trust.kills import CHAIN, Outcome
 from trust.launchers import Before
 from trust.runs import STEPS, Lost, Run, digest, tail
 
@@ -25,20 +25,24 @@ def bad_gradient(run: Run, random: Random, number: int) -> Outcome:
 
     DeepSpeed makes the update of each group by itself, and its group alone is skipped.
     """
-    update, rank = random.randrange(2, STEPS), random.randrange(run.launcher.processes)
-    poison = partial(poison_gradient, update, rank, random.choice(BAD), random.random())
-    return _skipped(run, f"update-{update}", poison, partial(leave_out_update, update))
+    updates = {update: _draw(run, random) for update in sorted(random.sample(range(2, STEPS), CHAIN))}
+    return _skipped(run, partial(poison_gradients, updates), partial(leave_out_updates, set(updates)), len(updates))
 
 
 def bad_loss(run: Run, random: Random, number: int) -> Outcome:
     """NaN or infinity in the loss of one rank: all skip that step together, and count it."""
-    step, rank = random.randrange(2, STEPS), random.randrange(run.launcher.processes)
-    poison = partial(poison_loss, step, rank, random.choice(BAD))
-    return _skipped(run, f"step-{step}", poison, partial(leave_out_step, step))
+    apart = random.sample(range(2, STEPS, 2), CHAIN)  # of three in a row the recipe ends a run
+    steps = {step: _draw(run, random) for step in sorted(apart)}
+    return _skipped(run, partial(poison_losses, steps), partial(leave_out_steps, set(steps)), len(steps))
+
+
+def _draw(run: Run, random: Random) -> tuple[int, float, float]:
+    """Draw a rank, a bad number, and where in the gradients it is."""
+    return random.randrange(run.launcher.processes), random.choice(BAD), random.random()
 
 
 def exits(run: Run, random: Random, number: int) -> Outcome:
-    """A rank that ends without a word in the middle of a step."""
+    """A rank that ends without a word before an update."""
     step, rank = random.randrange(EARLIEST, STEPS), random.randrange(run.launcher.processes)
     return _ends(run, partial(leave, step, rank), "")
 
@@ -64,33 +68,35 @@ def _ends(run: Run, before: Before, message: str) -> Outcome:
     return [(max(0, made - saved), seconds)]
 
 
-def _skipped(run: Run, name: str, poison: Before, leave_out: Before) -> Outcome:
-    """Compare a run with a bad number to one that leaves that update out."""
-    job = run.start(before=poison)
+def _skipped(run: Run, poison: Before, leave_out: Before, times: int) -> Outcome:
+    """Compare a run with bad numbers to one that leaves those updates out."""
+    run.start(before=poison)
     if any(codes := run.end()):
-        raise Lost(f"ended with {codes}: {tail(job.text)}")
-    without = Run(run.base / "without" / run.name / name, run.name, run.base)
-    if not without.weights.exists():
-        without.start(before=leave_out)
-        without.end()
+        raise Lost(f"ended with {codes}: {tail(run.job.text)}")
+    without = Run(run.folder / "without", run.name, run.base)
+    without.start(before=leave_out)
+    if any(codes := without.end()):
+        raise Lost(f"the run without those updates ended with {codes}: {tail(without.job.text)}")
     if digest(run.weights) != digest(without.weights):
-        raise Lost(f"other weights than those of a run without {name}")
+        raise Lost("other weights than those of a run without the updates")
+    if digest(run.weights) == digest(run.whole.weights):
+        raise Lost("nothing was left out")
     if not run.trainer and '"skipped_steps": 0' in (run.results / "metrics.jsonl").read_text().splitlines()[-1]:
         raise Lost("what was skipped is not counted")
-    return [(1, 0.0)]
+    return [(1, 0.0)] * times
 
 
 def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _at_update(number: int, act: Any) -> None:
-    """Call `act(optimizer)` before an update, the first of which is 1."""
+def _at_update(act: Any) -> None:
+    """Call `act(number, optimizer)` before every update, the first of which is 1."""
     updates = count(1)
 
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if isinstance(optimizer, symlm.SymOptimizer) and next(updates) == number:
-            act(optimizer)
+        if isinstance(optimizer, symlm.SymOptimizer):
+            act(next(updates), optimizer)
 
     register_optimizer_step_pre_hook(hook)
 
@@ -107,38 +113,40 @@ def _at_forward(act: Any) -> None:
     register_module_forward_hook(hook)
 
 
-def poison_gradient(update: int, rank: int, value: float, where: float) -> None:
-    def act(optimizer: symlm.SymOptimizer) -> None:
+def poison_gradients(updates: dict[int, tuple[int, float, float]]) -> None:
+    def act(number: int, optimizer: symlm.SymOptimizer) -> None:
+        rank, value, where = updates.get(number, (None, 0.0, 0.0))
+        if rank != _rank():
+            return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters]  # of a DTensor, this rank's part
         gradients = [gradient for gradient in gradients if gradient.numel()]
         gradient = gradients[int(where * len(gradients))]
         gradient.view(-1)[int(where * gradient.numel())] = value
 
-    if _rank() == rank:
-        _at_update(update, act)
+    _at_update(act)
 
 
-def poison_loss(step: int, rank: int, value: float) -> None:
+def poison_losses(steps: dict[int, tuple[int, float, float]]) -> None:
     def act(number: int, output: Any) -> None:
-        if number == step:
+        rank, value, _ = steps.get(number, (None, 0.0, 0.0))
+        if rank == _rank():
             output.loss = output.loss * value
 
-    if _rank() == rank:
-        _at_forward(act)
+    _at_forward(act)
 
 
-def leave_out_update(update: int) -> None:
-    """Make one call of the optimizer do nothing."""
-    updates = count(1)
-    _leave_out(lambda: next(updates) == update)
+def leave_out_updates(updates: set[int]) -> None:
+    """Make some calls of the optimizer do nothing."""
+    calls = count(1)
+    _leave_out(lambda: next(calls) in updates)
 
 
-def leave_out_step(step: int) -> None:
-    """Make all calls of the optimizer behind one forward pass do nothing."""
+def leave_out_steps(steps: set[int]) -> None:
+    """Make all calls of the optimizer behind some forward passes do nothing."""
     now = []
     _at_forward(lambda number, output: now.append(number))
-    _leave_out(lambda: now[-1] == step)
+    _leave_out(lambda: now[-1] in steps)
 
 
 def _leave_out(wanted: Callable[[], bool]) -> None:
@@ -152,7 +160,7 @@ def _leave_out(wanted: Callable[[], bool]) -> None:
 
 def leave(step: int, rank: int) -> None:
     if _rank() == rank:
-        _at_update(step, lambda _: os._exit(3))
+        _at_update(lambda number, _: number == step and os._exit(3))
 
 
 def take_other_table(rank: int) -> None:

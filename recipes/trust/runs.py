@@ -104,8 +104,9 @@ class Run:
         return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
     def reached(self) -> int:
-        """Return the last step that is saved."""
-        return int(self.saved()[-1].name.split("-")[1]) if self.saved() else 0
+        """Return the last step that is saved; a Trainer is never given its very last."""
+        steps = [int(path.name.split("-")[1]) for path in self.saved()]
+        return max([step for step in steps if not self.trainer or step < STEPS], default=0)
 
     def last_step(self, since: int) -> int:
         """Return the last step that was made; `since` is where this start of it began."""
@@ -113,6 +114,10 @@ class Run:
             return since + self.job.text.count("'loss':")
         rows = read_metrics(self.results) if (self.results / "metrics.jsonl").exists() else []
         return rows[-1]["step"] if rows else 0
+
+    def has_stepped(self) -> bool:
+        """Tell whether this start of it has made a step."""
+        return bool(re.search(r"loss'?[=:]", self.job.text))
 
     def half(self) -> bool:
         """Tell whether a checkpoint is being written."""
@@ -139,7 +144,7 @@ class Run:
         before = self.reached() if since is None else since
         job, seconds = self.start(), 0.0
         while job.running and time.monotonic() - job.began < limit:
-            if not seconds and re.search(r"loss'?[=:]", job.text):
+            if not seconds and self.has_stepped():
                 seconds = time.monotonic() - job.began
                 if not self.trainer and self.last_step(before) < before:
                     raise Lost(f"it did not go on from step {before}")
