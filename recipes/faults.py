@@ -28,7 +28,7 @@ ONE, DDP, FSDP2, ZERO2, ZERO3, NODES, TRAINER = (
     *("one process", "DDP", "FSDP2", "ZeRO-2", "ZeRO-3", "two machines", "Trainer"),
 )
 Act = Callable[[Run, Random, int], kills.Outcome]
-# Each fault, and how often it is tried under each launcher; most come in chains of five.
+# Each fault, and how often it is tried under each launcher; most come in chains of three or five.
 PLAN: dict[str, tuple[Act, dict[str, int]]] = {
     "SIGKILL of all": (kills.kill_all, {ONE: 4, DDP: 3, FSDP2: 3, ZERO2: 2, ZERO3: 1, NODES: 2, TRAINER: 3}),
     "SIGKILL of one rank": (kills.kill_one, {DDP: 2, FSDP2: 2, ZERO2: 1, ZERO3: 1, NODES: 2}),

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 from symlm.manifests import MANIFEST, write_manifest
-from trust.kills import CHAIN, Outcome
+from trust.kills import Outcome
 from trust.runs import EVERY, Lost, Run, tail
 
 
@@ -73,13 +73,13 @@ def hostile(run: Run, random: Random, number: int) -> Outcome:
 
 def _damaged(run: Run, number: int, damage: Callable[[Path], object], alike: bool = True) -> Outcome:
     """Damage a finished run's newest checkpoint, file by file; each start finds it, and the last ends as it should."""
-    for link in range(CHAIN):
+    for link in range(run.links):
         shutil.rmtree(run.results, ignore_errors=True)
         _copy_whole(run)
         (*_, before, newest), files = run.saved(), _files(run, alike)
-        file = files[(number * CHAIN + link) % len(files)]
+        file = files[(number * run.links + link) % len(files)]
         damage(file)
-        if link < CHAIN - 1:
+        if link < run.links - 1:
             run.start()
             while run.job.running and not run.has_stepped():
                 time.sleep(0.01)
@@ -89,7 +89,7 @@ def _damaged(run: Run, number: int, damage: Callable[[Path], object], alike: boo
             run.check()
         if f"{newest.name} is damaged" not in run.job.text and file.name != MANIFEST:
             raise Lost(f"the damage of {file.name} was not found: {tail(run.job.text)}")
-    return [(EVERY, seconds)] * CHAIN
+    return [(EVERY, seconds)] * run.links
 
 
 def _copy_whole(run: Run) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-from trust.kills import CHAIN, Outcome, behind_a_step, chain
+from trust.kills import Outcome, behind_a_step, chain
 from trust.runs import Lost, Run, tail
 
 
@@ -47,7 +47,7 @@ ROOM = 100_000  # kilobytes, more than a run takes
 def full(run: Run, random: Random, number: int) -> Outcome:
     """A disk that is full after a random number of kilobytes, grows a little, is full again, and so on."""
     needed = sum(path.stat().st_size for path in run.whole.results.rglob("*") if path.is_file()) // 1024
-    sizes = sorted(random.randrange(1, needed) for _ in range(CHAIN))
+    sizes = sorted(random.randrange(1, needed) for _ in range(run.links))
     later = iter([*sizes[1:], ROOM])
 
     def fault() -> bool:

@@ -12,7 +12,6 @@ import psutil
 
 from trust.runs import Lost, Run, tail
 
-CHAIN = 5  # faults of one run, each of what goes on after the one before
 Outcome = list[tuple[int, float]]  # for each fault: steps that were lost, seconds until the run went on
 
 
@@ -63,16 +62,16 @@ def freeze(run: Run, random: Random, number: int) -> Outcome:
     return chain(run, fault, links=1)
 
 
-def chain(run: Run, fault: Callable[[], bool], links: int = CHAIN) -> Outcome:
+def chain(run: Run, fault: Callable[[], bool], links: int | None = None) -> Outcome:
     """Start a run, let a fault happen, go on, and so on; let the last one end, and compare it.
 
     Args:
         run: The run.
         fault: Lets it happen to the running job, waits for the job's end and looks at it; False where it ended before.
-        links: How many.
+        links: How many, by default as many as its launcher allows.
     """
     lost = []
-    for _ in range(links):
+    for _ in range(links or run.links):
         since = run.reached()
         run.start()
         if not fault():
@@ -93,7 +92,7 @@ def moment(run: Run, random: Random) -> bool:
 
 def behind_a_step(run: Run, random: Random) -> bool:
     """Wait for the first step, and a random part of the others; False where the run has ended."""
-    if not _wait(run, run.has_stepped):
+    if not _wait(run, run.has_stepped, 0.01):
         return False
     later = time.monotonic() + random.uniform(0, 0.2) * float((run.whole.folder / "seconds").read_text())
     return _wait(run, lambda: time.monotonic() > later)
@@ -136,10 +135,10 @@ def _in_a_save(run: Run, random: Random) -> bool:
     return True
 
 
-def _wait(run: Run, until: Callable[[], bool]) -> bool:
+def _wait(run: Run, until: Callable[[], bool], pause: float = 0.001) -> bool:
     """Wait until something is so; False where the run has ended before."""
     while run.job.running:
         if until():
             return True
-        time.sleep(0.001)
+        time.sleep(pause)
     return False

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import symlm
-from trust.kills import CHAIN, Outcome
+from trust.kills import Outcome
 from trust.launchers import Before
 from trust.runs import STEPS, Lost, Run, digest, tail
 
@@ -25,13 +25,13 @@ def bad_gradient(run: Run, random: Random, number: int) -> Outcome:
 
     DeepSpeed makes the update of each group by itself, and its group alone is skipped.
     """
-    updates = {update: _draw(run, random) for update in sorted(random.sample(range(2, STEPS), CHAIN))}
+    updates = {update: _draw(run, random) for update in sorted(random.sample(range(2, STEPS), run.links))}
     return _skipped(run, partial(poison_gradients, updates), partial(leave_out_updates, set(updates)), len(updates))
 
 
 def bad_loss(run: Run, random: Random, number: int) -> Outcome:
     """NaN or infinity in the loss of one rank: all skip that step together, and count it."""
-    apart = random.sample(range(2, STEPS, 2), CHAIN)  # of three in a row the recipe ends a run
+    apart = random.sample(range(2, STEPS, 2), run.links)  # of three in a row the recipe ends a run
     steps = {step: _draw(run, random) for step in sorted(apart)}
     return _skipped(run, partial(poison_losses, steps), partial(leave_out_steps, set(steps)), len(steps))
 

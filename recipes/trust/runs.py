@@ -70,6 +70,7 @@ class Run:
         self.results = folder if self.trainer else folder / "default"
         self.checkpoints = folder if self.trainer else self.results / "checkpoints"
         self.weights = self.results / ("" if self.trainer else "model") / "model.safetensors"
+        self.links = 3 if self.launcher.config else 5  # faults in a row, each of what goes on after the one before
         self.started = 0
         self.job: Job | None = None
 
