@@ -157,11 +157,13 @@ def finish(
     """
     weights = None if failed else accelerator.get_state_dict(model)  # of all processes together: shards are gathered
     if accelerator.is_main_process:
-        final = read_metrics(folder)[-1]
+        validated = [row for row in read_metrics(folder) if "val/loss" in row]  # none if the file was lost
         if not (folder / "summary.json").exists() or cost["seconds_per_step"]:  # a finished run has nothing to add
             (folder / "summary.json").write_text(json.dumps(cost, indent=1))
-        paths = [folder / "metrics.jsonl", *curves.draw([folder], folder)]
-        print(f"validation loss {final['val/loss']:.4f} after {final['tokens']:,} tokens")
+        paths = [folder / "metrics.jsonl"]
+        if validated:
+            paths += curves.draw([folder], folder)
+            print(f"validation loss {validated[-1]['val/loss']:.4f} after {validated[-1]['tokens']:,} tokens")
         if not failed:
             plain = accelerator.unwrap_model(model, keep_torch_compile=False)
             with Checkpoints(folder / "checkpoints", 1).named(f"{folder / 'model'}"):

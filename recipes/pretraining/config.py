@@ -1,5 +1,6 @@
 """One run of pretrain.py as data: the YAML files' and the command line's fields, and how they are read."""
 
+import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -189,9 +190,12 @@ def read(arguments: list[str] | None = None) -> RunConfig:
     parser = Parser(description="Pretrain a language model from scratch with symlm.")
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RunConfig, None)
-    given = parser.parse_args(arguments)
     try:
+        given = parser.parse_args(arguments)
         values = vars(parser.instantiate(given))
+    except UnicodeDecodeError as error:
+        files = [word for word in arguments or sys.argv[1:] if "--config" in word]
+        parser.error(f"{' or '.join(files)} is no UTF-8 text: {error}")
     except ValueError as error:
         parser.error(str(error))
     return RunConfig(**{key: value for key, value in values.items() if key != "config"})

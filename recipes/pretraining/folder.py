@@ -44,6 +44,14 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
             yield f"{name}: {old} -> {new}"
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """Read what a run is.  Raises: ValueError for a file that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it, and begin anew with --overwrite=true") from None
+
+
 def is_finished(folder: Path, arguments: list[str]) -> bool:
     """Tell whether a folder has the finished run of these arguments of pretrain.py.
 
@@ -52,7 +60,7 @@ def is_finished(folder: Path, arguments: list[str]) -> bool:
     path = folder / "config.json"
     if path.exists():
         now = resolve(read(arguments), "no")
-        if changed := list(differences(json.loads(path.read_text()), now)):
+        if changed := list(differences(_settings(path), now)):
             raise SystemExit(f"{folder} holds another run ({'; '.join(changed)}): remove it, or give another --out")
     return (folder / "summary.json").exists()
 
@@ -70,7 +78,7 @@ def check_folder(config: RunConfig, accelerator: Accelerator) -> Path:
         raise ValueError(f"{folder} holds no run to resume")
     if config.resume:
         now = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
-        if changed := list(differences(json.loads(path.read_text()), now)):
+        if changed := list(differences(_settings(path), now)):
             raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): resume with its own, or rename")
     elif Checkpoints(folder / "checkpoints", 1).list() and not config.overwrite:
         raise ValueError(

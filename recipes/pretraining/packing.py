@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,7 +33,17 @@ def bpe_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerF
         temporary = path.with_suffix(f".{uuid4().hex}")
         tokenizer.save(str(temporary))
         temporary.replace(path)
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, bos_token=END, pad_token=END)
+    with _cached(path):
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, bos_token=END, pad_token=END)
+
+
+@contextmanager
+def _cached(path: Path) -> Iterator[None]:
+    """Read a file of the cache in a `with` block.  Raises: ValueError that names it, where it is damaged."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{path} cannot be read ({error}): remove it, and it is made again") from error
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
@@ -50,7 +61,8 @@ def packed_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> n
         temporary = path.with_suffix(f".{uuid4().hex}.npy")
         np.save(temporary, np.concatenate(tokenize(documents, tokenizer)))
         temporary.replace(path)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    with _cached(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 class Collate:

@@ -25,7 +25,7 @@ def flip(run: Run, random: Random, number: int) -> Outcome:
 
 def cut(run: Run, random: Random, number: int) -> Outcome:
     """A file without its end."""
-    return _damaged(run, number, lambda file: file.write_bytes(file.read_bytes()[: random.randrange(_size(file))]))
+    return _damaged(run, number, lambda file: file.write_bytes(file.read_bytes()[: random.randrange(size_of(file))]))
 
 
 def missing(run: Run, random: Random, number: int) -> Outcome:
@@ -99,12 +99,12 @@ def _copy_whole(run: Run) -> None:
 def _files(run: Run, alike: bool = True) -> list[Path]:
     """Return the files of the newest checkpoint; without `alike` those that the one before has with another content."""
     newest, before = run.saved()[-1], run.saved()[-2]
-    files = sorted(path for path in newest.rglob("*") if path.is_file() and _size(path))
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and size_of(path))
     if alike:
         return files
     pairs = [(path, before / path.relative_to(newest)) for path in files]
     return [path for path, other in pairs if other.exists() and other.read_bytes() != path.read_bytes()]
 
 
-def _size(file: Path) -> int:
+def size_of(file: Path) -> int:
     return file.stat().st_size

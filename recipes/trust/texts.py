@@ -11,7 +11,7 @@ from random import Random
 import pyarrow
 import pyarrow.parquet
 
-from trust.damage import Hostile
+from trust.damage import Hostile, size_of
 from trust.kills import Outcome
 from trust.runs import Lost, Run, tail
 
@@ -41,11 +41,11 @@ def _parquet(*groups: list[str]) -> Write:
 
 TEXTS: dict[str, tuple[str, Write, str]] = {  # the file, its content, what a refusal says, "" where it is trained
     "no newline": ("a.txt", _text(WORDS * 2000), ""),
-    "newlines alone": ("a.txt", _text("\n" * 100_000), ""),
-    "one letter alone": ("a.txt", _text("a" * 100_000), ""),
+    "newlines alone": ("a.txt", _text("\n" * 100_000), "less than one block"),
+    "one letter alone": ("a.txt", _text("a" * 100_000), "less than one block"),
     "null bytes": ("a.txt", _text("\0" * 50_000 + WORDS * 100), ""),
     "100 MB in one line": ("a.txt", _text(WORDS * (100_000_000 // len(WORDS))), ""),
-    "the end token as text": ("a.txt", _text("<|endoftext|>" * 5000), ""),
+    "the end token as text": ("a.txt", _text(("<|endoftext|>" + WORDS) * 900), ""),
     "every plane of Unicode": ("a.txt", _text("".join(map(chr, range(0x20, 0xD800))) * 2 + "\U0010ffff" * 500), ""),
     "empty": ("a.txt", _text(""), "that has any text"),
     "a space": ("a.txt", _text(" "), "less than one block"),
@@ -118,13 +118,13 @@ def pickles(run: Run, random: Random, number: int) -> Outcome:
         "a run's configuration": (folder / "a.yaml", f"--config={folder / 'a.yaml'}"),
         "the run's settings": (run.results / "config.json", ""),
         "metrics": (run.results / "metrics.jsonl", ""),
-        "cached tokens": (next((cache / "symlm").glob("tokens-*")), ""),
+        "cached tokens": (max((cache / "symlm").glob("tokens-*"), key=size_of), ""),
         "the cached tokenizer": (next((cache / "symlm").glob("bpe-*")), ""),
     }
     name = list(given)[number % len(given)]
     file, argument = given[name]
     file.write_bytes(pickle.dumps(Hostile(mark)))
-    run.start(*filter(None, [argument]), "--overwrite=true" if argument else "", cache=cache)
+    run.start(*([argument, "--resume=false", "--overwrite=true"] if argument else []), cache=cache)
     codes = run.end()
     if mark.exists():
         raise Lost(f"{name}: executed")
