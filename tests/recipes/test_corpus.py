@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from pretraining import corpus, packing
 from pretraining.corpus import is_validation, load, read_documents, read_shard, split, split_stream
 from pretraining.packing import Collate, Packed, PackedStream
 
@@ -137,3 +138,28 @@ def test_the_split_is_fixed():
     assert (
         sum(is_validation(f"document {k}") for k in range(3200)) == 107
     )  # of 100 expected; pinned, since moving it spoils every comparison
+
+
+def damage(folder):
+    (file,) = folder.iterdir()
+    file.write_bytes(b"\x80\x04damaged")
+    return file.name
+
+
+def test_a_damaged_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "CACHE", tmp_path / "tokenizer")
+    tokenizer = packing.bpe_tokenizer(["some text"] * 50, 300)
+    name = damage(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*remove it, and it is made again"):
+        packing.bpe_tokenizer(["some text"] * 50, 300)
+    monkeypatch.setattr(packing, "CACHE", tmp_path / "tokens")
+    packing.packed_tokens(["some text"], tokenizer)
+    name = damage(tmp_path / "tokens")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*remove it, and it is made again"):
+        packing.packed_tokens(["some text"], tokenizer)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"\x80\x04damaged")
+    with pytest.raises(ValueError, match=rf"data.tokenizer '{tmp_path}' cannot be read"):
+        corpus._named_tokenizer(str(tmp_path))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from evidence import runs
-from pretraining import folder
+from pretraining import config, folder
 from pretraining.checkpoints import Checkpoints
 from recipe import ROOT
 
@@ -108,3 +108,13 @@ def test_metrics_are_read_around_what_is_none(tmp_path):
     folder.forget_after(1, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_damaged_settings_are_named(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_bytes(b"\x80\x04damaged")
+    with pytest.raises(ValueError, match=rf"{file} cannot be read \(.*begin anew with --overwrite=true"):
+        folder.is_finished(tmp_path, ["--train.tracker=none"])
+    with pytest.raises(SystemExit):
+        config.read([f"--config={file}"])
+    assert f"--config={file} is no UTF-8 text" in capsys.readouterr().err
