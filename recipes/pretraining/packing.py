@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -17,6 +17,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "symlm"
 
 
 END = "<|endoftext|>"
+
+
+TEXT = 1_000_000  # characters that are tokenized at once
 
 
 BUFFER = 1024  # blocks through which a stream is shuffled
@@ -47,9 +50,39 @@ def _cached(path: Path) -> Iterator[None]:
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """Return each document's tokens with the end token behind it."""
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
+    """Return each document's tokens with the end token behind it; of text at once they take 100 times its memory."""
+    arrays: list[list[np.ndarray]] = [[] for _ in documents]
+    for batch in _batches((k, piece) for k, document in enumerate(documents) for piece in _pieces(document)):
+        encoded = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for (k, _), ids in zip(batch, encoded, strict=True):
+            arrays[k].append(np.array(ids, dtype=np.int32))
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    return [np.concatenate([*array, end]) for array in arrays]
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """Cut a document of more than `TEXT` characters before spaces, where a word begins anyway."""
+    start = 0
+    while start < len(document):
+        end = start + TEXT
+        space = document.rfind(" ", start + 1, end) if end < len(document) else -1
+        end = space if space > 0 else end
+        yield document[start:end]
+        start = end
+
+
+def _batches(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Put pieces together until they have `TEXT` characters."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size >= TEXT:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def packed_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -128,14 +128,14 @@ def pickles(run: Run, random: Random, number: int) -> Outcome:
     codes = run.end()
     if mark.exists():
         raise Lost(f"{name}: executed")
-    if any(codes) and file.name not in run.job.text:
+    if any(codes) and file.name not in run.job.text and f"{folder}' cannot be read" not in run.job.text:
         raise Lost(f"{name}: refused without its name: {tail(run.job.text)}")
     return [(0, 0.0)]
 
 
 def _judge(run: Run, name: str, refusal: str) -> Outcome:
     """Look for a refusal by name, or for a whole run."""
-    codes = run.end()
+    codes = run.end(900)  # which a hundred megabytes take
     if refusal and not any(codes):
         raise Lost(f"{name}: trained, though it is refused")
     if any(codes) and (not refusal or refusal not in run.job.text):

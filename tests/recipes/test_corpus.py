@@ -163,3 +163,23 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\x80\x04damaged")
     with pytest.raises(ValueError, match=rf"data.tokenizer '{tmp_path}' cannot be read"):
         corpus._named_tokenizer(str(tmp_path))
+
+
+def test_a_long_document_is_tokenized_in_pieces_as_it_is_whole(monkeypatch):
+    tokenizer = packing.bpe_tokenizer(["the quick brown fox jumps over the lazy dog, and the cat "] * 40, 300)
+    documents = ["the quick brown fox " * 30, "", "jumps over  the\n lazy dog" * 20, "x" * 500]
+    whole = packing.tokenize(documents, tokenizer)
+    asked = []
+
+    def watched(texts, **options):
+        asked.append(sum(map(len, texts)))
+        return tokenizer(texts, **options)
+
+    watched.eos_token_id = tokenizer.eos_token_id
+    monkeypatch.setattr(packing, "TEXT", 100)
+    pieces = packing.tokenize(documents, watched)
+    assert max(asked) < 200
+    assert [array[-1] for array in pieces] == [tokenizer.eos_token_id] * 4
+    for k in (0, 1):  # one space before each word
+        assert pieces[k].tolist() == whole[k].tolist()
+    assert [tokenizer.decode(array) for array in pieces] == [tokenizer.decode(array) for array in whole]
