@@ -60,8 +60,8 @@ TEXTS: dict[str, tuple[str, Write, str]] = {  # the file, its content, what a re
     ),
     "rows of two kinds": ("a.jsonl", _rows({"text": WORDS * 500}, {"text": 3}), "a.jsonl"),
     "a row without text": ("a.jsonl", _rows({"text": WORDS * 500}, {"other": "x"}), "a.jsonl: row 1 has None"),
-    "empty Parquet groups": ("a.parquet", _parquet([], [WORDS * 500], [], [WORDS * 100]), ""),
-    "no Parquet group": ("a.parquet", _parquet(), "that has any text"),
+    "empty Parquet groups": ("a.parquet", _parquet([], [WORDS * 500], [], [WORDS * 100]), "a.parquet cannot be read"),
+    "no Parquet group": ("a.parquet", _parquet(), "a.parquet cannot be read"),
     "half a Parquet file": ("a.parquet", _text(b"PAR1" + bytes(500)), "a.parquet cannot be read"),
     "a shard of zeros": ("a.bin", _text(bytes(5000)), "a.bin: magic number"),
 }
