@@ -2,11 +2,12 @@
 
     python recipes/finetune_trainer.py --model runs/default/model --text README.md --output_dir runs/finetuned
 
-Every field of TrainingArguments is a flag, but for the rate, which is --lr; `--resume` goes on from the last checkpoint
-in the output folder.
+Every field of TrainingArguments is a flag, but for the rate, which is --lr; `--resume` goes on from the last whole
+checkpoint in the output folder, and begins where there is none.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,13 +53,17 @@ def main() -> None:
         arguments,
         train_dataset=data["train"],
         eval_dataset=data["test"],
+        callbacks=[symlm.hf.SafeCheckpoints()],
         optimizer_cls_and_kwargs=symlm.hf.trainer_optimizer(lr=fields.lr, preset=fields.preset),
     )
     print(symlm.describe_routing(model, fields.preset, lr=fields.lr))
+    with arguments.main_process_first():  # which renames what is damaged
+        below = arguments.max_steps if arguments.max_steps > 0 else math.inf
+        last = symlm.hf.SafeCheckpoints.newest(arguments.output_dir, below) if fields.resume else None
     # Both wrap the model together with its optimizer: they evaluate only once they have trained.
     wrapped = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     before = "" if wrapped else f"{trainer.evaluate()['eval_loss']:.3f} before, "
-    trainer.train(resume_from_checkpoint=fields.resume or None)
+    trainer.train(resume_from_checkpoint=last)
     after = trainer.evaluate()["eval_loss"]
     if not trainer.is_deepspeed_enabled:  # whose partitions hold no whole momenta
         print(trainer.optimizer.optimizer.verify())

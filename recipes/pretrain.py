@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,8 @@ def run(
     """
     train, checkpoints = config.train, Checkpoints(folder / "checkpoints", config.train.keep)
     first = checkpoints.load(accelerator) if config.resume else 0
+    with checkpoints.named("a checkpoint"):  # before the first step is paid for
+        checkpoints.refuse_what_does_not_fit(sum(p.numel() * p.element_size() for p in job.model.parameters()))
     if accelerator.is_main_process:
         forget_after(first, folder)
     if accelerator.log_with:
@@ -166,14 +170,17 @@ def finish(
     """
     weights = None if failed else accelerator.get_state_dict(model)  # of all processes together: shards are gathered
     if accelerator.is_main_process:
-        final = read_metrics(folder)[-1]
+        validated = [row for row in read_metrics(folder) if "val/loss" in row]  # none if the file was lost
         if not (folder / "summary.json").exists() or cost["seconds_per_step"]:  # a finished run has nothing to add
             (folder / "summary.json").write_text(json.dumps(cost, indent=1))
-        paths = [folder / "metrics.jsonl", *curves.draw([folder], folder)]
-        print(f"validation loss {final['val/loss']:.4f} after {final['tokens']:,} tokens")
+        paths = [folder / "metrics.jsonl"]
+        if validated:
+            paths += curves.draw([folder], folder)
+            print(f"validation loss {validated[-1]['val/loss']:.4f} after {validated[-1]['tokens']:,} tokens")
         if not failed:
             plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-            plain.save_pretrained(folder / "model", state_dict=weights)
+            with Checkpoints(folder / "checkpoints", 1).named(f"{folder / 'model'}"):
+                plain.save_pretrained(folder / "model", state_dict=weights)
             paths.insert(0, folder / "model")
         print("\n".join(map(str, paths)))
         if tokenizer and not failed:
@@ -202,9 +209,13 @@ def main() -> None:
     set_seed(config.train.seed)
     job, tokenizer = prepare(config, accelerator)
     open_folder(config, accelerator, folder)
-    with Stop(accelerator) as stop:
-        seconds, failed = run(job, config, accelerator, folder, stop)
-    finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds), failed)
+    try:
+        with Stop(accelerator) as stop:
+            seconds, failed = run(job, config, accelerator, folder, stop)
+        finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds), failed)
+    except OSError as error:  # a disk that is full or gone
+        print(f"{error}; {Checkpoints(folder / 'checkpoints', 1).how_to_go_on()}", file=sys.stderr)
+        raise SystemExit(os.EX_IOERR) from error
 
 
 if __name__ == "__main__":

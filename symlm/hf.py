@@ -1,13 +1,18 @@
-"""An adapter for the Hugging Face Trainer: a factory for its argument `optimizer_cls_and_kwargs`."""
+"""Adapters for the Hugging Face Trainer: its argument `optimizer_cls_and_kwargs`, and manifests for checkpoints."""
 
+import math
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from symlm.distributed.collectives import wait_for_all
+from symlm.manifests import MANIFEST, newest_whole, write_manifest
 from symlm.optimizer import SymOptimizer
 from symlm.qk_clip import QKClip
 
@@ -73,6 +78,57 @@ def trainer_optimizer(lr: float | None = None, **kwargs: Any) -> tuple[type[Trai
         The factory class, and the arguments with which the Trainer calls it.
     """
     return TrainerOptimizer, kwargs if lr is None else {"lr": lr, **kwargs}
+
+
+class SafeCheckpoints:
+    """A Trainer's callback that writes a manifest (size, SHA-256) into each checkpoint when all of it is there.
+
+    `trainer.train(resume_from_checkpoint=SafeCheckpoints.newest(output_dir))` goes on from the newest whole one. The
+    Trainer deletes what exceeds `save_total_limit` before a manifest is written: set it to 2 or more.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the manifest of the checkpoint that the Trainer has just saved, on its first process.
+
+        Args:
+            args: The Trainer's arguments.
+            state: Where it is.
+            control: Not used.
+        """
+        wait_for_all()
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def __getattr__(self, event: str) -> Callable[..., None]:
+        """Return what does nothing at the Trainer's other events."""
+        if not event.startswith("on_"):
+            raise AttributeError(event)
+        return lambda *arguments, **more: None
+
+    @staticmethod
+    def newest(folder: str | Path, below: float = math.inf) -> str | None:
+        """Return the newest whole checkpoint in a Trainer's output folder; what is newer and is not is renamed, loudly.
+
+        Args:
+            folder: The output folder.
+            below: A step that it comes before, as the run's last: from there the Trainer would make one step more.
+
+        Returns:
+            Its path, or None where there is no checkpoint but the first, which a kill left half.
+
+        Raises:
+            RuntimeError: There were whole ones, and all are damaged.
+        """
+        found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        steps = {int(path.name.split("-")[1]): path for path in found}
+        found = [steps[step] for step in sorted(steps) if step < below]
+        first_is_half = len(found) == 1 and not (found[0] / MANIFEST).exists()
+        whole = newest_whole(found, lambda text: warnings.warn(text, stacklevel=4), required=True)
+        if found and not whole and not first_is_half:
+            raise RuntimeError(
+                f"no checkpoint in {folder} is whole: begin anew in another folder, or restore one of *.damaged"
+            )
+        return str(whole) if whole else None
 
 
 def _calling_trainer() -> Any:

@@ -159,8 +159,6 @@ def test_a_killed_trainer_resumes_bit_for_bit(saved, tmp_path):
         pass
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    for half_written in ("checkpoint-6", "checkpoint-8"):  # the Trainer does not write its checkpoints at once
-        shutil.rmtree(tmp_path / "cut" / half_written, ignore_errors=True)
     done = subprocess.run(
         finetune(saved, tmp_path / "cut", "--resume", "True"), cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -168,6 +166,57 @@ def test_a_killed_trainer_resumes_bit_for_bit(saved, tmp_path):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert same(first, second)
     assert json.loads((tmp_path / "cut" / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory):
+    """Two checkpoints with their manifests."""
+    folder = tmp_path_factory.mktemp("checkpointed")
+    trainer(folder, save_steps=3, callbacks=[symlm.hf.SafeCheckpoints()]).train()
+    return folder
+
+
+def test_the_newest_whole_checkpoint_of_a_trainer_is_taken(checkpointed, tmp_path):
+    folder = shutil.copytree(checkpointed, tmp_path / "run")
+    newest = symlm.hf.SafeCheckpoints.newest
+    assert newest(folder) == str(folder / "checkpoint-6")
+    assert newest(folder, below=6) == str(folder / "checkpoint-3")
+    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        assert name in json.loads((folder / "checkpoint-6" / "manifest.json").read_text())
+    (folder / "checkpoint-6" / "optimizer.pt").write_bytes(b"another's")
+    with pytest.warns(UserWarning, match=r"checkpoint-6 is damaged \(optimizer.pt is missing, changed or another's\)"):
+        assert newest(folder) == str(folder / "checkpoint-3")
+    assert (folder / "checkpoint-6.damaged").exists()
+    resumed = trainer(folder, save_steps=3, callbacks=[symlm.hf.SafeCheckpoints()])
+    resumed.train(resume_from_checkpoint=newest(folder))
+    assert same(weights(resumed.model), load_file(checkpointed / "checkpoint-6" / "model.safetensors"))
+
+
+def test_a_finished_trainer_that_is_resumed_makes_no_step_more(saved, tmp_path):
+    """A kill between the last checkpoint and the model: the Trainer alone would go on from step 8 of 8 to a step 9."""
+    for _ in range(2):
+        subprocess.run(finetune(saved, tmp_path, "--resume", "True"), cwd=ROOT, check=True, capture_output=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == "checkpoint-8"
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-8", "."))
+    assert same(first, second)
+
+
+def test_a_checkpoint_that_a_kill_left_half_is_not_taken(checkpointed, tmp_path):
+    folder = shutil.copytree(checkpointed, tmp_path / "run")
+    newest = symlm.hf.SafeCheckpoints.newest
+    (folder / "checkpoint-6" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="it has no manifest, which is written last"):
+        assert newest(folder) == str(folder / "checkpoint-3")
+    (folder / "checkpoint-3" / "manifest.json").write_text("{")
+    with (
+        pytest.warns(UserWarning, match="its manifest cannot be read"),
+        pytest.raises(RuntimeError, match=r"no checkpoint in .* is whole"),
+    ):
+        newest(folder)
+    assert newest(folder) is None  # both are put aside now, by a message that nobody can miss
+    shutil.copytree(checkpointed / "checkpoint-3", folder / "checkpoint-3", ignore=lambda *_: {"manifest.json"})
+    with pytest.warns(UserWarning, match="checkpoint-3 is damaged"):
+        assert newest(folder) is None  # the first of a run: it begins anew
 
 
 def test_trl_takes_the_same_line(saved, tmp_path):

@@ -1,15 +1,16 @@
 """Checkpoints of which none is ever half: whole ones have a manifest, damaged ones are put aside, loudly."""
 
-import hashlib
-import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-MANIFEST = "manifest.json"
+from pretraining.pickles import only_data
+from symlm.manifests import newest_whole, write_manifest
 
 
 class Checkpoints:
@@ -26,37 +27,51 @@ class Checkpoints:
     def save(self, accelerator: Accelerator, step: int) -> None:
         """Save the state of all processes; the manifest is written last, and the folder is renamed then.
 
-        Raises: OSError that names the last whole one, where this cannot be written. Nothing half stays.
+        Raises: OSError where this cannot be written. Nothing half stays.
         """
         temporary = self.folder / "unfinished"
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         accelerator.wait_for_everyone()
-        try:
-            self._refuse_what_does_not_fit()
+        with self.named(f"{self.folder / f'step-{step}'}"):
+            self.refuse_what_does_not_fit()
             accelerator.save_state(str(temporary))
-        except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            last = self.list()[-1] if self.list() else "none"
-            raise OSError(
-                f"{self.folder / f'step-{step}'} cannot be written ({error}); the last whole checkpoint is {last}: "
-                "make room there and start the same command again with --resume=true"
-            ) from error
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (temporary / MANIFEST).write_text(json.dumps(manifest(temporary), indent=1))
-            target = self.folder / f"step-{step}"
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            for old in self.list()[: -self.keep]:
-                shutil.rmtree(old)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_manifest(temporary)
+                target = self.folder / f"step-{step}"
+                shutil.rmtree(target, ignore_errors=True)
+                temporary.rename(target)
+                for old in self.list()[: -self.keep]:
+                    shutil.rmtree(old)
 
-    def _refuse_what_does_not_fit(self) -> None:
-        """Raises: OSError where the newest checkpoint would not fit again, before anything is written."""
-        if not self.list():
-            return
-        needed = sum(path.stat().st_size for path in self.list()[-1].rglob("*") if path.is_file())
-        free = shutil.disk_usage(self.folder).free
+    @contextmanager
+    def named(self, what: str) -> Iterator[None]:
+        """Write in a `with` block.  Raises: OSError that names what could not be written, and nothing half stays."""
+        try:
+            yield
+        except Exception as error:  # torch and safetensors have their own for a full disk
+            shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
+            raise OSError(f"{what} cannot be written ({error})") from error
+
+    def how_to_go_on(self) -> str:
+        """Say what a run that a disk has ended goes on from."""
+        last = self.list()[-1] if self.list() else "none"
+        return (
+            f"the last whole checkpoint is {last}: make room there and start the same command again with --resume=auto"
+        )
+
+    def refuse_what_does_not_fit(self, weights: int = 0) -> None:
+        """Look at the disk before anything is written.
+
+        Args:
+            weights: Bytes of the weights, all that is known before the first checkpoint.
+
+        Raises: OSError where a checkpoint would not fit; or where the folder is gone, which is not made anew.
+        """
+        found = self.list()
+        files = [path for path in found[-1].rglob("*") if path.is_file()] if found else []
+        needed, free = sum(path.stat().st_size for path in files) or weights, shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(f"it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} are free")
 
@@ -72,7 +87,8 @@ class Checkpoints:
         if path is None:
             return 0
         try:
-            accelerator.load_state(str(path))
+            with only_data(path):
+                accelerator.load_state(str(path))
         except Exception as error:
             raise RuntimeError(f"{path} cannot be read ({error}); remove it to go on from the one before") from error
         return int(path.name.split("-")[1])
@@ -80,39 +96,5 @@ class Checkpoints:
     def _newest_whole(self, accelerator: Accelerator) -> Path | str | None:
         """Return the newest whole checkpoint, None without any; what to say where all are damaged."""
         found = self.list()
-        for path in reversed(found):
-            if not (damage := damage_of(path)):
-                return path
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            accelerator.print(
-                f"WARNING: {path} is damaged ({damage}); it is {aside.name} now, and the one before is taken"
-            )
-        return f"no checkpoint in {self.folder} is whole: begin anew with --overwrite=true" if found else None
-
-
-def manifest(folder: Path) -> dict[str, list[int | str]]:
-    """Return size and SHA-256 of every file of a checkpoint."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in files}
-
-
-def damage_of(folder: Path) -> str:
-    """Say which file of a checkpoint is not as its manifest has it, "" for a whole one; one without is from before."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return ""
-    try:
-        expected = json.loads(path.read_text())
-    except ValueError:
-        return "its manifest cannot be read"
-    found = manifest(folder)
-    wrong = [name for name in expected if found.get(name) != expected[name]] + sorted(set(found) - set(expected))
-    return f"{wrong[0]} is missing, changed or another's" if wrong else ""
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        path = newest_whole(found, accelerator.print)
+        return path or (f"no checkpoint in {self.folder} is whole: begin anew with --overwrite=true" if found else None)

@@ -1,5 +1,6 @@
 """One run of pretrain.py as data: the YAML files' and the command line's fields, and how they are read."""
 
+import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -110,6 +111,7 @@ class TrainConfig:
         log_every: steps between rows of metrics.jsonl.
         save_every: steps between checkpoints.
         keep: how many checkpoints stay.
+        timeout: seconds that processes wait for one of them, which is frozen or gone, before all end; none is torch's.
         tracker: where the metrics go besides metrics.jsonl, one of accelerate's trackers, or "none".
     """
 
@@ -134,6 +136,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 100
     keep: int = 2
+    timeout: float | None = None
     tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
@@ -141,6 +144,7 @@ class TrainConfig:
         counts += ("teleport_every", "smoothness_every")
         at_least(1, {f"train.{name}": getattr(self, name) for name in counts})
         at_least(0, {f"train.{name}": getattr(self, name) for name in ("warmup", "decay", "load_loss", "z_loss")})
+        at_least(1, {"train.timeout": self.timeout})
         if self.tracker not in (installed := ["none", *map(str, get_available_trackers())]):
             raise ValueError(f"train.tracker {self.tracker!r} is not installed or unknown; there are {installed}")
 
@@ -195,9 +199,12 @@ def read(arguments: list[str] | None = None) -> RunConfig:
     parser = Parser(description="Pretrain a language model from scratch with symlm.")
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RunConfig, None)
-    given = parser.parse_args(arguments)
     try:
+        given = parser.parse_args(arguments)
         values = vars(parser.instantiate(given))
+    except UnicodeDecodeError as error:
+        files = [word for word in arguments or sys.argv[1:] if "--config" in word]
+        parser.error(f"{' or '.join(files)} is no UTF-8 text: {error}")
     except ValueError as error:
         parser.error(str(error))
     return RunConfig(**{key: value for key, value in values.items() if key != "config"})

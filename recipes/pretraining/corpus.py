@@ -99,7 +99,7 @@ def texts_of(rows, column: str, where: str) -> list[str]:
 def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None, Dataset, Dataset]:
     """Return the tokenizer, the training set of `samples` blocks and the fixed validation set of a `DataConfig`."""
     root = Path(data.dataset)
-    named = AutoTokenizer.from_pretrained(data.tokenizer) if data.tokenizer else None
+    named = _named_tokenizer(data.tokenizer) if data.tokenizer else None
     if paths := sorted(root.glob("*.bin")) if root.is_dir() else [root] if root.suffix == ".bin" else []:
         train, held = _split_shards(paths, data.validation_blocks * data.length)
         return named, Packed(train, data.length, samples, seed), _validation(held, data)
@@ -112,6 +112,14 @@ def load(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase | None,
     tokenizer = named or bpe_tokenizer(rest, data.vocab_size)
     train = Packed([packed_tokens(rest, tokenizer)], data.length, samples, seed)
     return tokenizer, train, _validation([packed_tokens(held, tokenizer)], data)
+
+
+def _named_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises: ValueError for whatever transformers raises, which does not name the tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(f"data.tokenizer {name!r} cannot be read: {error}") from error
 
 
 def _installed(data, seed: int, samples: int) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:

@@ -1,10 +1,14 @@
 """A run's folder: its configuration, and its metrics a row at a time."""
 
+import contextlib
+import errno
 import fcntl
 import json
+import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
@@ -19,7 +23,7 @@ from pretraining.config import RunConfig, read
 
 LOOSE = {  # what may differ when a run goes on
     *("name", "out", "resume", "overwrite"),
-    *(f"train.{name}" for name in ("save_every", "log_every", "keep", "tracker")),
+    *(f"train.{name}" for name in ("save_every", "log_every", "keep", "timeout", "tracker")),
 }
 
 
@@ -40,6 +44,14 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
             yield f"{name}: {old} -> {new}"
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """Read what a run is.  Raises: ValueError for a file that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it, and begin anew with --overwrite=true") from None
+
+
 def is_finished(folder: Path, arguments: list[str]) -> bool:
     """Tell whether a folder has the finished run of these arguments of pretrain.py.
 
@@ -48,7 +60,7 @@ def is_finished(folder: Path, arguments: list[str]) -> bool:
     path = folder / "config.json"
     if path.exists():
         now = resolve(read(arguments), "no")
-        if changed := list(differences(json.loads(path.read_text()), now)):
+        if changed := list(differences(_settings(path), now)):
             raise SystemExit(f"{folder} holds another run ({'; '.join(changed)}): remove it, or give another --out")
     return (folder / "summary.json").exists()
 
@@ -66,7 +78,7 @@ def check_folder(config: RunConfig, accelerator: Accelerator) -> Path:
         raise ValueError(f"{folder} holds no run to resume")
     if config.resume:
         now = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
-        if changed := list(differences(json.loads(path.read_text()), now)):
+        if changed := list(differences(_settings(path), now)):
             raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): resume with its own, or rename")
     elif Checkpoints(folder / "checkpoints", 1).list() and not config.overwrite:
         raise ValueError(
@@ -89,10 +101,9 @@ def open_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> No
                 shutil.rmtree(folder / name, ignore_errors=True)
             for name in ("metrics.jsonl", "summary.json"):
                 (folder / name).unlink(missing_ok=True)
-        temporary = folder / "config.json.unfinished"
+        (folder / "checkpoints").mkdir(exist_ok=True)
         settings = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
-        temporary.write_text(json.dumps(settings, indent=1))
-        temporary.replace(folder / "config.json")
+        _replace(folder / "config.json", json.dumps(settings, indent=1))
     accelerator.wait_for_everyone()
 
 
@@ -125,25 +136,42 @@ def processor() -> str:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Read a run's metrics, one object a line; a last line cut short by a kill is left out."""
+    """Read a run's metrics, one object a line; a line cut short by a kill, or of something else, is left out."""
     rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
+    for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def forget_after(step: int, folder: Path) -> None:
     """Drop the rows of steps that a killed run did after its last checkpoint: they are done again."""
     rows = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _replace(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.unfinished")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def write(row: dict[str, Any], folder: Path, accelerator: Accelerator) -> None:
-    """Append a row to the run's metrics, and send its numbers to the tracker."""
-    if accelerator.is_main_process:
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    accelerator.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=row["step"])
+    """Append a row to the run's metrics, and send its numbers to the tracker; a disk that fails costs the row alone."""
+    numbers = {key: value for key, value in row.items() if not isinstance(value, list)}
+    try:
+        if accelerator.is_main_process:
+            _append(json.dumps(row).encode() + b"\n", folder / "metrics.jsonl")
+        accelerator.log(numbers, step=row["step"])
+    except OSError as error:
+        warnings.warn(f"the metrics of step {row['step']} are not written: {error}", stacklevel=2)
+
+
+def _append(line: bytes, path: Path) -> None:
+    """Append a line, or nothing.  Raises: OSError where the disk takes no more."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,6 +17,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "symlm"
 
 
 END = "<|endoftext|>"
+
+
+TEXT = 1_000_000  # characters that are tokenized at once
 
 
 BUFFER = 1024  # blocks through which a stream is shuffled
@@ -32,13 +36,53 @@ def bpe_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerF
         temporary = path.with_suffix(f".{uuid4().hex}")
         tokenizer.save(str(temporary))
         temporary.replace(path)
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, bos_token=END, pad_token=END)
+    with _cached(path):
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, bos_token=END, pad_token=END)
+
+
+@contextmanager
+def _cached(path: Path) -> Iterator[None]:
+    """Read a file of the cache in a `with` block.  Raises: ValueError that names it, where it is damaged."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{path} cannot be read ({error}): remove it, and it is made again") from error
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """Return each document's tokens with the end token behind it."""
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
+    """Return each document's tokens with the end token behind it; of text at once they take 100 times its memory."""
+    arrays: list[list[np.ndarray]] = [[] for _ in documents]
+    for batch in _batches((k, piece) for k, document in enumerate(documents) for piece in _pieces(document)):
+        encoded = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for (k, _), ids in zip(batch, encoded, strict=True):
+            arrays[k].append(np.array(ids, dtype=np.int32))
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    return [np.concatenate([*array, end]) for array in arrays]
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """Cut a document of more than `TEXT` characters before spaces, where a word begins anyway."""
+    start = 0
+    while start < len(document):
+        end = start + TEXT
+        space = document.rfind(" ", start + 1, end) if end < len(document) else -1
+        end = space if space > 0 else end
+        yield document[start:end]
+        start = end
+
+
+def _batches(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Put pieces together until they have `TEXT` characters."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size >= TEXT:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def packed_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -50,7 +94,8 @@ def packed_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> n
         temporary = path.with_suffix(f".{uuid4().hex}.npy")
         np.save(temporary, np.concatenate(tokenize(documents, tokenizer)))
         temporary.replace(path)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    with _cached(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 class Collate:
@@ -118,9 +163,10 @@ class PackedStream(IterableDataset):
         rest: list[int] = []
         for row in self.stream:
             rest += tokenize([_text(row, self.column)], self.tokenizer)[0].tolist()
-            while len(rest) >= self.length:
-                yield torch.tensor(rest[: self.length])
-                rest = rest[self.length :]
+            whole = len(rest) - len(rest) % self.length
+            for start in range(0, whole, self.length):
+                yield torch.tensor(rest[start : start + self.length])
+            rest = rest[whole:]
 
 
 def _text(row: dict, column: str) -> str:

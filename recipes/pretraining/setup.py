@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from torch.distributed import distributed_c10d
 from torch.utils.data import DataLoader
 
 import symlm
@@ -74,9 +76,14 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """
     train, deepspeed = config.train, parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
+    group: dict[str, Any] = {"backend": "gloo"} if on_cpu and deepspeed else {}
+    if train.timeout:
+        group["timeout"] = limit = timedelta(seconds=train.timeout)
+        # and of the groups that DeepSpeed and meshes make, which take torch's default
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,  # which accelerate would turn off
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
+        kwargs_handlers=[InitProcessGroupKwargs(**group)] if group else [],
         mixed_precision=train.mixed_precision,
         gradient_accumulation_steps=train.accumulate,
         log_with=None if train.tracker == "none" else train.tracker,

@@ -69,6 +69,12 @@ def world_size() -> int:
     return dist.get_world_size() if is_initialized() else 1
 
 
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if is_initialized():
+        dist.barrier()
+
+
 def anywhere(flags: Tensor) -> Tensor:
     """Reduce flags by "or" over all ranks.
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from pretraining import corpus, packing
 from pretraining.corpus import is_validation, load, read_documents, read_shard, split, split_stream
 from pretraining.packing import Collate, Packed, PackedStream
 
@@ -137,3 +138,48 @@ def test_the_split_is_fixed():
     assert (
         sum(is_validation(f"document {k}") for k in range(3200)) == 107
     )  # of 100 expected; pinned, since moving it spoils every comparison
+
+
+def damage(folder):
+    (file,) = folder.iterdir()
+    file.write_bytes(b"\x80\x04damaged")
+    return file.name
+
+
+def test_a_damaged_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "CACHE", tmp_path / "tokenizer")
+    tokenizer = packing.bpe_tokenizer(["some text"] * 50, 300)
+    name = damage(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*remove it, and it is made again"):
+        packing.bpe_tokenizer(["some text"] * 50, 300)
+    monkeypatch.setattr(packing, "CACHE", tmp_path / "tokens")
+    packing.packed_tokens(["some text"], tokenizer)
+    name = damage(tmp_path / "tokens")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*remove it, and it is made again"):
+        packing.packed_tokens(["some text"], tokenizer)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"\x80\x04damaged")
+    with pytest.raises(ValueError, match=rf"data.tokenizer '{tmp_path}' cannot be read"):
+        corpus._named_tokenizer(str(tmp_path))
+
+
+def test_a_long_document_is_tokenized_in_pieces_as_it_is_whole(monkeypatch):
+    tokenizer = packing.bpe_tokenizer(["the quick brown fox jumps over the lazy dog, and the cat "] * 40, 300)
+    documents = ["the quick brown fox " * 30, "", "jumps over  the\n lazy dog" * 20, "x" * 500]
+    whole = packing.tokenize(documents, tokenizer)
+    asked = []
+
+    def watched(texts, **options):
+        asked.append(sum(map(len, texts)))
+        return tokenizer(texts, **options)
+
+    watched.eos_token_id = tokenizer.eos_token_id
+    monkeypatch.setattr(packing, "TEXT", 100)
+    pieces = packing.tokenize(documents, watched)
+    assert max(asked) < 200
+    assert [array[-1] for array in pieces] == [tokenizer.eos_token_id] * 4
+    for k in (0, 1):  # one space before each word
+        assert pieces[k].tolist() == whole[k].tolist()
+    assert [tokenizer.decode(array) for array in pieces] == [tokenizer.decode(array) for array in whole]

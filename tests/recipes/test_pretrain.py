@@ -20,6 +20,7 @@ from pretraining import setup
 from pretraining.models import MODELS, build_model
 from recipe import CONFIGS, command, write_text
 from safetensors.torch import load_file
+from torch.distributed import distributed_c10d
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import symlm
@@ -143,6 +144,18 @@ def test_precision_is_the_launchers_unless_told(monkeypatch, told, used):
     try:
         config = run_config.read(["--train.tracker=none", *told])
         assert setup.build_accelerator(config).mixed_precision == used
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_the_time_limit_is_that_of_every_group(monkeypatch):
+    """DeepSpeed's groups too, which it makes without one: a frozen rank was waited for half an hour there."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))  # and back again
+    try:
+        accelerator = setup.build_accelerator(run_config.read(["--train.tracker=none", "--train.timeout=7"]))
+        assert accelerator.init_handler.timeout.total_seconds() == 7
+        assert distributed_c10d._get_default_timeout("gloo").total_seconds() == 7
     finally:
         AcceleratorState._reset_state(True)
 

@@ -1,0 +1,1 @@
+"""What faults.py does to runs, and how it starts and judges them."""
