@@ -4,7 +4,7 @@ from torch import nn
 
 from symlm.roles.ends import EndMatrices
 from symlm.roles.recognizers.attention import attention_role, is_dense, is_fused
-from symlm.roles.recognizers.channels import channel_role, is_mixer, role_by_shapes
+from symlm.roles.recognizers.channels import channel_role, is_activated_alone, is_mixer, role_by_shapes
 from symlm.roles.recognizers.leaves import leaf_role
 from symlm.roles.recognizers.logits import ignores_a_shift
 from symlm.roles.role import Role, Site
@@ -46,7 +46,10 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
     role = channel_role(site) if mixes else attention_role(site) or channel_role(site)
     if role or (is_fused(site.leaf) and shape[0] != shape[1]) or site.leaf == "gate_up_proj":
         return role
-    return None if ends.is_unclear(site) else role_by_shapes(site, ends.inputs | ends.outputs) or Role.MATRIX
+    if ends.is_unclear(site):
+        return None
+    into = Role.MLP_IN if is_activated_alone(site) else Role.MATRIX
+    return role_by_shapes(site, ends.inputs | ends.outputs) or into
 
 
 def _is_router(site: Site, owner: str) -> bool:
@@ -54,9 +57,9 @@ def _is_router(site: Site, owner: str) -> bool:
     above = [*site.ancestors[:2], None, None]
     if owner.lower().endswith("router"):
         return True
-    if type(above[0]).__name__.lower().endswith("router"):
-        dense = [module for module in above[0].modules() if is_dense(module)] if above[0] is not None else []
-        return dense[-1:] == [site.module]  # the layers before it are an MLP
+    for module in site.ancestors[:2]:
+        if type(module).__name__.lower().endswith("router"):
+            return [layer for layer in module.modules() if is_dense(layer)][-1:] == [site.module]  # behind an MLP
     boxed = type(above[0]).__name__.endswith(("Gate", "Gating")) and hasattr(above[1], "experts")
     named = site.path[-1:] in (("gate",), ("router",)) or site.path[-2:-1] == ("router",)
     return boxed or (

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from judge import attention_moves, judged, loss_of, loud, replaced, rolled
+from judge import attention_moves, judged, loss_of, loud, replaced
 from zoo import classes, small
 
 import symlm
@@ -28,20 +28,20 @@ QUICK = {
 WITHOUT_ATTENTION = (  # this small, or at all
     *("JetMoeForCausalLM", "MambaForCausalLM", "BambaForCausalLM", "Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM"),
 )
-# Their heads are not alone: two of them are subtracted, values choose what is looked at, a convolution mixes them in.
-HEADS_ARE_MIXED = ("DiffLlamaForCausalLM", "DogeForCausalLM", "ConvBertForMaskedLM")
+LEAST = {"CAUSAL_LM": 0.95, "MASKED_LM": 0.95, "SEQ_TO_SEQ_CAUSAL_LM": 0.95}  # confirmed, of what the loss reaches
+LARGEST = 5e6  # parameters: a part whose config has other fields may be of billions
 
 
 def verdicts(kind, name):
     """Return {parameter: verdict} and the roles of one class; None where it cannot be built or run this small."""
-    counted = small(kind, name)  # on the meta device: a part whose config has other fields may be of billions
-    if counted is None or sum(p.numel() for p in counted.parameters()) > 1e6:
+    counted = small(kind, name)  # on the meta device
+    if counted is None or sum(p.numel() for p in counted.parameters()) > LARGEST:
         return None
     if (model := small(kind, name, "cpu")) is None:
         return None
     try:
         return judged(loud(model))
-    except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError, LookupError):
+    except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError, LookupError, AssertionError):
         return None  # its small form does not run, or not in float64
 
 
@@ -69,15 +69,15 @@ def test_the_loss_shows_no_role_wrong_in_a_whole_mapping(mapping):
             wrong[name] = bad
     print(f"{mapping}: {ran} classes, {dict(total)}, shown wrong: {sorted(wrong)}")
     assert ran > 20
-    assert set(wrong) <= set(HEADS_ARE_MIXED), wrong
-    assert total["right"] > 0.6 * sum(total.values())
+    assert not wrong
+    assert total["right"] > LEAST[mapping] * (sum(total.values()) - total["unreached"])
 
 
 def test_the_judge_sees_a_wrong_order():
     """Blocks of a fused projection that are moved by one head more change the loss."""
     model = loud(small("gpt2", "GPT2LMHeadModel", "cpu"))
     base = loss_of(model)
-    (moved, *_) = attention_moves(place(model), rolled)
+    ((moved, *_), *_) = attention_moves(place(model))
     with replaced(model, moved):
         assert abs(loss_of(model) - base) < 1e-9
     name = next(name for name in moved if "c_attn.weight" in name)

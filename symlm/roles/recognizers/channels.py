@@ -3,13 +3,14 @@
 A channel may change its place among the others, in all layers that read into it or out of it together.
 """
 
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import is_alone, is_dense, is_fused
-from symlm.roles.recognizers.logits import HEADS
+from symlm.roles.recognizers.logits import HEADS, functions_called
 from symlm.roles.role import Role, Site, whole_shape
 from symlm.roles.wrappers import inner_module
 
@@ -20,7 +21,9 @@ ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj"), Role.MLP_IN),
     **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
     "per_layer_projection": Role.MLP_OUT,
+    **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT},
 }
+ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
 GATES = (
     "gate_proj",
@@ -33,6 +36,8 @@ GATES = (
     "b_proj",
     "dt_proj",
 )
+
+ACTIVATION = re.compile(r"(^|_)act|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
 
 
 class Blocks(NamedTuple):
@@ -64,7 +69,7 @@ def channel_role(site: Site) -> Role | None:
         return None
     if site.leaf in ALONE:
         return ALONE[site.leaf]
-    if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ("attention", "lstm", "mla")):
+    if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ATTENDING):
         return Role.MLP_IN
     children = {name for name, _ in parent.named_children()}
     if site.leaf in BY_NAME and {BY_NAME.get(name) for name in children} >= {Role.MLP_IN, Role.MLP_OUT}:
@@ -140,14 +145,54 @@ def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
         site: The site of a dense layer.
         ends: The ids of the token matrices: a layer in front of a head has no channels, where the head may be tied.
     """
-    scope = _scope(site)
-    if scope is None or site.leaf in HEADS or (isinstance(scope, nn.Sequential) and not _is_activated(scope)):
+    scopes = [_scope(site), *site.ancestors[1:2]] if _gates(site.parent) else [_scope(site)]
+    roles = (_role_in(scope, site, ends) for scope in scopes)
+    return next((role for role in roles if role), None)
+
+
+def _read_by_others(layers: list[tuple[nn.Module, int, int]]) -> nn.Module | None:
+    """Return the layer whose outputs all the others read, as AltUp's router, if there is one and nothing leads back."""
+    for source, before, width in layers:
+        others = [shape for layer, *shape in layers if layer is not source]
+        if before != width and all(inputs == width and outputs != before for inputs, outputs in others):
+            return source
+    return None
+
+
+def _activates(module: nn.Module) -> bool:
+    """Tell whether the code of a module names an activation, or a child is one."""
+    if any(type(child).__module__ == "torch.nn.modules.activation" for child in module.children()):
+        return True
+    return type(module).__module__ == "torch.nn.modules.activation" or any(
+        ACTIVATION.search(name) for name in functions_called(type(module))
+    )
+
+
+def _gates(module: nn.Module | None) -> bool:
+    """Tell whether a module is two equal layers and an activation: the gate and up of a block around it."""
+    layers = _dense_layers(module) if module is not None else []
+    return len(layers) == 2 and layers[0][1:] == layers[1][1:] and _activates(module)
+
+
+def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role | None:
+    """Return the role of a layer in one block."""
+    if scope is None or (isinstance(scope, nn.Sequential) and not _is_activated(scope)):
+        return None
+    if site.leaf in HEADS and not _activates(scope):
+        return None
+    if not any(_activates(module) for module in (scope, *scope.children())):
         return None
     if any(isinstance(child, nn.Embedding) for child in scope.children()):  # a model, not a block of one
         return None
     layers = [layer for layer in _dense_layers(scope) if id(getattr(layer[0], "weight", None)) not in ends]
+    if len(layers) == 3 and site.module in [layer[0] for layer in layers] and (source := _read_by_others(layers)):
+        return Role.MLP_IN if source is site.module else Role.MLP_OUT
     if len({layer[1:] for layer in layers}) == 3:  # a square gate beside a key and a value, as in RWKV
-        layers = [layer for layer in layers if layer[1] != layer[2]]
+        squares = [layer for layer in layers if layer[1] == layer[2]]
+        layers = [layer for layer in layers if layer not in squares]
+        reversed_ = len(layers) == 2 and layers[0][1:] == layers[1][:0:-1]
+        if any(layer is site.module and reversed_ and width == layers[1][2] for layer, width, _ in squares):
+            return Role.MLP_IN  # its outputs are factors of channels
     places = [place for place, (layer, _, _) in enumerate(layers) if layer is site.module]
     if not places or not 2 <= len(layers) <= 3:
         return None
@@ -160,6 +205,21 @@ def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
         if fits and alike and (layers[last][2] != width or numbered):
             return Role.MLP_OUT if places[0] == last else Role.MLP_IN
     return None
+
+
+def is_activated_alone(site: Site) -> bool:
+    """Tell whether a layer goes through an activation, and its module has no other but a head behind it.
+
+    Its outputs are neurons, as those of an MLP: the transform in front of a masked model's head, a pooler.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    parent = site.parent
+    if parent is None or len(site.shape) != 2 or not _activates(parent):
+        return False
+    layers = {name for name, child in parent.named_children() if is_dense(inner_module(child))}
+    return layers - {*HEADS, "decoder", "vocab_projector"} == {site.leaf}
 
 
 def _is_activated(sequence: nn.Sequential) -> bool:
@@ -179,7 +239,7 @@ def _are_numbered(scope: nn.Module) -> bool:
 def _scope(site: Site) -> nn.Module | None:
     """Return the block around a layer: its parent, or what is around a parent that holds this layer alone."""
     parent = site.parent
-    if parent is not None and is_alone(parent):
+    if parent is not None and is_alone(parent) and not any(_gates(child) for child in parent.children()):
         around = site.ancestors[1] if len(site.ancestors) > 1 else None
         return around if around is not None and len(_dense_layers(around)) > 1 else None
     return parent
