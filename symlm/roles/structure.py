@@ -5,7 +5,7 @@ from torch import nn
 from symlm.roles.ends import EndMatrices
 from symlm.roles.recognizers.attention import attention_role, is_dense, is_fused
 from symlm.roles.recognizers.channels import channel_role, is_activated_alone, is_mixer, role_by_shapes
-from symlm.roles.recognizers.leaves import leaf_role
+from symlm.roles.recognizers.leaves import is_pointwise, leaf_role
 from symlm.roles.recognizers.logits import ignores_a_shift
 from symlm.roles.role import Role, Site
 
@@ -13,6 +13,9 @@ EXPERTS = {
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "input_linear", "w1", "w3", "wi", "w13"), Role.EXPERT_IN),
     **dict.fromkeys(("down_proj", "output_linear", "w2", "wo"), Role.EXPERT_OUT),
 }
+
+
+QUERIES = {"input_linear": Role.ATTENTION_Q, "output_linear": Role.ATTENTION_O}
 
 
 ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_a.", ".lora_b.")
@@ -33,13 +36,15 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return Role.CAPPED_LM_HEAD if role is Role.LM_HEAD and ends.is_capped(site) else role
     if len(shape) == 3 and owner.endswith("Experts"):
         queries = type(site.parent).__name__.endswith("MoA")  # experts that are queries and outputs of an attention
-        return Role.MATRIX if queries else EXPERTS.get(site.leaf)
+        return (QUERIES if queries else EXPERTS).get(site.leaf)
     if len(shape) == 2 and any(name in site.name for name in ADAPTERS):
         return Role.LORA
     if len(shape) <= 1 or site.name.endswith("bias") or (len(shape) == 2 and 1 in shape):
         return Role.VECTOR
     if len(shape) == 2 and _is_router(site, owner):
         return Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
+    if is_pointwise(site.module) and len(shape) > 2 and (role := attention_role(site)):
+        return role
     if len(shape) != 2 or not (is_dense(site.module) or site.leaf == "in_proj_weight"):
         return leaf_role(site)
     mixes = site.parent is not None and is_mixer(site.parent)

@@ -4,7 +4,7 @@ from itertools import chain
 
 import torch
 
-from judge.channels import channel_moves, expert_moves, low_rank_moves, pair_moves, per_layer_moves
+from judge.channels import channel_moves, expert_moves, low_rank_moves, pair_moves, per_layer_moves, stream_moves
 from judge.heads import ATTENTION, attention_moves
 from judge.mixers import mixer_moves
 from judge.running import gradients, loss_of, loud, renamed_rows, replaced
@@ -86,6 +86,7 @@ def judged(model):
         low_rank_moves(judge.sites, model),
         per_layer_moves(judge.sites),
         pair_moves(judge.sites),
+        stream_moves(judge.sites),
         mixer_moves(judge.sites, model),
     )
     for alternatives in chain(attention_moves(judge.sites), ([moved] for moves in claims for moved in moves)):
@@ -104,22 +105,25 @@ def spaces(judge):
         held = judge.holds(moved)
         named |= held or set()
     widths = {site.shape[1] for site, role in judge.sites if role in TABLES}
-    rigid = not any((site.name, 1) in turning for site, role in judge.sites if role in TABLES)
+    rigid = {site.shape[1] for site, role in judge.sites if role in TABLES and (site.name, 1) not in turning}
     for site, role in judge.sites:
         if site.name not in judge.reached or judge.verdict.get(site.name) != "undecided":
             continue
         turns = {axis for axis in range(len(site.shape)) if (site.name, axis) in turning}
         if role in TABLES and (1 in turns or site.name in named) and judge.rows_are_names(site, role):
             judge.verdict[site.name] = "right"
-        if role is Role.MATRIX and set(sides(site)) <= turns | set(sides(site) if rigid and site.name in named else ()):
-            judge.verdict[site.name] = "right"
-        elif role is Role.MATRIX and not rigid and not is_convolution(site.module) and min(site.shape[axis] for axis in sides(site)) >= 4:
-            judge.verdict[site.name] = "wrong"
+        if role is Role.MATRIX:
+            still = [site.shape[axis] for axis in sides(site) if axis not in turns]
+            fixed = site.name in named and all(any(length % width == 0 for width in rigid) for length in still)
+            if not still or fixed:
+                judge.verdict[site.name] = "right"
+            elif widths - rigid and not is_convolution(site.module) and min(still) >= 4:
+                judge.verdict[site.name] = "wrong"
         if site.name in named and multiplies_the_stream(site, role, judge.sites) and site.shape[sides(site)[0]] in widths:
             judge.verdict[site.name] = "right"
         if role in (Role.ATTENTION_V, Role.ATTENTION_O) and heads_axis(site, role) in turns:
             judge.verdict[site.name] = "right"
-        if role is Role.VECTOR and not (turns and site.shape[-1] in widths):
+        if role is Role.VECTOR and (site.name.endswith("bias") or not (turns and site.shape[-1] in widths)):
             judge.verdict[site.name] = "right"
 
 

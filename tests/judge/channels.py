@@ -26,19 +26,23 @@ def channel_moves(sites, model):
         if any(out.shape[int(not out.transposed)] != width for out in outs):
             continue
         order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
-        moved = {}
-        for site, role in members:
+        moved, scope = {}, _scope(outs[0]) or outs[0].parent
+        inside = {id(module) for module in scope.modules()} - {id(site.module) for site, _ in members}
+        adapters = [(site, role) for site, role in sites if id(site.module) in inside and role is Role.MLP_IN]
+        adapters = [(site, role) for site, role in adapters if "adapter" in site.name]
+        for site, role in [*members, *adapters]:
             axis = int((role is Role.MLP_OUT) != site.transposed)
             if site.shape[axis] % width or site.shape[axis] // width > 2:
                 continue
             doubled = site.shape[axis] // width == 2
-            assert doubled == (blocks_of_outputs(site) is not None or (role is Role.MLP_OUT and doubled)), site
+            assert (site, role) in adapters or doubled == (
+                blocks_of_outputs(site) is not None or (role is Role.MLP_OUT and doubled)
+            ), site
             index = torch.cat([order + k * width for k in range(site.shape[axis] // width)])
             moved[site.name] = site.parameter.detach().index_select(axis, index)
             bias = getattr(site.module, "bias", None)
             if role is Role.MLP_IN and isinstance(bias, nn.Parameter):
                 moved[site.name.removesuffix("weight") + "bias"] = bias.detach()[index]
-        scope = _scope(outs[0]) or outs[0].parent
         names = {id(p): name for name, p in model.named_parameters()}
         for module in scope.modules():  # the gains of a norm between the layers
             gain = getattr(module, "weight", None)
@@ -87,10 +91,8 @@ def low_rank_moves(sites, model):
         if role is not Role.MLP_IN or site.leaf not in ("q_a_proj", "kv_a_proj_with_mqa"):
             continue
         above, stem = site.name.rpartition(f"{site.leaf}.weight")[0], site.leaf.split("_")[0]
-        gain, after = (
-            parameters.get(f"{above}{stem}_a_layernorm.weight"),
-            parameters.get(f"{above}{stem}_b_proj.weight"),
-        )
+        norm = next((n for n in (f"{above}{stem}_a_layernorm", f"{above}{stem}_a_norm") if f"{n}.weight" in parameters), "")
+        gain, after = parameters.get(f"{norm}.weight"), parameters.get(f"{above}{stem}_b_proj.weight")
         if gain is None or after is None or after.shape[1] != len(gain):
             continue
         order = torch.randperm(len(gain), generator=torch.Generator().manual_seed(2))
@@ -101,7 +103,7 @@ def low_rank_moves(sites, model):
             moved[site.name.removesuffix("weight") + "bias"] = torch.cat(
                 [bias.detach()[order], bias.detach()[len(gain) :]]
             )
-        moved[f"{above}{stem}_a_layernorm.weight"] = gain.detach()[order]
+        moved[f"{norm}.weight"] = gain.detach()[order]
         moved[f"{above}{stem}_b_proj.weight"] = after.detach()[:, order]
         yield moved
 
@@ -143,3 +145,25 @@ def pair_moves(sites):
             site.name: site.parameter.detach()[index],
             after.name: after.parameter.detach()[:, index],
         }
+
+
+def stream_moves(sites):
+    """Permute the streams of hyper-connections: blocks of columns, and rows that are a number a stream or a pair."""
+    found = [site for site, _ in sites if site.leaf in ("fn", "hc_fn")]
+    if not found:
+        return
+    streams = min(len(site.parameter) for site in found)  # the last reads each into one
+    moved = {}
+    beside = {id(site.module) for site in found}
+    for site, _ in sites:
+        if id(site.module) not in beside or site.shape[0] not in (streams, 2 * streams, 2 * streams + streams**2):
+            continue
+        value = site.parameter.detach()
+        parts = list(value.split(streams))
+        pairs = torch.stack(parts[2:]).roll((1, 1), (0, 1)).flatten(0, 1) if len(parts) > 2 else value[:0]
+        value = torch.cat([*(part.roll(1, 0) for part in parts[:2]), pairs])
+        if value.ndim > 1:
+            value = value.unflatten(1, (streams, -1)).roll(1, 1).flatten(1)
+        moved[site.name] = value
+    if moved:
+        yield moved

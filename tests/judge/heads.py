@@ -114,6 +114,8 @@ def by_heads(members, sites, groups, base, every, norms):
 
 def inputs_axis(site, role):
     """Return the axis of a projection that is the stream."""
+    if type(site.module).__name__.endswith("Experts"):
+        return 2 - (role is Role.ATTENTION_O)
     if len(site.shape) == 3:
         return 0
     return int((role is not Role.ATTENTION_O) != site.transposed)
@@ -164,6 +166,9 @@ def rolled(x, groups):
 def moved_heads(site, role, groups, move_groups, blocks=1):
     """Return {name: moved} of one projection and its bias."""
     W = site.parameter.detach()
+    if W.ndim == 3 and type(site.module).__name__.endswith("Experts"):
+        axis = 1 + (role is Role.ATTENTION_O)
+        return {site.name: move_groups(W.movedim(axis, 0), groups).movedim(0, axis).contiguous()}
     if W.ndim == 3:  # stored [d, heads, head_dim]
         return {site.name: move_groups(W.movedim(1, 0), groups).movedim(0, 1).contiguous()}
     rows = role is not Role.ATTENTION_O
@@ -196,7 +201,7 @@ def by_order(site, role, groups, move_groups):
 
     def in_sequence(x):
         heads = len(x) // width
-        if heads == groups + 2:  # one head of k and of v
+        if heads == groups + 2 and order != "k v":  # one head of k and of v
             return torch.cat([move_groups(x[: groups * width], groups), x[groups * width :]])
         blocks = [groups, groups] if order == "k v" else [heads - 2 * groups, groups, groups]
         return torch.cat([move_groups(part, groups) for part in x.split([b * width for b in blocks])])

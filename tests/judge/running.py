@@ -62,11 +62,13 @@ def inputs_of(model, length=12, seed=1, names=None, labels=None):
     """Return what the model is called with: tokens, and states or masks for what tokens alone do not reach."""
     draw = torch.Generator().manual_seed(seed)
     config = model.config.get_text_config()
-    ids = torch.randint(3, config.vocab_size, (2, length), generator=draw)
+    books = getattr(config, "num_codebooks", 0) * hasattr(model, "lm_heads")  # of Musicgen, [rows · books, length]
+    ids = torch.randint(3, config.vocab_size, (2 * max(books, 1), length), generator=draw)
     if model.config.is_encoder_decoder and getattr(model.config, "decoder_start_token_id", None) is None:
         model.config.decoder_start_token_id = 0
     asked = inspect.signature(model.forward).parameters
     inputs, targets = (ids if order is None else order[ids] for order in (names, labels))
+    targets = targets.view(2, books, length).mT if books else targets
     given = {"input_ids": inputs, "labels": targets}
     if hasattr(config, "use_cache"):
         given["use_cache"] = False

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from judge.heads import ATTENTION, OF_HEADS, cores
+from judge.heads import ATTENTION, OF_HEADS, core, cores
 from judge.running import gradients, tensors_of
 from symlm.roles.recognizers.channels import is_mixer
+from symlm.roles.recognizers.leaves import is_convolution
 from symlm.roles.role import Role
 from symlm.views.heads import head_dim
 
@@ -136,7 +137,8 @@ def even_gains(model):
 
 def renamed_coordinates(sites, model):
     """Yield, for every width of the stream, all that reads or writes it with its coordinates in another order."""
-    widths = {site.shape[1] for site, role in sites if role in TABLES}
+    ends = (*TABLES, Role.LM_HEAD, Role.CAPPED_LM_HEAD)
+    widths = {site.shape[1] for site, role in sites if role in ends}
     config = model.config.get_text_config()
     widths |= {size for name in ("hidden_size", "d_model", "n_embd") if (size := getattr(config, name, 0))}
     tensors = tensors_of(model)
@@ -163,13 +165,17 @@ def coordinates(sites, tensors, width):
         if role in TABLES:
             axes[site.name] = [1] * (site.shape[1] == width)
         elif role is Role.VECTOR:
-            axes[site.name] = [axis for axis, length in enumerate(site.shape) if length == width]
+            last = len(site.shape) - 1
+            axes[site.name] = [axis for axis in (0 if is_convolution(site.module) else last,) if site.shape[axis] == width]
         else:
             reads = role not in WRITES and site.shape[into] % width == 0
             writes = site.shape[out] == width and (role not in READS or multiplies_the_stream(site, role, sites))
             axes[site.name] = [into] * reads + [out] * writes
+    attentions = {id(core(site)) for site, role in sites if role in ATTENTION}
     for site, role in sites:
-        if role is not Role.VECTOR or len(site.shape) != 1 or len(site.parameter) != width:
+        if role is not Role.VECTOR or id(site.module) in attentions or is_mixer(site.module):
+            continue
+        if len(site.shape) != 1 or len(site.parameter) != width:
             continue
         weight = site.name.rpartition(".")[0] + ".weight"
         layer = placed.get(weight, (None, None))[0]

@@ -21,7 +21,7 @@ FUSED_TOKENS = {
     *("wqkv", "wkv", "wqk", "wpack"),
 }
 FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
-NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj")  # low ranks
+NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj", "index_qk_proj")  # low ranks; what only chooses keys
 FUSED_ORDERS = (
     # The order of the outputs of fused projections by the class of the attention, which alone knows it. A new model is
     # one line here, and a case of tests/roles/test_loss.py, which moves the blocks and looks at the loss.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import is_alone, is_dense, is_fused
+from symlm.roles.recognizers.leaves import is_convolution
 from symlm.roles.recognizers.logits import HEADS, functions_called
 from symlm.roles.role import Role, Site, whole_shape
 from symlm.roles.wrappers import inner_module
@@ -35,6 +36,8 @@ GATES = (
     "fgate_preact",
     "b_proj",
     "dt_proj",
+    "r_proj",
+    "relative_pos_embeddings",
 )
 
 ACTIVATION = re.compile(r"(^|_)act|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
@@ -69,6 +72,8 @@ def channel_role(site: Site) -> Role | None:
         return None
     if site.leaf in ALONE:
         return ALONE[site.leaf]
+    if any(part.startswith("gate_up_proj_adapter") for part in site.path[:-1]) and site.leaf != "0":
+        return Role.MLP_IN  # the second factor of what is added to the neurons
     if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ATTENDING):
         return Role.MLP_IN
     children = {name for name, _ in parent.named_children()}
@@ -86,7 +91,8 @@ def is_mixer(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_parameters(recurse=False)}
     children = dict(module.named_children())
     names |= {name for child in children.values() for name, _ in child.named_parameters(recurse=False)}
-    convolves = any(name.startswith("conv") and _is_depthwise(child) for name, child in children.items())
+    filters = [name for name, child in children.items() if _is_depthwise(child)]
+    convolves = any(name.startswith("conv") for name in filters) or bool(filters and "in_proj" in children)
     names |= {name for name, _ in module.named_buffers(recurse=False)}
     return convolves or bool(names & {"A_log", "time_decay", "recurrent_param", "slope_rate"})
 
@@ -281,7 +287,7 @@ def _is_doubled(site: Site) -> bool:
 def _is_depthwise(module: nn.Module) -> bool:
     """Tell whether a module is a convolution of every channel by itself."""
     shape = whole_shape(module.weight) if isinstance(getattr(module, "weight", None), Tensor) else ()  # type: ignore[arg-type]
-    return len(shape) == 3 and shape[1] == 1 and shape[0] > 1
+    return len(shape) in (3, 4) and shape[1] == 1 and shape[0] > 1 and (len(shape) == 3 or is_convolution(module))
 
 
 def _size(owner: nn.Module | None, name: str) -> int:

@@ -59,6 +59,15 @@ def is_convolution(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution over single places: a dense layer of every place.
+
+    Args:
+        module: The module that holds the parameter.
+    """
+    return isinstance(module, nn.modules.conv._ConvNd) and set(module.kernel_size) == {1}
+
+
 def _groups(module: nn.Module) -> int:
     """Return the number of groups of a convolution."""
     return int(getattr(module, "groups", 1))
