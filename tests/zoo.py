@@ -6,10 +6,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SIZES = {  # one value for all fields that mean one thing
-    32: "hidden_size d_model n_embd dim n_embed embed_dim model_dim embedding_size dim_model emb_dim lru_width "
-    "word_embed_proj_dim attention_hidden_size image_size",
-    48: "intermediate_size hidden_dim d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size dim_feedforward "
-    "d_inner dim_ff intermediate_size_mlp",
+    32: "hidden_size d_model n_embd dim n_embed embed_dim model_dim embedding_size dim_model emb_dim "
+    "lru_width word_embed_proj_dim attention_hidden_size image_size",
+    48: "intermediate_size hidden_dim d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size "
+    "dim_feedforward d_inner dim_ff intermediate_size_mlp",
     24: "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size "
     "expert_ffn_hidden_size shared_intermediate_size",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
@@ -37,7 +37,13 @@ MORE = {  # fields of single kinds, where the sizes above contradict each other 
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "ctrl": {"dff": 48},
-    "dots3_note_text": {"per_layer_config": {}, "head_dim": 12, "index_head_dim": 8, "index_n_heads": 4, "num_key_value_heads": 4},
+    "dots3_note_text": {
+        "per_layer_config": {},
+        "head_dim": 12,
+        "index_head_dim": 8,
+        "index_n_heads": 4,
+        "num_key_value_heads": 4,
+    },
     "deepseek_v4": {
         **{"o_lora_rank": 4, "o_groups": 2, "index_head_dim": 8, "index_n_heads": 4},
     },
@@ -45,7 +51,12 @@ MORE = {  # fields of single kinds, where the sizes above contradict each other 
     "esmc": {"num_key_value_heads": 4},
     "fsmt": {"src_vocab_size": 64, "tgt_vocab_size": 64},
     "funnel": {"block_sizes": [2], "block_repeats": [1]},
-    "gemma3n_text": {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 6, "laurel_rank": 12, "num_kv_shared_layers": 0},
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 6,
+        "laurel_rank": 12,
+        "num_kv_shared_layers": 0,
+    },
     "gemma4_text": {"per_layer_config": {}, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 6},
     "gemma4_unified_text": {"per_layer_config": {}, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 6},
     "inkling2_text": {"swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2},
@@ -65,12 +76,29 @@ MORE = {  # fields of single kinds, where the sizes above contradict each other 
     },
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
     "roc_bert": {
-        **{"shape_vocab_size": 20, "pronunciation_vocab_size": 20, "pronunciation_embed_dim": 32, "shape_embed_dim": 32},
+        **{
+            "shape_vocab_size": 20,
+            "pronunciation_vocab_size": 20,
+            "pronunciation_embed_dim": 32,
+            "shape_embed_dim": 32,
+        },
     },
     "xglm": {"attention_heads": 4},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8, "kv_channels": 16, "attention_head_dim": 16, "attention_hidden_size": 64, "num_query_groups": 4},
-    "zamba": {"num_hidden_layers": 4, "attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zamba2": {
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+        "kv_channels": 16,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "num_query_groups": 4,
+    },
+    "zamba": {
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 12},
 }
 ABSENT = {  # which a config does not let one set
@@ -116,10 +144,12 @@ def _fields_by_layer(values):
     lists = {k: v for k, v in values.items() if isinstance(v, list) and len(v) == layers and "id" not in k}
     if not lists or layers < 3:
         return {}
-    kinds = list(zip(*map(lambda v: map(str, v), lists.values()), strict=True))
+    kinds = list(zip(*(map(str, values) for values in lists.values()), strict=True))
     chosen = sorted({kinds.index(kind) for kind in kinds})[:4]
     chosen += [chosen[-1]] * (len(chosen) < 2)
-    fields = {name: [SMALL["intermediate_size"] if name == "intermediate_size" else v[k] for k in chosen] for name, v in lists.items()}
+    fields = {name: [v[k] for k in chosen] for name, v in lists.items()}
+    if "intermediate_size" in fields:
+        fields["intermediate_size"] = [SMALL["intermediate_size"]] * len(chosen)
     return fields | {"num_hidden_layers": len(chosen)}
 
 

@@ -4,9 +4,10 @@ from torch import nn
 
 from symlm.roles.ends import EndMatrices
 from symlm.roles.recognizers.attention import attention_role, is_dense, is_fused
-from symlm.roles.recognizers.channels import channel_role, is_activated_alone, is_mixer, role_by_shapes
+from symlm.roles.recognizers.channels import channel_role, is_mixer
 from symlm.roles.recognizers.leaves import is_pointwise, leaf_role
 from symlm.roles.recognizers.logits import ignores_a_shift
+from symlm.roles.recognizers.shapes import is_activated_alone, role_by_shapes
 from symlm.roles.role import Role, Site
 
 EXPERTS = {

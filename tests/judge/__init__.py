@@ -3,18 +3,19 @@
 from itertools import chain
 
 import torch
+from numerics import LOSS_CHANGES, LOSS_STAYS
 
 from judge.channels import channel_moves, expert_moves, low_rank_moves, pair_moves, per_layer_moves, stream_moves
 from judge.heads import ATTENTION, attention_moves
 from judge.mixers import mixer_moves
 from judge.running import gradients, loss_of, loud, renamed_rows, replaced
-from judge.stream import TABLES, multiplies_the_stream, renamed_coordinates, heads_axis, rotating, sides
+from judge.stream import TABLES, heads_axis, multiplies_the_stream, renamed_coordinates, rotating, sides
 from symlm.roles.assignment import place
 from symlm.roles.recognizers.leaves import is_convolution
 from symlm.roles.role import Role
 
+__all__ = ["Judge", "attention_moves", "judged", "loss_of", "loud", "replaced"]
 CHANNELS = (Role.MLP_IN, Role.MLP_OUT, Role.EXPERT_IN, Role.EXPERT_OUT)
-SAME, OTHER = 1e-9, 1e-7  # relative to the loss, or to 1
 
 
 class Judge:
@@ -37,14 +38,13 @@ class Judge:
 
     def holds(self, moved):
         """Return the members of a joint move that leaves the loss, where each left out alone changes it."""
-        if self.change(moved) > SAME:
+        if self.change(moved) > LOSS_STAYS:
             return None
         return {
             name
             for name in moved
-            if name in self.verdict and self.change({k: v for k, v in moved.items() if k != name}) > OTHER
+            if name in self.verdict and self.change({k: v for k, v in moved.items() if k != name}) > LOSS_CHANGES
         }
-
 
     def try_all(self, alternatives):
         """Confirm the members of the joint moves that hold; members of none, whose roles claim one, are wrong."""
@@ -55,8 +55,12 @@ class Judge:
             if all(self.verdict[name] == "right" for name in claimed):
                 return
         missed = {name for name in claimed if self.verdict[name] != "right" and name in self.reached}
-        if not any(self.change(moved) < SAME for moved in alternatives):
-            self.verdict |= {name: "wrong" for name in missed if self.roles[name] in (ATTENTION if len(alternatives) > 1 else CHANNELS)}
+        if not any(self.change(moved) < LOSS_STAYS for moved in alternatives):
+            self.verdict |= {
+                name: "wrong"
+                for name in missed
+                if self.roles[name] in (ATTENTION if len(alternatives) > 1 else CHANNELS)
+            }
 
     def rows_are_names(self, site, role):
         """Tell whether the rows of a table, or all names of tokens, may be in another order."""
@@ -67,13 +71,18 @@ class Judge:
         moved[site.name][order] = site.parameter.detach()
         if role is not Role.TIED_EMBEDDING:
             with renamed_rows(site.parameter, order):
-                return self.change(moved) < SAME < OTHER < self.change({})
+                return self.change(moved) < LOSS_STAYS < LOSS_CHANGES < self.change({})
         for name, p in self.model.named_parameters():  # biases of the logits, and other tables of tokens
             if len(p) == rows and (p.ndim == 1 or self.roles.get(name) is Role.EMBEDDING):
                 moved[name] = torch.empty_like(p.detach())
                 moved[name][order] = p.detach()
         alone = {key: value for key, value in moved.items() if key != site.name}
-        return self.change(moved, names=order, labels=order) < SAME < OTHER < self.change(alone, names=order, labels=order)
+        return (
+            self.change(moved, names=order, labels=order)
+            < LOSS_STAYS
+            < LOSS_CHANGES
+            < self.change(alone, names=order, labels=order)
+        )
 
 
 def judged(model):
@@ -119,7 +128,11 @@ def spaces(judge):
                 judge.verdict[site.name] = "right"
             elif widths - rigid and not is_convolution(site.module) and min(still) >= 4:
                 judge.verdict[site.name] = "wrong"
-        if site.name in named and multiplies_the_stream(site, role, judge.sites) and site.shape[sides(site)[0]] in widths:
+        if (
+            site.name in named
+            and multiplies_the_stream(site, role, judge.sites)
+            and site.shape[sides(site)[0]] in widths
+        ):
             judge.verdict[site.name] = "right"
         if role in (Role.ATTENTION_V, Role.ATTENTION_O) and heads_axis(site, role) in turns:
             judge.verdict[site.name] = "right"
@@ -135,6 +148,6 @@ def shifts(judge):
         W, free = site.parameter.detach(), role in (Role.LM_HEAD, Role.ROUTER)
         shift = torch.randn(W.shape[1], dtype=W.dtype, generator=torch.Generator().manual_seed(3))
         change = judge.change({site.name: W + shift})
-        if change < SAME and not free and judge.change({site.name: (W + shift).flip(-1)}) < SAME:
+        if change < LOSS_STAYS and not free and judge.change({site.name: (W + shift).flip(-1)}) < LOSS_STAYS:
             continue  # a router that this loss does not reach
-        judge.verdict[site.name] = "right" if (change < SAME) == free else "wrong"
+        judge.verdict[site.name] = "right" if (change < LOSS_STAYS) == free else "wrong"

@@ -5,7 +5,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from symlm.roles.recognizers.channels import _gates, _scope, blocks_of_outputs, is_mixer
+from symlm.roles.recognizers.channels import blocks_of_outputs, is_mixer
+from symlm.roles.recognizers.shapes import is_gate_and_up, scope_of
 from symlm.roles.role import Role
 from symlm.views.storage import view_of
 
@@ -16,7 +17,7 @@ def channel_moves(sites, model):
     for site, role in sites:
         by_layer = site.leaf.startswith(("per_layer", "o_a_proj", "o_b_proj"))
         if role in (Role.MLP_IN, Role.MLP_OUT) and len(site.shape) == 2 and not is_mixer(site.parent) and not by_layer:
-            scope = site.ancestors[1] if _gates(site.parent) else _scope(site)
+            scope = site.ancestors[1] if is_gate_and_up(site.parent) else scope_of(site)
             scopes[id(scope if scope is not None else site.parent)].append((site, role))
     for members in scopes.values():
         outs = [site for site, role in members if role is Role.MLP_OUT]
@@ -26,7 +27,7 @@ def channel_moves(sites, model):
         if any(out.shape[int(not out.transposed)] != width for out in outs):
             continue
         order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
-        moved, scope = {}, _scope(outs[0]) or outs[0].parent
+        moved, scope = {}, scope_of(outs[0]) or outs[0].parent
         inside = {id(module) for module in scope.modules()} - {id(site.module) for site, _ in members}
         adapters = [(site, role) for site, role in sites if id(site.module) in inside and role is Role.MLP_IN]
         adapters = [(site, role) for site, role in adapters if "adapter" in site.name]
@@ -91,7 +92,9 @@ def low_rank_moves(sites, model):
         if role is not Role.MLP_IN or site.leaf not in ("q_a_proj", "kv_a_proj_with_mqa"):
             continue
         above, stem = site.name.rpartition(f"{site.leaf}.weight")[0], site.leaf.split("_")[0]
-        norm = next((n for n in (f"{above}{stem}_a_layernorm", f"{above}{stem}_a_norm") if f"{n}.weight" in parameters), "")
+        norm = next(
+            (n for n in (f"{above}{stem}_a_layernorm", f"{above}{stem}_a_norm") if f"{n}.weight" in parameters), ""
+        )
         gain, after = parameters.get(f"{norm}.weight"), parameters.get(f"{above}{stem}_b_proj.weight")
         if gain is None or after is None or after.shape[1] != len(gain):
             continue

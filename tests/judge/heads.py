@@ -57,7 +57,9 @@ def together(members, groups, move_groups):
     rows = {role: site.shape[int(site.transposed)] for site, role in members if len(site.shape) == 2}
     q, k, v = (rows.get(role, 0) for role in ATTENTION[:3])
     for site, role in members:
-        blocks = site.shape[int(not site.transposed)] * k // (v * q) if role is Role.ATTENTION_O and q and k and v else 1
+        blocks = (
+            site.shape[int(not site.transposed)] * k // (v * q) if role is Role.ATTENTION_O and q and k and v else 1
+        )
         moved |= moved_heads(site, role, groups, move_groups, max(blocks, 1))
     return moved
 
@@ -123,7 +125,9 @@ def inputs_axis(site, role):
 
 def is_of_stream(site, members, norms):
     """Tell whether a vector is a norm of the stream, or the bias of what writes it."""
-    outputs = {id(other.module) for other, role in members if role is Role.ATTENTION_O and other.name.endswith("weight")}
+    outputs = {
+        id(other.module) for other, role in members if role is Role.ATTENTION_O and other.name.endswith("weight")
+    }
     norm = not norms and bool(site.path) and "norm" in site.path[-1].lower() and not OF_HEADS.fullmatch(site.path[-1])
     return len(site.shape) == 1 and (norm or id(site.module) in outputs)
 

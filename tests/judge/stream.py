@@ -4,6 +4,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
+from numerics import MEMBER, STILL, TURNS
 from torch import nn
 
 from judge.heads import ATTENTION, OF_HEADS, core, cores
@@ -29,9 +30,9 @@ def sides(site):
 def rotating(model, sites):
     """Return {(name, axis)} of the axes that some rotation moves, with others or alone, and leaves the loss.
 
-    A rotation exp(tA) of the axes S leaves the loss exactly if the sum over S of the skew part of W ∂L/∂Wᵀ, along the
-    axis, is zero. What multiplies coordinates one by one is made equal for it, and the rotations fix (1, ..., 1), as a mean needs it. Of v
-    and o the heads are axes of their own, and all of them have to turn.
+    A rotation exp(tA) of the axes S leaves the loss if the sum over S of the skew part of W ∂L/∂Wᵀ, along the axis, is
+    zero. What multiplies coordinates one by one is made equal for it, and the rotations fix (1, ..., 1), as a mean
+    needs it. Of v and o the heads are axes of their own, and all of them have to turn.
     """
     with even_gains(model):
         batches = [gradients(model, seed) for seed in (1, 2, 3)]
@@ -56,7 +57,10 @@ def rotating(model, sites):
             for k, part in enumerate(parts_of(site, role, axis)):
                 slices = [(slice(None),) * axis + (part,)]
                 heads[site.name, axis, k] = skew(
-                    site.parameter.detach()[slices[0]], [grads[site.name][slices[0]] for grads in batches], axis, mean=False
+                    site.parameter.detach()[slices[0]],
+                    [grads[site.name][slices[0]] for grads in batches],
+                    axis,
+                    mean=False,
                 )
         turning |= whole_of(set(_dependent(heads)), heads)
     return turning
@@ -108,13 +112,13 @@ def skew(value, gradients_of_it, axis, mean=True):
 def _dependent(columns):
     """Yield the columns that others, or nothing, add to zero."""
     sizes = {key: column.norm() for key, column in columns.items() if len(column)}
-    yield from (key for key, size in sizes.items() if size < 1e-11)
-    long = {key: column / sizes[key] for key, column in columns.items() if sizes.get(key, 0) >= 1e-11}
+    yield from (key for key, size in sizes.items() if size < STILL)
+    long = {key: column / sizes[key] for key, column in columns.items() if sizes.get(key, 0) >= STILL}
     if not long or len(next(iter(long.values()))) < 2 * len(long):
         return
     _, values, rows = torch.linalg.svd(torch.stack(list(long.values()), 1), full_matrices=False)
-    null = rows[values < 1e-9 * values[0]]
-    yield from (key for k, key in enumerate(long) if null[:, k].norm() > 1e-6)
+    null = rows[values < TURNS * values[0]]
+    yield from (key for k, key in enumerate(long) if null[:, k].norm() > MEMBER)
 
 
 @contextmanager
@@ -157,7 +161,9 @@ def renamed_coordinates(sites, model):
 def coordinates(sites, tensors, width):
     """Return {name: axes along the stream}, by what the roles claim."""
     placed = {site.name: (site, role) for site, role in sites}
-    axes = {name: [value.ndim - 1] for name, value in tensors.items() if name not in placed and value.shape[-1] == width}
+    axes = {
+        name: [value.ndim - 1] for name, value in tensors.items() if name not in placed and value.shape[-1] == width
+    }
     for site, role in sites:
         if len(site.shape) < 2:
             continue
@@ -166,7 +172,9 @@ def coordinates(sites, tensors, width):
             axes[site.name] = [1] * (site.shape[1] == width)
         elif role is Role.VECTOR:
             last = len(site.shape) - 1
-            axes[site.name] = [axis for axis in (0 if is_convolution(site.module) else last,) if site.shape[axis] == width]
+            axes[site.name] = [
+                axis for axis in (0 if is_convolution(site.module) else last,) if site.shape[axis] == width
+            ]
         else:
             reads = role not in WRITES and site.shape[into] % width == 0
             writes = site.shape[out] == width and (role not in READS or multiplies_the_stream(site, role, sites))

@@ -48,7 +48,19 @@ BESIDE_FUSED = {
     **dict.fromkeys(("k_proj", "pos_proj"), Role.ATTENTION_K),
     "v_proj": Role.ATTENTION_V,
     **dict.fromkeys(
-        ("o_proj", "out_proj", "c_proj", "dense", "proj", "projection", "projection_layer", "to_out", "Wo", "output", "post_proj"),
+        (
+            "o_proj",
+            "out_proj",
+            "c_proj",
+            "dense",
+            "proj",
+            "projection",
+            "projection_layer",
+            "to_out",
+            "Wo",
+            "output",
+            "post_proj",
+        ),
         Role.ATTENTION_O,
     ),
 }
