@@ -85,6 +85,15 @@ def _width_of_states(model):
     return layers[0].in_features if layers and not model.config.is_encoder_decoder else None
 
 
+def reads_given_states(name, model):
+    """Tell whether a parameter reads states that the judge makes up, whose coordinates nothing else knows."""
+    return (
+        bool(CROSS.search(name))
+        and not re.search(r"(q|query|o|out|dense)(_proj)?\.\w+$", name)
+        and not (model.config.is_encoder_decoder)
+    )
+
+
 CROSS = re.compile(r"(encoder_attn|cross_?attention|EncDecAttention|cross_attn)\..*k", re.IGNORECASE)
 
 

@@ -8,7 +8,7 @@ from numerics import MEMBER, STILL, TURNS
 from torch import nn
 
 from judge.heads import ATTENTION, OF_HEADS, core, cores
-from judge.running import gradients, tensors_of
+from judge.running import gradients, reads_given_states, tensors_of
 from symlm.roles.recognizers.channels import is_mixer
 from symlm.roles.recognizers.leaves import is_convolution
 from symlm.roles.role import Role
@@ -150,6 +150,8 @@ def renamed_coordinates(sites, model):
         order = torch.randperm(width, generator=torch.Generator().manual_seed(5))
         moved = {}
         for name, axes in coordinates(sites, tensors, width).items():
+            if reads_given_states(name, model):
+                continue
             value = tensors[name].detach()
             for axis in axes:
                 states = range(value.shape[axis] // width)
@@ -177,13 +179,17 @@ def coordinates(sites, tensors, width):
             ]
         else:
             reads = role not in WRITES and site.shape[into] % width == 0
-            writes = site.shape[out] == width and (role not in READS or multiplies_the_stream(site, role, sites))
+            joined_states = role in WRITES and site.shape[out] % width == 0
+            writes = (joined_states or site.shape[out] == width) and (
+                role not in READS or multiplies_the_stream(site, role, sites)
+            )
             axes[site.name] = [into] * reads + [out] * writes
     attentions = {id(core(site)) for site, role in sites if role in ATTENTION}
     for site, role in sites:
         if role is not Role.VECTOR or id(site.module) in attentions or is_mixer(site.module):
             continue
-        if len(site.shape) != 1 or len(site.parameter) != width:
+        states = 8 if site.path and "norm" in site.path[-1] else 1
+        if len(site.shape) != 1 or len(site.parameter) % width or len(site.parameter) > states * width:
             continue
         weight = site.name.rpartition(".")[0] + ".weight"
         layer = placed.get(weight, (None, None))[0]

@@ -134,6 +134,7 @@ def roles_of(kind, name, part):
         ("deepseek_v4", "DeepseekV4ForCausalLM", "mlp.gate.weight", {"sigmoid_router"}),
         ("deepseek_v4", "DeepseekV4ForCausalLM", "attn_hc.fn", {"mlp_in"}),
         ("deepseek_v4", "DeepseekV4ForCausalLM", "o_b_proj", {"mlp_out"}),
+        ("qwen4_exp_text", "Qwen4ExpForCausalLM", "input_mix_weight_down", {"mlp_in"}),
         ("zaya", "ZayaForCausalLM", "router_mlp.out_proj.weight", {"router"}),
         ("zamba2", "Zamba2ForCausalLM", "gate_up_proj_adapter_list.0.1.weight", {"mlp_in"}),
         ("musicgen", "MusicgenForCausalLM", "lm_heads", {"lm_head"}),

@@ -20,6 +20,7 @@ ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
     "per_layer_projection": Role.MLP_OUT,
     **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT},
+    **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
 ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
