@@ -142,6 +142,7 @@ def roles_of(kind, name, part):
         ("roberta", "RobertaForMaskedLM", "lm_head.dense.weight", {"mlp_in"}),
         ("mobilebert", "MobileBertForMaskedLM", "output.bottleneck.dense.weight", {"matrix"}),
         ("squeezebert", "SqueezeBertForMaskedLM", "attention.query.weight", {"attention_q"}),
+        ("nystromformer", "NystromformerForMaskedLM", "attention.self.query.weight", {"attention_q"}),
         ("lfm3_vl", "Lfm3VlForConditionalGeneration", "conv.in_proj", {"mlp_in"}),
     ],
 )

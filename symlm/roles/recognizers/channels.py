@@ -19,6 +19,8 @@ ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj"), Role.MLP_IN),
     **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
     "per_layer_projection": Role.MLP_OUT,
+    **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
+    **{"vocab_transform": Role.MLP_IN},
     **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT},
     **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
@@ -87,8 +89,9 @@ def is_mixer(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_parameters(recurse=False)}
     children = dict(module.named_children())
     names |= {name for child in children.values() for name, _ in child.named_parameters(recurse=False)}
-    filters = [name for name, child in children.items() if _is_depthwise(child)]
-    convolves = any(name.startswith("conv") for name in filters) or bool(filters and "in_proj" in children)
+    filters = {name: child for name, child in children.items() if _is_depthwise(child)}
+    along = any(name.startswith("conv") and not isinstance(child, nn.Conv2d) for name, child in filters.items())
+    convolves = along or bool(filters and "in_proj" in children)  # an image's filters stand in attentions too
     names |= {name for name, _ in module.named_buffers(recurse=False)}
     return convolves or bool(names & {"A_log", "time_decay", "recurrent_param", "slope_rate"})
 

@@ -26,7 +26,7 @@ def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
 
 
 def is_activated_alone(site: Site) -> bool:
-    """Tell whether a layer goes through an activation, and its module has no other but a head behind it.
+    """Tell whether a layer goes through an activation, and its module has no more but norms, and a head behind it.
 
     Its outputs are neurons, as those of an MLP: the transform in front of a masked model's head, a pooler.
 
@@ -36,8 +36,12 @@ def is_activated_alone(site: Site) -> bool:
     parent = site.parent
     if parent is None or len(site.shape) != 2 or not _activates(parent):
         return False
-    layers = {name for name, child in parent.named_children() if is_dense(inner_module(child))}
-    return layers - {*HEADS, "decoder", "vocab_projector"} == {site.leaf}
+    children = dict(parent.named_children())
+    layers = {name for name, child in children.items() if is_dense(inner_module(child))}
+    others = [child for name, child in children.items() if name not in layers]
+    return layers - {*HEADS, "decoder"} == {site.leaf} and all(
+        p.ndim < 2 for child in others for p in child.parameters()
+    )
 
 
 def scope_of(site: Site) -> nn.Module | None:
@@ -72,8 +76,6 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
     if any(isinstance(child, nn.Embedding) for child in scope.children()):  # a model, not a block of one
         return None
     layers = [layer for layer in dense_layers(scope) if id(getattr(layer[0], "weight", None)) not in ends]
-    if len(layers) == 3 and site.module in [layer[0] for layer in layers] and (source := _read_by_others(layers)):
-        return Role.MLP_IN if source is site.module else Role.MLP_OUT
     if len({layer[1:] for layer in layers}) == 3:  # a square gate beside a key and a value, as in RWKV
         squares = [layer for layer in layers if layer[1] == layer[2]]
         layers = [layer for layer in layers if layer not in squares]
@@ -91,15 +93,6 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
         numbered = len(layers) == 2 and last == 1 and (isinstance(scope, nn.Sequential) or _are_numbered(scope))
         if fits and alike and (layers[last][2] != width or numbered):
             return Role.MLP_OUT if places[0] == last else Role.MLP_IN
-    return None
-
-
-def _read_by_others(layers: list[tuple[nn.Module, int, int]]) -> nn.Module | None:
-    """Return the layer whose outputs all the others read, as AltUp's router, if there is one and nothing leads back."""
-    for source, before, width in layers:
-        others = [shape for layer, *shape in layers if layer is not source]
-        if before != width and all(inputs == width and outputs != before for inputs, outputs in others):
-            return source
     return None
 
 
