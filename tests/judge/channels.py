@@ -45,15 +45,12 @@ def channel_moves(sites, model):
             if role is Role.MLP_IN and isinstance(bias, nn.Parameter):
                 moved[site.name.removesuffix("weight") + "bias"] = bias.detach()[index]
         names = {id(p): name for name, p in model.named_parameters()}
-        for module in scope.modules():  # the gains of a norm between the layers
-            gain = getattr(module, "weight", None)
-            if (
-                isinstance(gain, nn.Parameter)
-                and gain.shape == (width,)
-                and id(gain) in names
-                and width != _stream(outs[0])
-            ):
-                moved[names[id(gain)]] = gain.detach()[order]
+        for module in scope.modules():  # the norms between the layers
+            bias = getattr(module, "bias", None) if "norm" in type(module).__name__.lower() else None
+            for gain in (getattr(module, "weight", None), bias):
+                between = isinstance(gain, nn.Parameter) and gain.shape == (width,) and width != _stream(outs[0])
+                if between and names.get(id(gain), ...) not in (..., *moved):
+                    moved[names[id(gain)]] = gain.detach()[order]
         if len(moved) > 1:
             yield moved
 

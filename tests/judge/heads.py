@@ -94,16 +94,16 @@ def gates(members, sites, groups):
 def by_heads(members, sites, groups, base, every, norms):
     """Return what the module has beside q, k, v and o, moved along axes as long as heads are, or that they divide."""
     moved, inside = {}, {id(module) for module in core(members[0][0]).modules()}
-    width = members[0][0].shape[inputs_axis(*members[0])]
+    widths = {site.shape[inputs_axis(site, role)] for site, role in members}
     lengths = {groups, queries_of(members)} | {
         math.prod(site.shape) // site.shape[inputs_axis(site, role)] for site, role in members
     }
     for site, _ in sites:
         if id(site.module) not in inside or site.name in base or is_of_stream(site, members, norms):
             continue
-        axes = [axis for axis, length in enumerate(site.shape) if length in lengths and length != width]
+        axes = [axis for axis, length in enumerate(site.shape) if length in lengths and length not in widths]
         if every and (len(site.shape) > 1 or site.name.endswith("bias")):
-            axes = [axis for axis, length in enumerate(site.shape) if length % groups == 0 and length != width]
+            axes = [axis for axis, length in enumerate(site.shape) if length % groups == 0 and length not in widths]
         if not axes and len(site.shape) == 1 and site.shape[0] in lengths:
             axes = [0]
         value = site.parameter.detach()
