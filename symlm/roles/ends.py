@@ -98,7 +98,7 @@ class EndMatrices:
             return False
         if not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not isinstance(site.module, nn.Linear):
             return False
-        above = ".".join(site.path[:-1])
+        above = ".".join(site.path[: -2 if in_a_list else -1])
         has_tokens = any(_is_inside(path, above) for path in self.tables)
         return has_tokens and self._has_softmax(site.path)
 

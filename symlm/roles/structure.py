@@ -4,15 +4,19 @@ from torch import nn
 
 from symlm.roles.ends import EndMatrices
 from symlm.roles.recognizers.attention import attention_role, is_dense, is_fused
-from symlm.roles.recognizers.channels import channel_role, is_mixer, role_by_shapes
-from symlm.roles.recognizers.leaves import leaf_role
+from symlm.roles.recognizers.channels import channel_role, is_mixer
+from symlm.roles.recognizers.leaves import is_pointwise, leaf_role
 from symlm.roles.recognizers.logits import ignores_a_shift
+from symlm.roles.recognizers.shapes import is_activated_alone, role_by_shapes
 from symlm.roles.role import Role, Site
 
 EXPERTS = {
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "input_linear", "w1", "w3", "wi", "w13"), Role.EXPERT_IN),
     **dict.fromkeys(("down_proj", "output_linear", "w2", "wo"), Role.EXPERT_OUT),
 }
+
+
+QUERIES = {"input_linear": Role.ATTENTION_Q, "output_linear": Role.ATTENTION_O}
 
 
 ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_a.", ".lora_b.")
@@ -33,20 +37,25 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return Role.CAPPED_LM_HEAD if role is Role.LM_HEAD and ends.is_capped(site) else role
     if len(shape) == 3 and owner.endswith("Experts"):
         queries = type(site.parent).__name__.endswith("MoA")  # experts that are queries and outputs of an attention
-        return Role.MATRIX if queries else EXPERTS.get(site.leaf)
+        return (QUERIES if queries else EXPERTS).get(site.leaf)
     if len(shape) == 2 and any(name in site.name for name in ADAPTERS):
         return Role.LORA
     if len(shape) <= 1 or site.name.endswith("bias") or (len(shape) == 2 and 1 in shape):
         return Role.VECTOR
     if len(shape) == 2 and _is_router(site, owner):
         return Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
+    if is_pointwise(site.module) and len(shape) > 2 and (role := attention_role(site)):
+        return role
     if len(shape) != 2 or not (is_dense(site.module) or site.leaf == "in_proj_weight"):
         return leaf_role(site)
     mixes = site.parent is not None and is_mixer(site.parent)
     role = channel_role(site) if mixes else attention_role(site) or channel_role(site)
     if role or (is_fused(site.leaf) and shape[0] != shape[1]) or site.leaf == "gate_up_proj":
         return role
-    return None if ends.is_unclear(site) else role_by_shapes(site, ends.inputs | ends.outputs) or Role.MATRIX
+    if ends.is_unclear(site):
+        return None
+    into = Role.MLP_IN if is_activated_alone(site) else Role.MATRIX
+    return role_by_shapes(site, ends.inputs | ends.outputs) or into
 
 
 def _is_router(site: Site, owner: str) -> bool:
@@ -54,9 +63,9 @@ def _is_router(site: Site, owner: str) -> bool:
     above = [*site.ancestors[:2], None, None]
     if owner.lower().endswith("router"):
         return True
-    if type(above[0]).__name__.lower().endswith("router"):
-        dense = [module for module in above[0].modules() if is_dense(module)] if above[0] is not None else []
-        return dense[-1:] == [site.module]  # the layers before it are an MLP
+    for module in site.ancestors[:2]:
+        if type(module).__name__.lower().endswith("router"):
+            return [layer for layer in module.modules() if is_dense(layer)][-1:] == [site.module]  # behind an MLP
     boxed = type(above[0]).__name__.endswith(("Gate", "Gating")) and hasattr(above[1], "experts")
     named = site.path[-1:] in (("gate",), ("router",)) or site.path[-2:-1] == ("router",)
     return boxed or (

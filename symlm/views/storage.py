@@ -94,6 +94,8 @@ def view_of(site: Site, role: Role, granularity: str, equal: bool = False) -> Ma
     axes = len(site.shape)
     if axes > 2 and is_convolution(site.module) and role is not Role.VECTOR:
         return _filters(site)
+    if role in ATTENTION and axes == 3 and type(site.module).__name__.endswith("Experts"):
+        return _heads_of_experts(site, role, granularity)
     if role in ATTENTION and axes == 3:
         return _heads_on_an_axis(role, granularity)
     if role is not Role.VECTOR and (axes not in (2, 3) or (axes == 3 and role not in STACKED)):
@@ -140,6 +142,15 @@ def _heads_on_an_axis(role: Role, granularity: str) -> MatrixView:
     if granularity == "whole":
         return MatrixView("d h m -> 1 (h m) d" if role is not Role.ATTENTION_O else "d h m -> 1 d (h m)")
     return MatrixView("d h m -> h m d" if role is not Role.ATTENTION_O else "d h m -> h d m")
+
+
+def _heads_of_experts(site: Site, role: Role, granularity: str) -> MatrixView:
+    """Return the view of experts that are queries `[E, h·head_dim, d]` or outputs `[E, d, h·head_dim]` of attention."""
+    columns = role is Role.ATTENTION_O
+    if granularity != "heads" and (columns or granularity != "qk_heads"):
+        return STACK
+    heads = site.shape[1 + columns] // head_dim(site, role)
+    return MatrixView(f"b {'m (h n)' if columns else '(h m) n'} -> (b h) m n", {"h": (heads,)})
 
 
 def _filters(site: Site) -> MatrixView:

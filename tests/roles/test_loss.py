@@ -3,7 +3,10 @@
 from collections import Counter
 
 import pytest
-from judge import attention_moves, judged, loss_of, loud, replaced, rolled
+import torch
+from judge import attention_moves, judged, loss_of, loud, replaced
+from judge.stream import rotating
+from numerics import LOSS_CHANGES, LOSS_STAYS
 from zoo import classes, small
 
 import symlm
@@ -17,8 +20,13 @@ QUICK = {
         *("BertLMHeadModel", "XLMWithLMHeadModel", "ModernBertDecoderForCausalLM", "Llama4ForCausalLM"),
         *("MambaForCausalLM", "BambaForCausalLM", "Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM"),
         *("DeepseekV2ForCausalLM", "MiniCPM3ForCausalLM", "JetMoeForCausalLM", "Glm4MoeForCausalLM", "Lfm2ForCausalLM"),
+        *("DiffLlamaForCausalLM", "DogeForCausalLM", "CpmAntForCausalLM", "RwkvForCausalLM", "MiniMaxForCausalLM"),
+        *("Gemma3nForCausalLM", "ProphetNetForCausalLM", "xLSTMForCausalLM", "MusicgenForCausalLM"),
     ),
-    "MASKED_LM": ("BertForMaskedLM", "ModernBertForMaskedLM", "DebertaForMaskedLM", "MPNetForMaskedLM"),
+    "MASKED_LM": (
+        *("BertForMaskedLM", "ModernBertForMaskedLM", "DebertaForMaskedLM", "MPNetForMaskedLM"),
+        *("ConvBertForMaskedLM", "FunnelForMaskedLM", "MobileBertForMaskedLM", "AlbertForMaskedLM"),
+    ),
     "SEQ_TO_SEQ_CAUSAL_LM": (
         "T5ForConditionalGeneration",
         "BartForConditionalGeneration",
@@ -27,21 +35,22 @@ QUICK = {
 }
 WITHOUT_ATTENTION = (  # this small, or at all
     *("JetMoeForCausalLM", "MambaForCausalLM", "BambaForCausalLM", "Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM"),
+    "RwkvForCausalLM",
 )
-# Their heads are not alone: two of them are subtracted, values choose what is looked at, a convolution mixes them in.
-HEADS_ARE_MIXED = ("DiffLlamaForCausalLM", "DogeForCausalLM", "ConvBertForMaskedLM")
+LEAST = {"CAUSAL_LM": 0.98, "MASKED_LM": 0.97, "SEQ_TO_SEQ_CAUSAL_LM": 0.98}  # confirmed, of what the loss reaches
+LARGEST = 5e6  # parameters: a part whose config has other fields may be of billions
 
 
 def verdicts(kind, name):
     """Return {parameter: verdict} and the roles of one class; None where it cannot be built or run this small."""
-    counted = small(kind, name)  # on the meta device: a part whose config has other fields may be of billions
-    if counted is None or sum(p.numel() for p in counted.parameters()) > 1e6:
+    counted = small(kind, name)  # on the meta device
+    if counted is None or sum(p.numel() for p in counted.parameters()) > LARGEST:
         return None
     if (model := small(kind, name, "cpu")) is None:
         return None
     try:
         return judged(loud(model))
-    except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError, LookupError):
+    except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError, LookupError, AssertionError):
         return None  # its small form does not run, or not in float64
 
 
@@ -51,12 +60,14 @@ def test_the_loss_confirms_the_roles(mapping, name):
     verdict, roles = next(said for kind in kinds if (said := verdicts(kind, name)))
     wrong = {key: str(roles[key]) for key, said in verdict.items() if said == "wrong"}
     assert not wrong
+    assert Counter(verdict.values())["right"] >= 0.75 * sum(said != "unreached" for said in verdict.values())
     by_role = {str(roles[key]) for key, said in verdict.items() if said == "right"}
     assert by_role & {"attention_q", "attention_qkv"} or name in WITHOUT_ATTENTION
     assert by_role & {"mlp_in", "expert_in"}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # of a machine with much other work
 @pytest.mark.parametrize("mapping", QUICK)
 def test_the_loss_shows_no_role_wrong_in_a_whole_mapping(mapping):
     total, wrong, ran = Counter(), {}, 0
@@ -69,21 +80,21 @@ def test_the_loss_shows_no_role_wrong_in_a_whole_mapping(mapping):
             wrong[name] = bad
     print(f"{mapping}: {ran} classes, {dict(total)}, shown wrong: {sorted(wrong)}")
     assert ran > 20
-    assert set(wrong) <= set(HEADS_ARE_MIXED), wrong
-    assert total["right"] > 0.6 * sum(total.values())
+    assert not wrong
+    assert total["right"] > LEAST[mapping] * (sum(total.values()) - total["unreached"])
 
 
 def test_the_judge_sees_a_wrong_order():
     """Blocks of a fused projection that are moved by one head more change the loss."""
     model = loud(small("gpt2", "GPT2LMHeadModel", "cpu"))
     base = loss_of(model)
-    (moved, *_) = attention_moves(place(model), rolled)
+    ((moved, *_), *_) = attention_moves(place(model))
     with replaced(model, moved):
-        assert abs(loss_of(model) - base) < 1e-9
+        assert abs(loss_of(model) - base) < LOSS_STAYS
     name = next(name for name in moved if "c_attn.weight" in name)
     moved[name] = moved[name].roll(8, 1)
     with replaced(model, moved):
-        assert abs(loss_of(model) - base) > 1e-4
+        assert abs(loss_of(model) - base) > 1000 * LOSS_CHANGES
 
 
 def roles_of(kind, name, part):
@@ -110,10 +121,53 @@ def roles_of(kind, name, part):
         ("bert", "BertForMaskedLM", "layer.0.output.dense.weight", {"mlp_out"}),
         ("xlnet", "XLNetLMHeadModel", "rel_attn.o", {"attention_o"}),
         ("lfm2", "Lfm2ForCausalLM", "feed_forward.w", {"mlp_in", "mlp_out"}),
+        ("funnel", "FunnelForMaskedLM", "attention.q_head.weight", {"attention_q"}),
+        ("funnel", "FunnelForMaskedLM", "attention.post_proj.weight", {"attention_o"}),
+        ("prophetnet", "ProphetNetForCausalLM", "feed_forward.output.weight", {"mlp_out"}),
+        ("prophetnet", "ProphetNetForCausalLM", "relative_pos_embeddings.weight", {"mlp_in"}),
+        ("cpmant", "CpmAntForCausalLM", "w_in.w_", {"mlp_in"}),
+        ("cpmant", "CpmAntForCausalLM", "w_out", {"mlp_out"}),
+        ("rwkv", "RwkvForCausalLM", "feed_forward.receptance", {"mlp_in"}),
+        ("jetmoe", "JetMoeForCausalLM", "self_attention.experts.input_linear", {"attention_q"}),
+        ("jetmoe", "JetMoeForCausalLM", "self_attention.experts.output_linear", {"attention_o"}),
+        ("gemma3n_text", "Gemma3nForCausalLM", "altup.correction_coefs", {"mlp_out"}),
+        ("deepseek_v4", "DeepseekV4ForCausalLM", "mlp.gate.weight", {"sigmoid_router"}),
+        ("deepseek_v4", "DeepseekV4ForCausalLM", "attn_hc.fn", {"mlp_in"}),
+        ("deepseek_v4", "DeepseekV4ForCausalLM", "o_b_proj", {"mlp_out"}),
+        ("qwen4_exp_text", "Qwen4ExpForCausalLM", "input_mix_weight_down", {"mlp_in"}),
+        ("zaya", "ZayaForCausalLM", "router_mlp.out_proj.weight", {"router"}),
+        ("zamba2", "Zamba2ForCausalLM", "gate_up_proj_adapter_list.0.1.weight", {"mlp_in"}),
+        ("musicgen", "MusicgenForCausalLM", "lm_heads", {"lm_head"}),
+        ("bert", "BertForMaskedLM", "predictions.transform.dense.weight", {"mlp_in"}),
+        ("roberta", "RobertaForMaskedLM", "lm_head.dense.weight", {"mlp_in"}),
+        ("mobilebert", "MobileBertForMaskedLM", "output.bottleneck.dense.weight", {"matrix"}),
+        ("squeezebert", "SqueezeBertForMaskedLM", "attention.query.weight", {"attention_q"}),
+        ("nystromformer", "NystromformerForMaskedLM", "attention.self.query.weight", {"attention_q"}),
+        ("lfm3_vl", "Lfm3VlForConditionalGeneration", "conv.in_proj", {"mlp_in"}),
     ],
 )
 def test_a_parameter_has_the_role_that_its_loss_shows(kind, name, part, roles):
     assert roles_of(kind, name, part) == roles
+
+
+def test_experts_of_queries_are_cut_into_heads():
+    model = small("jetmoe", "JetMoeForCausalLM")
+    views = {name: group["view"] for group in symlm.param_groups(model) for name in names(group)}
+    assert views["model.layers.0.self_attention.experts.input_linear.weight"] == "b (h m) n -> (b h) m n, h=2"
+    assert views["model.layers.0.self_attention.experts.output_linear.weight"] == "b m n -> b m n"
+
+
+def test_rotations_show_what_reads_the_stream_and_leaving_one_out_breaks_them():
+    """The stream turns in all that reads or writes it; in no other axis, and not with a weight of other columns."""
+    model = loud(small("qwen3", "Qwen3ForCausalLM", "cpu"))
+    sites = place(model)
+    reads = {name for name, axis in rotating(model, sites) if axis == 1}
+    assert reads == {s.name for s, role in sites if str(role) not in ("attention_o", "mlp_out", "vector")} | {
+        s.name for s, role in sites if str(role) == "attention_o"
+    }  # of o, heads turn along the columns
+    inner = model.model.layers[0]
+    inner.register_forward_hook(lambda module, args, out: out * torch.linspace(1, 2, 32, dtype=torch.float64))
+    assert "lm_head.weight" not in {name for name, _ in rotating(model, sites)}
 
 
 def test_blocks_of_a_state_space_are_matrices_of_their_own():

@@ -14,14 +14,14 @@ TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query`, `q_
     Role.ATTENTION_O: {"o", "out", "output", "dense", "wo"},
 }
 FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "layer", "global"}
-FILLERS |= {"attention", "w2e", "e2w", "e2e", "projection"}
+FILLERS |= {"attention", "w2e", "e2w", "e2e", "projection", "head"}
 OUTPUTS = ("c_proj", "proj")
 FUSED_TOKENS = {
     *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
     *("wqkv", "wkv", "wqk", "wpack"),
 }
 FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
-NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj")  # low ranks
+NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj", "index_qk_proj")  # low ranks; what only chooses keys
 FUSED_ORDERS = (
     # The order of the outputs of fused projections by the class of the attention, which alone knows it. A new model is
     # one line here, and a case of tests/roles/test_loss.py, which moves the blocks and looks at the loss.
@@ -48,7 +48,19 @@ BESIDE_FUSED = {
     **dict.fromkeys(("k_proj", "pos_proj"), Role.ATTENTION_K),
     "v_proj": Role.ATTENTION_V,
     **dict.fromkeys(
-        ("o_proj", "out_proj", "c_proj", "dense", "proj", "projection", "projection_layer", "to_out", "Wo", "output"),
+        (
+            "o_proj",
+            "out_proj",
+            "c_proj",
+            "dense",
+            "proj",
+            "projection",
+            "projection_layer",
+            "to_out",
+            "Wo",
+            "output",
+            "post_proj",
+        ),
         Role.ATTENTION_O,
     ),
 }
@@ -92,13 +104,13 @@ def is_value_too(site: Site) -> bool:
 
 
 def core_of(site: Site) -> nn.Module | None:
-    """Return the module that holds q, k and v, which knows the heads: the parent, or what stands beside or around it.
+    """Return the module that holds q, k and v, which knows the heads: the parent, or what is in, beside or around it.
 
     Args:
         site: The site of a projection of attention.
     """
     around = site.ancestors[1] if len(site.ancestors) > 1 else None
-    beside = [child for _, child in around.named_children()] if around is not None else []
+    beside = [child for module in (site.parent, around) if module is not None for _, child in module.named_children()]
     cores = (core for core in (site.parent, around, *beside) if core is not None and (_has_qkv(core) or _fuses(core)))
     return next(cores, site.parent)
 

@@ -3,15 +3,14 @@
 A channel may change its place among the others, in all layers that read into it or out of it together.
 """
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from symlm.roles.recognizers.attention import is_alone, is_dense, is_fused
-from symlm.roles.recognizers.logits import HEADS
+from symlm.roles.recognizers.attention import is_fused
+from symlm.roles.recognizers.leaves import is_convolution
+from symlm.roles.recognizers.shapes import dense_layers, role_by_shapes, scope_of, shape_of
 from symlm.roles.role import Role, Site, whole_shape
-from symlm.roles.wrappers import inner_module
 
 INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
 OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_out")
@@ -20,7 +19,12 @@ ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj"), Role.MLP_IN),
     **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
     "per_layer_projection": Role.MLP_OUT,
+    **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
+    **{"vocab_transform": Role.MLP_IN},
+    **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT},
+    **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
+ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
 GATES = (
     "gate_proj",
@@ -32,6 +36,8 @@ GATES = (
     "fgate_preact",
     "b_proj",
     "dt_proj",
+    "r_proj",
+    "relative_pos_embeddings",
 )
 
 
@@ -64,7 +70,9 @@ def channel_role(site: Site) -> Role | None:
         return None
     if site.leaf in ALONE:
         return ALONE[site.leaf]
-    if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ("attention", "lstm", "mla")):
+    if any(part.startswith("gate_up_proj_adapter") for part in site.path[:-1]) and site.leaf != "0":
+        return Role.MLP_IN  # the second factor of what is added to the neurons
+    if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ATTENDING):
         return Role.MLP_IN
     children = {name for name, _ in parent.named_children()}
     if site.leaf in BY_NAME and {BY_NAME.get(name) for name in children} >= {Role.MLP_IN, Role.MLP_OUT}:
@@ -81,7 +89,9 @@ def is_mixer(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_parameters(recurse=False)}
     children = dict(module.named_children())
     names |= {name for child in children.values() for name, _ in child.named_parameters(recurse=False)}
-    convolves = any(name.startswith("conv") and _is_depthwise(child) for name, child in children.items())
+    filters = {name: child for name, child in children.items() if _is_depthwise(child)}
+    along = any(name.startswith("conv") and not isinstance(child, nn.Conv2d) for name, child in filters.items())
+    convolves = along or bool(filters and "in_proj" in children)  # an image's filters stand in attentions too
     names |= {name for name, _ in module.named_buffers(recurse=False)}
     return convolves or bool(names & {"A_log", "time_decay", "recurrent_param", "slope_rate"})
 
@@ -133,95 +143,20 @@ def _blocks_of_mixer(leaf: str, owner: nn.Module, rows: int) -> Blocks | None:
     return Blocks("m", {"m": (*((rest // 2,) * 2 if rest else ()), inner, inner, states, states, heads)})
 
 
-def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
-    """Return the role of a layer in a block of layers into a width, and one out of it again; None elsewhere.
-
-    Args:
-        site: The site of a dense layer.
-        ends: The ids of the token matrices: a layer in front of a head has no channels, where the head may be tied.
-    """
-    scope = _scope(site)
-    if scope is None or site.leaf in HEADS or (isinstance(scope, nn.Sequential) and not _is_activated(scope)):
-        return None
-    if any(isinstance(child, nn.Embedding) for child in scope.children()):  # a model, not a block of one
-        return None
-    layers = [layer for layer in _dense_layers(scope) if id(getattr(layer[0], "weight", None)) not in ends]
-    if len({layer[1:] for layer in layers}) == 3:  # a square gate beside a key and a value, as in RWKV
-        layers = [layer for layer in layers if layer[1] != layer[2]]
-    places = [place for place, (layer, _, _) in enumerate(layers) if layer is site.module]
-    if not places or not 2 <= len(layers) <= 3:
-        return None
-    for last in (*range(len(layers) - 1, -1, -1),):
-        _, width, _ = layers[last]
-        others = [layer for place, layer in enumerate(layers) if place != last]
-        fits = all(outputs in (width, 2 * width) for _, _, outputs in others)
-        alike = len({inputs for _, inputs, _ in others}) == 1
-        numbered = len(layers) == 2 and last == 1 and (isinstance(scope, nn.Sequential) or _are_numbered(scope))
-        if fits and alike and (layers[last][2] != width or numbered):
-            return Role.MLP_OUT if places[0] == last else Role.MLP_IN
-    return None
-
-
-def _is_activated(sequence: nn.Sequential) -> bool:
-    """Tell whether a sequence is a layer, something without weights, and a layer."""
-    dense = [is_dense(inner_module(child)) for child in sequence]
-    between = [child for child, is_layer in zip(sequence, dense, strict=True) if not is_layer]
-    plain = all(not list(child.parameters()) and not isinstance(child, nn.Dropout | nn.Identity) for child in between)
-    return dense[:1] == dense[-1:] == [True] and sum(dense) == 2 and bool(between) and plain
-
-
-def _are_numbered(scope: nn.Module) -> bool:
-    """Tell whether the layers of a block have one name and numbers, as `linear_1` and `linear_2`."""
-    names = [name for name, child in scope.named_children() if is_dense(inner_module(child))]
-    return len(names) == 2 and len({name.rstrip("0123456789") for name in names}) == 1 and names[0][-1:].isdigit()
-
-
-def _scope(site: Site) -> nn.Module | None:
-    """Return the block around a layer: its parent, or what is around a parent that holds this layer alone."""
-    parent = site.parent
-    if parent is not None and is_alone(parent):
-        around = site.ancestors[1] if len(site.ancestors) > 1 else None
-        return around if around is not None and len(_dense_layers(around)) > 1 else None
-    return parent
-
-
-def _dense_layers(scope: nn.Module) -> list[tuple[nn.Module, int, int]]:
-    """Return the layers of a block with their inputs and outputs, of boxes of one or two layers too."""
-    found = []
-    for _, child in scope.named_children():
-        inner = inner_module(child)
-        if is_dense(inner):
-            found.append(inner)
-        elif inner is not None:
-            inside = [inner_module(layer) for _, layer in inner.named_children() if is_dense(inner_module(layer))]
-            other = any(word in type(inner).__name__ for word in ("Embedding", "Pooler"))
-            found += inside if len(inside) <= 2 and not other else []
-    return [(layer, *_shape_of(layer)) for layer in found if layer is not None and _shape_of(layer) != (0, 0)]
-
-
-def _shape_of(layer: nn.Module) -> tuple[int, int]:
-    """Return (inputs, outputs) of a dense layer."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
-        return 0, 0
-    rows, columns = whole_shape(weight)
-    return (rows, columns) if type(layer).__name__ == "Conv1D" else (columns, rows)
-
-
 def _is_doubled(site: Site) -> bool:
     """Tell whether a layer's outputs are twice the width that the layer behind it reads: gate and up in one."""
-    scope = _scope(site)
+    scope = scope_of(site)
     if scope is None or (channel_role(site) or role_by_shapes(site)) is not Role.MLP_IN:
         return False
-    _, outputs = _shape_of(site.module)
-    widths = [width for layer, width, _ in _dense_layers(scope) if layer is not site.module]
+    _, outputs = shape_of(site.module)
+    widths = [width for layer, width, _ in dense_layers(scope) if layer is not site.module]
     return len(widths) == 1 and outputs == 2 * widths[0]
 
 
 def _is_depthwise(module: nn.Module) -> bool:
     """Tell whether a module is a convolution of every channel by itself."""
     shape = whole_shape(module.weight) if isinstance(getattr(module, "weight", None), Tensor) else ()  # type: ignore[arg-type]
-    return len(shape) == 3 and shape[1] == 1 and shape[0] > 1
+    return len(shape) in (3, 4) and shape[1] == 1 and shape[0] > 1 and (len(shape) == 3 or is_convolution(module))
 
 
 def _size(owner: nn.Module | None, name: str) -> int:

@@ -14,7 +14,8 @@ PROJECTIONS = {  # stored [d, heads, head_dim]
     **dict.fromkeys(("r", "r_kernel"), Role.ATTENTION_K),  # keys of relative positions
 }
 STACKS = ("gate_weight", "x_proj_weight", "dt_proj_weight")
-MATRICES = ("fn", "hc_fn", "proj", "projection_weight", "static_weight", "compress_gate")
+STREAMS = ("fn", "hc_fn")  # a row is a number of single streams
+MATRICES = ("proj", "projection_weight", "static_weight", "compress_gate")
 
 
 def leaf_role(site: Site) -> Role | None:
@@ -39,6 +40,8 @@ def leaf_role(site: Site) -> Role | None:
         return PROJECTIONS[name]
     if len(shape) == 3 and name.endswith(STACKS):
         return Role.MLP_OUT if name == "x_proj_weight" else Role.MLP_IN if "dt" in name else Role.MATRIX
+    if len(shape) == 2 and name in STREAMS:
+        return Role.MLP_IN
     if len(shape) == 2 and name.endswith(MATRICES):
         return Role.MATRIX
     inside = {word for part in site.path[-2:] for word in part.lower().split("_")}
@@ -54,6 +57,15 @@ def is_convolution(module: nn.Module) -> bool:
         module: The module that holds the parameter.
     """
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution over single places: a dense layer of every place.
+
+    Args:
+        module: The module that holds the parameter.
+    """
+    return isinstance(module, nn.modules.conv._ConvNd) and set(module.kernel_size) == {1}
 
 
 def _groups(module: nn.Module) -> int:

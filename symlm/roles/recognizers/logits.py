@@ -26,6 +26,9 @@ def ignores_a_shift(site: Site) -> bool:
     if type(site.module).__name__ in NOT_INVARIANT:
         return False
     for module in (site.module, *site.ancestors[:2]):
+        scoring = [type(child).__name__.lower() for name, child in module.named_children() if name.startswith("scor")]
+        if scoring:
+            return "softmax" in scoring[0]
         called = functions_called(type(module)) & {"softmax", "sigmoid"}
         if len(called) == 2:
             return not any("sigmoid" in value for value in _texts(module))

@@ -1,0 +1,150 @@
+"""Blocks of dense layers into a width and out of it again, by their shapes: what an MLP is before it has a name."""
+
+import re
+from collections.abc import Collection
+
+from torch import Tensor, nn
+
+from symlm.roles.recognizers.attention import is_alone, is_dense
+from symlm.roles.recognizers.logits import HEADS, functions_called
+from symlm.roles.role import Role, Site, whole_shape
+from symlm.roles.wrappers import inner_module
+
+ACTIVATION = re.compile(r"(^|_)act|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
+
+
+def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
+    """Return the role of a layer in a block of layers into a width, and one out of it again; None elsewhere.
+
+    Args:
+        site: The site of a dense layer.
+        ends: The ids of the token matrices: a layer in front of a head has no channels, where the head may be tied.
+    """
+    scopes = [scope_of(site), *site.ancestors[1:2]] if is_gate_and_up(site.parent) else [scope_of(site)]
+    roles = (_role_in(scope, site, ends) for scope in scopes)
+    return next((role for role in roles if role), None)
+
+
+def is_activated_alone(site: Site) -> bool:
+    """Tell whether a layer goes through an activation, and its module has no more but norms, and a head behind it.
+
+    Its outputs are neurons, as those of an MLP: the transform in front of a masked model's head, a pooler.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    parent = site.parent
+    if parent is None or len(site.shape) != 2 or not _activates(parent):
+        return False
+    children = dict(parent.named_children())
+    layers = {name for name, child in children.items() if is_dense(inner_module(child))}
+    others = [child for name, child in children.items() if name not in layers]
+    return layers - {*HEADS, "decoder"} == {site.leaf} and all(
+        p.ndim < 2 for child in others for p in child.parameters()
+    )
+
+
+def scope_of(site: Site) -> nn.Module | None:
+    """Return the block around a layer: its parent, or what is around a parent that holds this layer alone.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    parent = site.parent
+    if parent is not None and is_alone(parent) and not any(is_gate_and_up(child) for child in parent.children()):
+        around = site.ancestors[1] if len(site.ancestors) > 1 else None
+        return around if around is not None and len(dense_layers(around)) > 1 else None
+    return parent
+
+
+def is_gate_and_up(module: nn.Module | None) -> bool:
+    """Tell whether a module is two equal layers and an activation: the gate and up of a block around it."""
+    if module is None:
+        return False
+    layers = dense_layers(module)
+    return len(layers) == 2 and layers[0][1:] == layers[1][1:] and _activates(module)
+
+
+def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role | None:
+    """Return the role of a layer in one block."""
+    if scope is None or (isinstance(scope, nn.Sequential) and not _is_activated(scope)):
+        return None
+    if site.leaf in HEADS and not _activates(scope):
+        return None
+    if _is_linear(scope):
+        return None
+    if any(isinstance(child, nn.Embedding) for child in scope.children()):  # a model, not a block of one
+        return None
+    layers = [layer for layer in dense_layers(scope) if id(getattr(layer[0], "weight", None)) not in ends]
+    if len({layer[1:] for layer in layers}) == 3:  # a square gate beside a key and a value, as in RWKV
+        squares = [layer for layer in layers if layer[1] == layer[2]]
+        layers = [layer for layer in layers if layer not in squares]
+        reversed_ = len(layers) == 2 and layers[0][1:] == layers[1][:0:-1]
+        if any(layer is site.module and reversed_ and width == layers[1][2] for layer, width, _ in squares):
+            return Role.MLP_IN  # its outputs are factors of channels
+    places = [place for place, (layer, _, _) in enumerate(layers) if layer is site.module]
+    if not places or not 2 <= len(layers) <= 3:
+        return None
+    for last in (*range(len(layers) - 1, -1, -1),):
+        _, width, _ = layers[last]
+        others = [layer for place, layer in enumerate(layers) if place != last]
+        fits = all(outputs in (width, 2 * width) for _, _, outputs in others)
+        alike = len({inputs for _, inputs, _ in others}) == 1
+        numbered = len(layers) == 2 and last == 1 and (isinstance(scope, nn.Sequential) or _are_numbered(scope))
+        if fits and alike and (layers[last][2] != width or numbered):
+            return Role.MLP_OUT if places[0] == last else Role.MLP_IN
+    return None
+
+
+def _activates(module: nn.Module) -> bool:
+    """Tell whether the code of a module names an activation, or a child is one."""
+    kinds = [type(child) for child in module.children() if not isinstance(child, nn.MultiheadAttention)]
+    if any(kind.__module__ == "torch.nn.modules.activation" for kind in kinds):
+        return True
+    return any(ACTIVATION.search(name) for name in functions_called(type(module)))
+
+
+def _is_linear(scope: nn.Module) -> bool:
+    """Tell whether the layers of a block have norms between them and no activation, as MobileBERT's bottleneck."""
+    inside = (scope, *scope.children())
+    norms = any("norm" in type(child).__name__.lower() for child in scope.children())
+    return (
+        norms and not type(scope).__module__.startswith("torch.") and not any(_activates(module) for module in inside)
+    )
+
+
+def _is_activated(sequence: nn.Sequential) -> bool:
+    """Tell whether a sequence is a layer, something without weights, and a layer."""
+    dense = [is_dense(inner_module(child)) for child in sequence]
+    between = [child for child, is_layer in zip(sequence, dense, strict=True) if not is_layer]
+    plain = all(not list(child.parameters()) and not isinstance(child, nn.Dropout | nn.Identity) for child in between)
+    return dense[:1] == dense[-1:] == [True] and sum(dense) == 2 and bool(between) and plain
+
+
+def _are_numbered(scope: nn.Module) -> bool:
+    """Tell whether the layers of a block have one name and numbers, as `linear_1` and `linear_2`."""
+    names = [name for name, child in scope.named_children() if is_dense(inner_module(child))]
+    return len(names) == 2 and len({name.rstrip("0123456789") for name in names}) == 1 and names[0][-1:].isdigit()
+
+
+def dense_layers(scope: nn.Module) -> list[tuple[nn.Module, int, int]]:
+    """Return the layers of a block with their inputs and outputs, of boxes of one or two layers too."""
+    found = []
+    for _, child in scope.named_children():
+        inner = inner_module(child)
+        if is_dense(inner):
+            found.append(inner)
+        elif inner is not None:
+            inside = [inner_module(layer) for _, layer in inner.named_children() if is_dense(inner_module(layer))]
+            other = any(word in type(inner).__name__ for word in ("Embedding", "Pooler"))
+            found += inside if len(inside) <= 2 and not other else []
+    return [(layer, *shape_of(layer)) for layer in found if layer is not None and shape_of(layer) != (0, 0)]
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """Return (inputs, outputs) of a dense layer."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
+        return 0, 0
+    rows, columns = whole_shape(weight)
+    return (rows, columns) if type(layer).__name__ == "Conv1D" else (columns, rows)
