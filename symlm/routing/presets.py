@@ -18,6 +18,9 @@ _SHIFTED = (Role.CAPPED_LM_HEAD, Role.SIGMOID_ROUTER)  # made from the head's an
 _MLP = (Role.MLP_IN, Role.MLP_OUT, Role.EXPERT_IN, Role.EXPERT_OUT)
 
 
+_ATTENTION = (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_O)
+
+
 _INNER = tuple(role for role in Role if role not in (*_ENDS, *_SHIFTED, Role.ROUTER, Role.VECTOR))
 
 
@@ -115,6 +118,15 @@ def _constrained(route: Route) -> Route:
 
 PRESETS: dict[str, dict[Role, Route]] = {
     "default": ROUTES,
+    # LOG 2026-11-28, "SOAP before the polar factor": ahead of the default and of Muon on every seed of rung 1, at more
+    # state than AdamW's. MLPs have the side that rotates alone, whose basis is a quarter of both.
+    "soap": _preset(
+        {
+            **ROUTES,
+            **_changed(ROUTES, _ATTENTION, rule="soap_polar", view="whole", why="whitened in its eigenbases first"),
+            **_changed(ROUTES, _MLP[:2], rule="soap_rows_polar", why="rows are neurons, columns in their eigenbasis"),
+        }
+    ),
     "paper-row": _PAPER_ROW,
     "paper-hybrid": _PAPER_HYBRID,
     "paper-left-router": _preset(

@@ -141,6 +141,7 @@ def test_agd_takes_no_rate():
 @pytest.mark.parametrize(("told", "used"), [([], "bf16"), (["--train.mixed_precision=no"], "no")])
 def test_precision_is_the_launchers_unless_told(monkeypatch, told, used):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)  # a Trainer in this process has made one
     try:
         config = run_config.read(["--train.tracker=none", *told])
         assert setup.build_accelerator(config).mixed_precision == used
