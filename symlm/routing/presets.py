@@ -118,8 +118,8 @@ def _constrained(route: Route) -> Route:
 
 PRESETS: dict[str, dict[Role, Route]] = {
     "default": ROUTES,
-    # LOG 2026-11-28, "SOAP before the polar factor": ahead of the default and of Muon on every seed of rung 1, at more
-    # state than AdamW's. MLPs have the side that rotates alone, whose basis is a quarter of both.
+    # LOG 2026-11-28, "SOAP before the polar factor": ahead of the default on both seeds of rung 1, at more state than
+    # AdamW's. MLPs have the side that rotates alone, whose basis is a quarter of both.
     "soap": _preset(
         {
             **ROUTES,
