@@ -110,8 +110,8 @@ class Job:
         self.began = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
-        told = (bool(launcher.config), log, before, environment or {})
-        self.machines = [SERVER.Process(target=_become, args=(c, *told)) for c in launcher.commands(arguments)]
+        settings = (bool(launcher.config), log, before, environment or {})
+        self.machines = [SERVER.Process(target=_become, args=(c, *settings)) for c in launcher.commands(arguments)]
         for machine in self.machines:
             machine.start()
 

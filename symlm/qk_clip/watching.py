@@ -28,6 +28,7 @@ def watching(attention: nn.Module, record: Record) -> Iterator[None]:
     """
     interface = _interface(attention)
     original = interface.get_interface if interface is not None else None
+    watch = _Watch(record)
 
     def get_interface(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         assert original is not None
@@ -35,15 +36,18 @@ def watching(attention: nn.Module, record: Record) -> Iterator[None]:
 
         def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
             record(_of_interface(module, q, k, mask, options))
-            with torch._C.DisableTorchFunction():  # what it calls is recorded already
+            watch.recorded = True  # what the function calls
+            try:
                 return function(module, q, k, v, mask, **options)
+            finally:
+                watch.recorded = False
 
         return attend
 
     if interface is not None:
         interface.get_interface = get_interface
     try:
-        with _Watch(record):
+        with watch:
             yield
     finally:
         if interface is not None:
@@ -72,10 +76,10 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, record: Record) -> None:
         super().__init__()
-        self.record = record
+        self.record, self.recorded = record, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
+        if func is functional.scaled_dot_product_attention and not self.recorded:
             self.record(_of_dot_products(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 

@@ -65,8 +65,8 @@ class Judge:
     def rows_are_names(self, site, role):
         """Tell whether the rows of a table, or all names of tokens, may be in another order."""
         rows = len(site.parameter)
-        kept = 3 * (role is Role.TIED_EMBEDDING)  # tokens that a model knows by number
-        order = torch.cat([torch.arange(kept), kept + torch.arange(rows - kept).roll(1)])
+        first = 3 * (role is Role.TIED_EMBEDDING)  # tokens that a model knows by number
+        order = torch.cat([torch.arange(first), first + torch.arange(rows - first).roll(1)])
         moved = {site.name: torch.empty_like(site.parameter.detach())}
         moved[site.name][order] = site.parameter.detach()
         if role is not Role.TIED_EMBEDDING:

@@ -104,8 +104,8 @@ def test_a_decay_follows_the_schedule_as_its_formula_says(name, tensor):
         for group in optimizer.param_groups:
             for key in group["param_names"]:
                 largest = float(group["initial_lr"]) * group["lr_multiplier"]
-                kept = 1 - DECAYS[name](largest, 1 - step / 4)
-                assert relative(net.get_parameter(key), kept * before[key]) < (1e-7 if tensor else EXACT), key
+                factor = 1 - DECAYS[name](largest, 1 - step / 4)
+                assert relative(net.get_parameter(key), factor * before[key]) < (1e-7 if tensor else EXACT), key
         schedule.step()
 
 
