@@ -19,21 +19,12 @@ from pretraining.config import RunConfig, TrainConfig, read
 from pretraining.folder import check_folder, forget_after, open_folder, origin, read_metrics, write
 from pretraining.setup import Training, build_accelerator, prepare
 from pretraining.signals import Stop
-from torch.utils.data import DataLoader
+from pretraining.validation import evaluate
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import symlm
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerator) -> float:
-    """Return the mean next-token loss over the validation set; the labels are shifted once, by the model."""
-    model.eval()
-    losses = [accelerator.gather_for_metrics(model(input_ids=x, labels=x).loss.repeat(len(x))) for x in loader]
-    model.train()
-    return torch.cat(losses).mean().item()
 
 
 def watch(output: Any, job: Training, accelerator: Accelerator) -> dict[str, Any]:
@@ -147,7 +138,8 @@ def run(
                 bar.set_postfix(loss=f"{row['train/loss']:.3f}", **skipped)
             job.schedule.step()
             if validated or lost == PATIENCE:
-                row["val/loss"] = evaluate(job.model, job.held, accelerator)
+                with job.averages.evaluated():
+                    row |= evaluate(job.model, job.held, accelerator)
             if logged or validated:
                 write(row, folder, accelerator)
             if lost == PATIENCE:
@@ -158,6 +150,7 @@ def run(
             if stopped:
                 accelerator.end_training()
                 raise SystemExit(128 + (stop.asked or 0))
+    job.averages.finish()
     return seconds, lost > 0
 
 

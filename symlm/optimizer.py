@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from symlm.distributed.partitions import refuse_settings
 from symlm.distributed.tensors import local
 from symlm.polar.precision import without_autocast
-from symlm.routing.options import DEFAULTS, ROUTED, check_group, check_options, refuse_unknown, with_rate
+from symlm.routing.options import DEFAULTS, ROUTED, check_group, check_options, refuse_unknown, with_momentum, with_rate
 from symlm.routing.param_groups import param_groups
 from symlm.rules import get_rule
 from symlm.state.agreement import Agreement, shapes_of_several_ranks
@@ -47,6 +47,7 @@ class SymOptimizer(torch.optim.Optimizer):
         options: Defaults of every group, which `overrides` may set by role:
 
             - `momentum` β (0.95; by role in the default table); `nesterov`: `U((1−β)G + βM)` instead; `weight_decay` λ;
+            - `momentum_warmup`: over how many steps β grows from 0.85 (0); not AdamW's β₁, nor inside a captured graph;
             - `momentum_of`: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM`, of PolarGrad times ν;
             - `betas`, `eps`: AdamW's, for roles routed to it; β₂ is also that of `row_adam` and `aro_adam`;
             - `polar_method`, `schedule`, `steps`, `compute_dtype`, `kernels`: see `symlm.polar.polar`;
@@ -159,6 +160,7 @@ class SymOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + (1 if group["params"] else 0)
             count_step(group, self.state, finite)
+        members = [(with_momentum(group), some) for group, some in members]
         for group, some in members:
             if get_rule(group["rule"]).elementwise and some:
                 adamw_step(with_rate(group), some, finite)

@@ -99,6 +99,9 @@ class TrainConfig:
         r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
         teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
         qk_clip: the largest attention logit, held by `symlm.qk_clip`; none is no bound.
+        tail_average: evaluate and save a mean with the last weights of the run (`symlm.averaging.TailAverage`).
+        look_ahead: take steps from a point ahead by this share of their long mean (`symlm.averaging.EMANesterov`), 0.3
+            in the public record; none takes them from where they are.
         smoothness_every: measure how far the gradient holds along the step, by role, every so many steps
             (`symlm.gradient_smoothness`); none is never.
         load_loss: coefficient of the routers' load loss; the loss that is written is without it.
@@ -126,6 +129,8 @@ class TrainConfig:
     r_over: float | str = "max"
     teleport_every: int | None = None
     qk_clip: float | None = None
+    tail_average: bool = False
+    look_ahead: float | None = None
     smoothness_every: int | None = None
     load_loss: float = 0.0
     z_loss: float = 0.0

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import symlm
 from pretraining import corpus
+from pretraining.averages import Averages
 from pretraining.conducting import Conducting
 from pretraining.config import OptimizerConfig, RunConfig, TrainConfig
 from pretraining.models import build_model
@@ -67,6 +68,7 @@ class Training:
     teleporter: Teleporter | None
     conducting: Conducting | None
     probe: SmoothnessProbe | None
+    averages: Averages
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -146,6 +148,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     conducting = Conducting(model, routers, train, accelerator) if train.conductor else None
     probe = SmoothnessProbe(model, routers, train.smoothness_every) if train.smoothness_every else None
     stateful = (teleporter, conducting, probe)
-    accelerator.register_for_checkpointing(*(part for part in stateful if part))
-    beside = (qk_clip, control, *stateful)
+    averages = Averages(plain, train)
+    accelerator.register_for_checkpointing(*(part for part in stateful if part), *averages.stateful)
+    beside = (qk_clip, control, *stateful, averages)
     return Training(model, optimizer, plain, schedule, loader, held, routers, *beside), tokenizer

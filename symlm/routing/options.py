@@ -23,6 +23,7 @@ from symlm.views.storage import WHOLE
 
 DEFAULTS: dict[str, Any] = {
     "momentum": 0.95,
+    "momentum_warmup": 0,
     "nesterov": False,
     "momentum_of": "gradients",
     "weight_decay": 0.0,
@@ -165,10 +166,10 @@ def check_options(group: dict[str, Any]) -> None:
             f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
             f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
         )
-    if _is_below(group["floor"], 0) or group["gram_every"] < 1:
+    if _is_below(group["floor"], 0) or group["gram_every"] < 1 or group["momentum_warmup"] < 0:
         raise ValueError(
-            f"group {role}: floor must not be negative and gram_every at least 1, "
-            f"got {group['floor']}, {group['gram_every']}"
+            f"group {role}: floor and momentum_warmup must not be negative and gram_every at least 1, "
+            f"got {group['floor']}, {group['momentum_warmup']}, {group['gram_every']}"
         )
     if not all(map(_is_mean, group["betas"])) or _is_below(group["eps"], 0):
         raise ValueError(
@@ -196,7 +197,7 @@ def _check_types(group: dict[str, Any]) -> None:
     numbers = ("lr", "lr_multiplier", "momentum", "weight_decay", "weight_decay_multiplier", "floor", "eps")
     wrong = [(key, "a finite number") for key in numbers if not is_number(group[key])]
     wrong += [(key, "True or False") for key in ("nesterov", "shared") if not isinstance(group[key], bool)]
-    for key in ("steps", "gram_every"):
+    for key in ("steps", "gram_every", "momentum_warmup"):
         if not isinstance(group[key], int) or isinstance(group[key], bool):
             wrong.append((key, "a whole number"))
     betas = group["betas"]
@@ -228,6 +229,22 @@ def with_rate(group: dict[str, Any]) -> dict[str, Any]:
         group: A parameter group.
     """
     return group if group["lr_multiplier"] == 1 else {**group, "lr": group["lr"] * group["lr_multiplier"]}
+
+
+EARLY_MOMENTUM = 0.85  # that of the first step: modded-nanogpt, track 3
+
+
+def with_momentum(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group whose momentum is that of its step t, `β − (β − β₀)·max(0, 1 − t/T)`, T its `momentum_warmup`.
+
+    Args:
+        group: A parameter group that has counted the step.
+    """
+    left = 1 - group["step"] / group["momentum_warmup"] if group["momentum_warmup"] else 0
+    if left <= 0:
+        return group
+    beta = group["momentum"]
+    return {**group, "momentum": beta - max(0.0, beta - EARLY_MOMENTUM) * left}
 
 
 def key_of(group: dict[str, Any]) -> tuple[str, str]:

@@ -132,6 +132,24 @@ def test_fsdp2_trains_and_resumes_bit_for_bit(text, whole, tmp_path, config, pro
     assert all((after[name] == W).all() for name, W in before.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu2", "fsdp8"])
+def test_averages_of_two_processes_are_one_processs_and_resume_bit_for_bit(text, tmp_path, config):
+    averages = ["--train.look_ahead=0.5", "--train.tail_average=true", "--train.keep=9", "--train.save_every=3"]
+    alone = command(text, tmp_path / "alone", *averages)
+    run(*alone)
+    start = sharded(config, 2) if config == "fsdp8" else launch(f"{config}.yaml", "--mixed_precision=no")
+    run(*start, *recipe(text, tmp_path, *averages))
+    folder = tmp_path / "default"
+    before = load_file(folder / "model" / "model.safetensors")
+    assert_alike(folder, tmp_path / "alone" / "default")
+    for step in (6, 9, 12):  # the look-ahead ends behind step 8, and the tail begins behind step 10
+        (folder / "checkpoints" / f"step-{step}").rename(folder / "checkpoints" / f"lost-{step}")
+    run(*start, *recipe(text, tmp_path, *averages, "--resume=true"))
+    after = load_file(folder / "model" / "model.safetensors")
+    assert all((after[name] == W).all() for name, W in before.items())
+
+
 SHARED = [slow("cpu2", "stochastic"), slow("fsdp8", "stochastic"), slow("fsdp8", "all")]
 
 

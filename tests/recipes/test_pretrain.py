@@ -317,6 +317,7 @@ SYSTEMS = {
     "softmax radius": ["--train.r_target=0.5"],
     "softmax radius, a quantile": ["--train.r_target=0.5", "--train.r_over=0.95"],
     "smoothness": ["--train.smoothness_every=2"],
+    "averages": ["--train.look_ahead=0.3", "--train.tail_average=true"],
 }
 
 
