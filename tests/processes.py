@@ -123,6 +123,8 @@ CASES = {
     "ddp soap": {"kind": "qwen3", **ODD},
     "fsdp2 soap": {"kind": "qwen3", **ODD},
     "ddp normuon": {"kind": "qwen3", **ODD},
+    **{f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("fsdp2 soap", "zero2 soap", "zero3 soap")},
+    **{f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("zero2 normuon", "zero2 aro")},
     "hsdp": {"kind": "qwen3", **ODD},
     "tp": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
     "tp fsdp2": {"kind": "llama", "vocab_size": 61, "num_key_value_heads": 4},
@@ -636,10 +638,10 @@ def watched(rank, world):
     return {**router, **{f"logit {k}": v for k, v in symlm.diagnostics.logit_metrics(logits, gather).items()}}
 
 
-def matrices_under_zero(rank, world):
-    """A rule that keeps whole matrices is refused under ZeRO, before any update."""
+def layers_under_zero(rank, world):
+    """One rotation a layer is refused under ZeRO, before any update."""
     model = model_of("zero2")
-    accelerator, engine, _ = prepared_by_deepspeed("zero2 aro", model)
+    accelerator, engine, _ = prepared_by_deepspeed("zero2 aro layer", model)
     try:
         accelerator.backward(loss_of(engine, batch(0, rank, world)))
         message = "no error"
@@ -729,7 +731,7 @@ def skips_together(model, conductor, rank, world):
 EXTRA_CASES = {
     "conducted": conducted,
     "refused settings": refused_settings,
-    "matrices under zero": matrices_under_zero,
+    "layers under zero": layers_under_zero,
     "watched": watched,
     "save": save,
     "load": load,

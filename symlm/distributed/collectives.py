@@ -38,6 +38,24 @@ def summed_everywhere(x: Tensor) -> Tensor:
     return x
 
 
+def whole_of_parts(part: Tensor, layout: Layout) -> Tensor:
+    """Gather a parameter's parts on every rank; its ranks call this together.
+
+    Args:
+        part: This rank's part, of any shape.
+        layout: The parameter's layout.
+
+    Returns:
+        The whole, of the parameter's shape.
+    """
+    lengths = [stop - start for start, stop in layout.intervals]
+    mine = part.new_zeros(max(lengths))
+    mine[: part.numel()] = part.flatten()
+    of_ranks = [torch.empty_like(mine) for _ in lengths]
+    dist.all_gather(of_ranks, mine, group=layout.shards)
+    return torch.cat([x[:length] for x, length in zip(of_ranks, lengths, strict=True)]).view(layout.shape)
+
+
 def largest_everywhere(x: Tensor) -> Tensor:
     """Take the largest of all ranks entry by entry, in place.
 

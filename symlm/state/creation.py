@@ -1,6 +1,8 @@
 """The optimizer's state of a parameter: the momentum, the rule's state, and the rounding error."""
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ def create_state(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]],
         originals: The parameters of ZeRO's partitions.
 
     Raises:
-        RuntimeError: The rule stores whole matrices, and a parameter is a partition.
+        RuntimeError: A layer's matrices share a rotation, and a parameter is a partition.
     """
     needed = stored_keys(group)
     for name, p in named_parameters(group):
@@ -74,7 +76,7 @@ def new_state(group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragm
         compensation, which has the parameter's.
 
     Raises:
-        RuntimeError: The rule stores whole matrices, and p is a partition.
+        RuntimeError: A layer's matrices share a rotation, and p is a partition.
     """
     rule, dtype = get_rule(group["rule"]), accumulation_dtype(p.dtype)
     momentum_dtype = getattr(torch, group["momentum_dtype"]) if dtype == torch.float32 else dtype
@@ -102,35 +104,50 @@ def of_fragments(
     Yields:
         The state tensors of one fragment by name.
     """
-    rule, row, entry = get_rule(group["rule"]), 0, 0
+    rule, kind, at = get_rule(group["rule"]), (group["rule"], group["view"]), dict.fromkeys(state, 0)
     for fragment in fragments:
         views = {key: fragment.of(x) for key, x in state.items() if key not in (*rule.state, "step")}
-        rows, n = fragment.rows, fragment.layout.shape[-1]
-        for key in rule.state:
-            if key in rule.row_state_keys:
-                views[key] = state[key][row : row + rows]
-            else:
-                views[key] = state[key][entry : entry + n * n].view(n, n)
+        for key, shape in _shapes_of_rule(*kind, fragment.layout.shape, fragment.rows).items():
+            size = prod(shape)
+            views[key] = state[key].view(-1)[at[key] : at[key] + size].view(shape)
+            at[key] += size
         if rule.state:
             views["step"] = state["step"]
-        row, entry = row + rows, entry + n * n
         yield views
+
+
+def _first_of_rule(name: str, view: str, shape: tuple[int, ...], rows: int, M: Tensor) -> dict[str, Tensor]:
+    """Return a rule's state of a fragment before a first step: a number a row of it, or the matrices of the whole."""
+    rule = get_rule(name)
+    whole = rule.start(M.expand(shape if rule.row_map else MatrixView.parse(view).shape(shape))) if rule.state else {}
+    return {key: M.new_zeros(rows, 1) if key in rule.row_state_keys else first for key, first in whole.items()}
+
+
+@lru_cache(maxsize=4096)  # it is asked for every fragment of every step
+def _shapes_of_rule(name: str, view: str, shape: tuple[int, ...], rows: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of `_first_of_rule`."""
+    first = _first_of_rule(name, view, shape, rows, torch.empty((), device="meta"))
+    return {key: tuple(x.shape) for key, x in first.items()}
 
 
 def _state_of_rule(
     group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragment], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return the rule's state before a first step: row states sharded as the rows are, matrices replicated."""
+    """Return the rule's state before a first step: row states sharded as the rows are, matrices replicated.
+
+    Of fragments the states are one flat tensor, one after the other; every rank has the matrices of all, also of those
+    of which it stores nothing.
+    """
     rule, view = get_rule(group["rule"]), MatrixView.parse(group["view"])
-    if rule.row_map and fragments:  # matrices are stored flat, one after the other
-        rows, entries = sum(part.rows for part in fragments), sum(part.layout.shape[-1] ** 2 for part in fragments)
-        shapes = {key: (rows, 1) if key in rule.row_state_keys else (entries,) for key in rule.state}
-        return {key: torch.zeros(shape, dtype=dtype, device=p.device) for key, shape in shapes.items()}
     if fragments:
-        raise RuntimeError(
-            f"{name}: rule {rule.name!r} stores whole matrices, for which DeepSpeed's partitions have no place; "
-            "train it with DDP or FSDP2"
-        )
+        if group["rotation"] == "layer" and rule.pull:
+            raise RuntimeError(
+                f"{name}: DeepSpeed steps group by group, and rotation 'layer' needs a layer's matrices together; set "
+                "rotation 'own', or train it with DDP or FSDP2"
+            )
+        M, kind = torch.zeros((), dtype=dtype, device=p.device), (group["rule"], group["view"])
+        firsts = [_first_of_rule(*kind, fragment.layout.shape, fragment.rows, M) for fragment in fragments]
+        return {key: torch.cat([first[key].reshape(-1) for first in firsts]) for key in rule.state}
     by_rows = set() if layout_of(p).gathered else rule.row_state_keys
     sharded = {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in by_rows}
     M = torch.zeros((), dtype=dtype, device=p.device).expand(view.shape(tuple(p.shape)))

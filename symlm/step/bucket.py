@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from symlm.distributed.exchange import Exchange
-from symlm.distributed.tensors import local, placed_like
+from symlm.distributed.tensors import local
 from symlm.routing.options import with_rate
 from symlm.rules import get_rule
 from symlm.step import stacks
@@ -239,4 +239,4 @@ def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, fini
     """Return this rank's part of a direction that every rank computes, from a gathered momentum."""
     (U,), (state,) = whole_directions(group, member.whole(M)[None], states=[rule_state(group, member.state)])
     member.store_state({key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
-    return placed_like(U, member.state["momentum"])
+    return member.part_of(U)

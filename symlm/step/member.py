@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symlm.distributed.collectives import whole_of_parts
 from symlm.distributed.layout import Layout, layout_of
-from symlm.distributed.tensors import aligned, gathered, local, regrouped
+from symlm.distributed.tensors import aligned, gathered, local, placed_like, regrouped
 from symlm.polar.precision import accumulation_dtype
 from symlm.routing.options import named_parameters
 from symlm.rules import get_rule
@@ -69,7 +70,20 @@ class Member:
         Returns:
             The whole, of the parameter's shape.
         """
+        if self.layout.shards is not None and not hasattr(self.state["momentum"], "placements"):  # of ZeRO's partition
+            return whole_of_parts(M, self.layout)
         return gathered(regrouped(M, self.state["momentum"]))
+
+    def part_of(self, U: Tensor) -> Tensor:
+        """Return this rank's part of a whole; nothing is exchanged.
+
+        Args:
+            U: The whole, of the parameter's shape.
+        """
+        if hasattr(self.state["momentum"], "placements"):
+            return placed_like(U, self.state["momentum"])
+        start, stop = self.layout.interval
+        return U.flatten()[start:stop].view_as(self.parameter)
 
     def store_state(self, state: dict[str, Tensor], finite: Tensor, rows: slice = ALL.rows) -> None:
         """Store the next state of a rule if the step happens.
