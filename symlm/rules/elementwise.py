@@ -1,7 +1,7 @@
 """Rules by elements, which preserve no rotation: the baselines and the negative controls."""
 
 import torch
-from symlm_kernels.reference import unit_rows
+from symlm_kernels.reference import row_norms, unit_rows
 from torch import Tensor
 
 from symlm.polar.schedules import get_schedule
@@ -126,6 +126,28 @@ def _partly_polar(M: Tensor, steps: int) -> Tensor:
         A = Y @ Y.mT
         Y = a * Y + (b * A + c * A @ A) @ Y
     return Y.mT if tall else Y
+
+
+@rule(ELEMENTS)
+def sinkhorn_rows(M: Tensor) -> Tensor:
+    """Return M after eleven scalings, of rows to RMS 1, of columns, and so on to the rows: the sizes of both are equal.
+
+    Rows below a thousandth of the mean row's length are left out: tokens that did not occur lately do not step.
+
+    Args:
+        M: The momentum, (..., m, n).
+
+    Returns:
+        The directions, same shape; rows have RMS 1 or are zero.
+
+    Source:
+        The embedding's rule in DeepSeek's V4.1 report, by Emerging-Optimizers' issue 299; its rate is 0.18 of AdamW's.
+    """
+    size = row_norms(M)
+    X = unit_rows(torch.where(size > 1e-3 * size.mean(dim=-2, keepdim=True), M, 0.0))
+    for _ in range(5):
+        X = unit_rows(unit_rows(X.mT).mT)
+    return X * M.shape[-1] ** 0.5
 
 
 @rule(ELEMENTS, elementwise=True)

@@ -1,6 +1,8 @@
 """Rules by polar factors: those of dense matrices, and the two hybrids with rows of unit length."""
 
-from symlm_kernels.reference import center, normal, unit_rows
+from math import sqrt
+
+from symlm_kernels.reference import center, normal, row_norms, unit_rows
 from torch import Tensor
 
 from symlm.rules.rule import A_NUMBER_A_ROW, CENTERED_ROWS, DENSE, ELEMENTS, ROWS, Polar, rule
@@ -152,6 +154,30 @@ def normuon(M: Tensor, polar: Polar, row_square: Tensor) -> Tensor:
     scaled = U / normal(row_square).sqrt()
     norm = scaled.norm(dim=(-2, -1), keepdim=True)
     return scaled * (U.norm(dim=(-2, -1), keepdim=True) / normal(norm))
+
+
+@rule(ROWS)
+def aurora(M: Tensor, polar: Polar) -> Tensor:
+    """Return `U = polar(D M)` with rows of nearly one length, D by two rounds of `D_i <- D_i·√(n/m)/|U_i|` from 1.
+
+    A wide matrix's factor has rows of one length already, and is `polar` alone. It costs three polar factors of a tall.
+
+    Args:
+        M: The momentum, (..., m, n).
+        polar: How polar factors are computed.
+
+    Returns:
+        The directions, same shape.
+
+    Source:
+        Aurora, as in modded-nanogpt, track 3, which does the same by columns for wide matrices.
+    """
+    m, n = M.shape[-2:]
+    U, X = polar(M), M
+    for _ in range(2 if m > n else 0):
+        X = X * (sqrt(n / m) / normal(row_norms(U)))
+        U = polar(X)
+    return U
 
 
 @rule(CENTERED_ROWS)

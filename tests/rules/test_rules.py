@@ -167,6 +167,23 @@ def basis(A):
     return Q * R.diagonal().sign()
 
 
+def balanced(M):
+    """Two rounds of scalings by the rows' lengths in the polar factor."""
+    scales = torch.ones(len(M), 1).double()
+    for _ in range(2):
+        scales = scales * ((M.shape[1] / len(M)) / exact(scales * M).square().sum(1, keepdim=True)) ** 0.5
+    return exact(scales * M)
+
+
+def sinkhorn_of_rows(M):
+    """Eleven scalings to RMS 1: of rows, of columns, and so on; rows of less than a thousandth are zero."""
+    size = M.square().sum(1, keepdim=True) ** 0.5
+    X = M * (size > 1e-3 * size.mean())
+    for k in range(11):
+        X = X / X.square().mean(1 - k % 2, keepdim=True).clamp(min=1e-300) ** 0.5
+    return X
+
+
 FORMULAS = {
     "polar": exact,
     "left_spectral": exact,
@@ -185,6 +202,8 @@ FORMULAS = {
     "row_then_polar": lambda M: exact(D(M)),
     "polar_then_row": lambda M: D(exact(M)),
     "muon_plus": lambda M: D(D(exact(M)).T).T,
+    "aurora": balanced,
+    "sinkhorn_rows": sinkhorn_of_rows,
     "soap_polar": soap,
     "soap_rows_polar": soap_of_rows,
     "normuon": lambda M: D(exact(M)) * (exact(M).norm() / D(exact(M)).norm()),
@@ -209,6 +228,20 @@ def test_every_rule_has_a_formula_here():
 def test_rule_is_its_formula(name):
     M = matrix((12, 7), seed=3)
     assert relative(RULES[name](M, polar=lambda X: polar(X, "svd")), FORMULAS[name](M)) < rounding(RULES[name])
+
+
+def test_aurora_makes_the_rows_of_a_tall_factor_nearly_equal():
+    lengths = [exact(matrix((12, 7))).norm(dim=1), RULES["aurora"](matrix((12, 7))).norm(dim=1)]
+    before, after = ((x.max() / x.min() - 1).item() for x in lengths)
+    assert after < before / 4
+
+
+def test_sinkhorn_leaves_rows_out_that_did_not_occur():
+    M = matrix((12, 7))
+    M[3] *= 1e-4
+    U = RULES["sinkhorn_rows"](M)
+    assert U[3].eq(0).all()
+    assert relative(U, sinkhorn_of_rows(M)) < EXACT
 
 
 def test_soap_is_its_formula_over_steps():
