@@ -37,9 +37,11 @@ def draw(results: Path, out: Path) -> list[Path]:
     for model in dict.fromkeys(run["model"] for run in comparison["runs"]):
         trials = [run for run in comparison["runs"] if run["model"] == model and run["trial"]]
         runs = [run for run in comparison["runs"] if run["model"] == model and not run["trial"]]
-        pictures = [out / f"{comparison['bench']}-{model}-curves.png", out / f"{comparison['bench']}-{model}-rates.png"]
+        pictures = [out / f"{comparison['bench']}-{model}-curves.png"]
         draw_curves(complete(runs), f"{comparison['bench']}, {model}", pictures[0])
-        draw_sensitivity(trials, f"{comparison['bench']}, {model}", pictures[1])
+        if trials:
+            pictures.append(out / f"{comparison['bench']}-{model}-rates.png")
+            draw_sensitivity(trials, f"{comparison['bench']}, {model}", pictures[1])
         frame = table(runs, trials)
         text += (
             f"\n## {model}\n\n{frame.to_markdown()}\n\n" + "\n".join(f"![{p.stem}]({p.name})" for p in pictures) + "\n"
