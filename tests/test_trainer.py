@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import symlm
+from symlm.averaging import EMANesterov, TailAverage
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +74,26 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         control.should_training_stop = state.global_step >= self.step
+
+
+def test_averages_of_a_trainer_resume_bit_for_bit(tmp_path):
+    def begin(folder):
+        run = trainer(folder, save_steps=4)
+        optimizer = symlm.SymOptimizer(run.model, lr=0.02)
+        run.optimizer_cls_and_kwargs, run.optimizer = None, optimizer
+        EMANesterov(optimizer, 6, start=0.2, until=0.8)
+        return run, TailAverage(optimizer, 6, start=0.5, horizon=0.5)
+
+    whole, average = begin(tmp_path)
+    whole.train()
+    last = weights(whole.model)
+    average.finish()
+    assert not same(last, weights(whole.model))
+    again, other = begin(tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same(last, weights(again.model))
+    other.finish()
+    assert same(weights(whole.model), weights(again.model))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ class Averages:
         steps = train.steps
         self.ahead = EMANesterov(optimizer, steps, reach=train.look_ahead) if train.look_ahead else None
         self.tail = TailAverage(optimizer, steps) if train.tail_average else None  # behind it, so that it sees iterates
-        self.stateful = [part for part in (self.ahead, self.tail) if part]
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:

@@ -148,7 +148,6 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     conducting = Conducting(model, routers, train, accelerator) if train.conductor else None
     probe = SmoothnessProbe(model, routers, train.smoothness_every) if train.smoothness_every else None
     stateful = (teleporter, conducting, probe)
-    averages = Averages(plain, train)
-    accelerator.register_for_checkpointing(*(part for part in stateful if part), *averages.stateful)
-    beside = (qk_clip, control, *stateful, averages)
+    accelerator.register_for_checkpointing(*(part for part in stateful if part))
+    beside = (qk_clip, control, *stateful, Averages(plain, train))
     return Training(model, optimizer, plain, schedule, loader, held, routers, *beside), tokenizer

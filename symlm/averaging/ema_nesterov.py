@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from symlm.averaging.weights import averaged, stored, swapped, wide_copy, with_steps
+
+STEPS = "ahead_steps"  # of the first group, where checkpoints have it
 
 
 class EMANesterov:
@@ -14,7 +15,7 @@ class EMANesterov:
 
     Nothing has to be called while training: it follows `optimizer.step()`, behind which the model has the weights
     `x + βm` that the next gradient is of. x and m are states of the optimizer, `iterate` and `mean_step`, in fp32:
-    saved, loaded and sharded with it; the number of steps is this object's own. β follows the schedule,
+    saved, loaded and sharded with it, and so is the number of steps. β follows the schedule,
     `β = reach·η/η₀` with η₀ the `initial_lr` of torch's schedulers; it must be over before the rate is small. Being
     linear in the weights it has any group's symmetry.
 
@@ -44,7 +45,6 @@ class EMANesterov:
     ) -> None:
         self.optimizer, self.reach, self.decay = optimizer, reach, decay
         self.first, self.last, *_ = with_steps(total_steps, start=start, until=until, reach=reach, decay=decay)
-        self.steps = 0
         self._hook = optimizer.register_step_post_hook(lambda *_: self._follow())
 
     @property
@@ -57,10 +57,15 @@ class EMANesterov:
         group = self.optimizer.param_groups[0]
         return self.reach * float(group["lr"] / group.get("initial_lr", group["lr"]))
 
+    @property
+    def steps(self) -> int:
+        """How many steps were followed."""
+        return int(self.optimizer.param_groups[0].get(STEPS, 0))
+
     @torch.no_grad()
     def _follow(self) -> None:
         """Behind a step, take it into the mean and look ahead for the next."""
-        self.steps += 1
+        self.optimizer.param_groups[0][STEPS] = self.steps + 1
         for p in averaged(self.optimizer):
             x, state = wide_copy(p), self.optimizer.state[p]
             m, before = stored(state, "mean_step", torch.zeros_like(x)), stored(state, "iterate", x)
@@ -80,15 +85,3 @@ class EMANesterov:
     def remove(self) -> None:
         """Follow the optimizer no more."""
         self._hook.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps; iterates and means are in the optimizer's state."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the number of steps.
-
-        Args:
-            state: What `state_dict` returned.
-        """
-        self.steps = state["steps"]

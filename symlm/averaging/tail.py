@@ -2,20 +2,21 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from symlm.averaging.weights import averaged, stored, swapped, wide_copy, with_steps, write
 
+STEPS = "tail_steps"  # of the first group, where checkpoints have it
+
 
 class TailAverage:
     """Average the weights of a run's tail: `E <- E + (W − E)/h` behind every step, `(1 − s)·W + s·E` is evaluated.
 
     Nothing has to be called while training: it follows `optimizer.step()`. The mean E is a state of the optimizer,
-    `tail_mean`, in fp32: it is saved, loaded and sharded with it; the number of steps is this object's own. No weight
-    that is trained is ever changed. Being linear in W it has any group's symmetry.
+    `tail_mean`, in fp32: it is saved, loaded and sharded with it, and so is the number of steps. No weight that is trained
+    is ever changed. Being linear in W it has any group's symmetry.
 
     Args:
         optimizer: Any of torch's or symlm's, before or after its model is sharded; not under DeepSpeed.
@@ -43,13 +44,18 @@ class TailAverage:
     ) -> None:
         self.optimizer, self.share, self.excluded = optimizer, share, tuple(excluded)
         self.first, steps, _ = with_steps(total_steps, start=start, horizon=horizon, share=share)
-        self.horizon, self.steps = max(1, steps), 0
+        self.horizon = max(1, steps)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._follow())
+
+    @property
+    def steps(self) -> int:
+        """How many steps were followed."""
+        return int(self.optimizer.param_groups[0].get(STEPS, 0))
 
     @torch.no_grad()
     def _follow(self) -> None:
         """Behind a step, take the weights into their mean, if the tail has begun."""
-        self.steps += 1
+        self.optimizer.param_groups[0][STEPS] = self.steps + 1
         parameters = averaged(self.optimizer, self.excluded)
         means = [stored(self.optimizer.state[p], "tail_mean", wide_copy(p)) for p in parameters]
         if self.steps >= self.first and means:
@@ -80,15 +86,3 @@ class TailAverage:
     def remove(self) -> None:
         """Follow the optimizer no more."""
         self._hook.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps; the means are in the optimizer's state."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the number of steps.
-
-        Args:
-            state: What `state_dict` returned.
-        """
-        self.steps = state["steps"]

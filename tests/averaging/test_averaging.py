@@ -118,7 +118,7 @@ def test_averages_resume_bit_for_bit(make, dtype, tmp_path):
     model, optimizer, parts = begin()
     train(model, optimizer, 12)
     saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    saved |= {"parts": [part.state_dict() for part in parts], "random": torch.get_rng_state()}
+    saved["random"] = torch.get_rng_state()
     torch.save(copy.deepcopy(saved), tmp_path / "saved.pt")
     train(model, optimizer, 8, first=12)
     parts[1].finish()
@@ -126,8 +126,7 @@ def test_averages_resume_bit_for_bit(make, dtype, tmp_path):
     loaded = torch.load(tmp_path / "saved.pt", weights_only=True)
     again.load_state_dict(loaded["model"])
     other.load_state_dict(loaded["optimizer"])
-    for part, state in zip(more, loaded["parts"], strict=True):
-        part.load_state_dict(state)
+    assert [part.steps for part in more] == [12, 12]
     torch.set_rng_state(loaded["random"])
     train(again, other, 8, first=12)
     more[1].finish()
