@@ -15,8 +15,8 @@ class TailAverage:
     """Average the weights of a run's tail: `E <- E + (W − E)/h` behind every step, `(1 − s)·W + s·E` is evaluated.
 
     Nothing has to be called while training: it follows `optimizer.step()`. The mean E is a state of the optimizer,
-    `tail_mean`, in fp32: it is saved, loaded and sharded with it, and so is the number of steps. No weight that is trained
-    is ever changed. Being linear in W it has any group's symmetry.
+    `tail_mean`, in fp32: it is saved, loaded and sharded with it, and so is the number of steps. No weight that is
+    trained is ever changed. Being linear in W it has any group's symmetry.
 
     Args:
         optimizer: Any of torch's or symlm's, before or after its model is sharded; not under DeepSpeed.
