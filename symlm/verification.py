@@ -11,6 +11,7 @@ from symlm.distributed.tensors import gathered
 from symlm.routing.options import named_parameters
 from symlm.rules import Rule, get_rule
 from symlm.rules.rule import DENSE
+from symlm.state.quantization import SCALES, dequantized
 from symlm.step.directions import rule_state, whole_directions
 from symlm.views.matrix_view import MatrixView
 
@@ -126,6 +127,8 @@ def departures(group: dict[str, Any], state: dict[str, Any], matrices: int) -> d
     """
     whole = {key: gathered(value) for key, value in state.items()}
     momentum, states = whole["momentum"], [rule_state(group, whole)]
+    if SCALES in whole:
+        momentum = dequantized(momentum, whole[SCALES])
     (U,), _ = whole_directions({**group, "scale": "unit"}, momentum[None], states=states, refresh=False)
     worst: dict[str, float] = {}
     view = MatrixView.parse(group["view"])

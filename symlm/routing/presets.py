@@ -85,6 +85,20 @@ _MUON: dict[Role, Route] = {
 _EQUAL = tuple(role for role in _INNER if role is not Role.ATTENTION_QKV)
 
 
+# Rules that store a mean of gradients themselves: the optimizer's momentum is the gradient.
+_OWN_MEAN = Route("kl_soap", scale="unit", options={"momentum": 0.0, "nesterov": False, "betas": (0.9, 0.98)})
+
+
+_DION = replace(
+    _OWN_MEAN,
+    rule="dion",
+    scale="rms_to_rms",
+    lr=0.5,
+    options={**_OWN_MEAN.options, "betas": (0.95, 0.95)},
+    why="low rank, the rest fed back",
+)
+
+
 # ARO takes AdamW's rate: 0.25 is 5e-3 at the dial 0.02, near AdamW's best (4e-3; LOG 2026-11-21, "the embedded
 # default") and the rate of the one run of ARO-Adam there (LOG 2026-11-21, "rows with a second moment"). Momentum 0.95
 # is the paper's.
@@ -155,6 +169,16 @@ PRESETS: dict[str, dict[Role, Route]] = {
     ),
     # As Muon, whitened before the polar factor in the eigenbases of the momentum; Jordan's rate.
     "soap-muon": _preset({**_MUON, **_changed(_MUON, _EQUAL, rule="soap_polar", why="SOAP, then Muon")}, baseline=True),
+    # Lin et al., arXiv 2509.03378, with the betas of its code; 3e-3 of SOAP's code at the dial 0.02.
+    "kl-soap": _preset(
+        {**_MUON, **dict.fromkeys(_EQUAL, replace(_OWN_MEAN, rule="kl_soap", lr=0.15, why="Adam in KL eigenbases"))},
+        baseline=True,
+    ),
+    # Ahn et al., arXiv 2504.05295: rate .01 and μ .95 of its code, full rank; the fraction 1/4 by name.
+    **{
+        name: _preset({**_MUON, **_changed(dict.fromkeys(_EQUAL, _DION), _EQUAL, rule=rule)}, baseline=True)
+        for name, rule in (("dion", "dion"), ("dion-quarter", "dion_quarter"))
+    },
     # Lau, Long & Su, arXiv 2505.21799: as Muon, times the nuclear norm; rate .02 and momentum .95 of its code.
     "polargrad": _preset(
         {**_MUON, **dict.fromkeys(_INNER, Route("polargrad", scale="unit", why="polar factor times nuclear norm"))},

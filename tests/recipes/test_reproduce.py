@@ -6,7 +6,7 @@ import pytest
 import warm_python
 from recipe import ROOT
 
-SCRIPTS = ("agd", "aro", "gradient_conductor", "gradient_smoothness", "polargrad", "qk_clip")
+SCRIPTS = ("agd", "aro", "dion", "eight_bits", "gradient_conductor", "gradient_smoothness", "kl_soap", "polargrad", "qk_clip")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*SCRIPTS, "softmax_radius", "teleport")]
 
 
