@@ -307,6 +307,11 @@ def test_soap_is_its_formula_over_steps():
         assert relative(state[key], found) < ROTATED
 
 
+STORED = {
+    "kl_soap": ("left_gram", "right_gram", "left_basis", "right_basis", "left_values", "right_values"),
+}
+
+
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
 @pytest.mark.parametrize(
     ("name", "formula", "start"),
@@ -325,6 +330,8 @@ def test_a_rule_with_its_own_mean_is_its_formula_over_steps(name, formula, start
         state = rule.refreshed(G, state, beta1=0.8, beta2=0.9)
         found = rule.direction(G, state, step=step, beta1=0.8, beta2=0.9)
         assert relative(found, formula(G, expected, step)) < ROTATED
+    for key, value in zip(STORED.get(name, ("residual", "right_factor")), expected, strict=False):
+        assert relative(state[key].squeeze(-1), value) < ROTATED, key
 
 
 def test_the_residual_holds_what_a_low_rank_leaves_out():
