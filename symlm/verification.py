@@ -26,6 +26,8 @@ PROMISES = {  # the largest departure, from rounding or from five Newton–Schul
     "singular values": 0.35,
     "spectral norm": 0.35,
     "signs": 1e-3,
+    "a whole rank": 1e-3,
+    "Adam's size": 1e-3,
 }
 MEANS = {"momentum", "exp_avg"}
 
@@ -178,6 +180,11 @@ def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
     if rule.name in ("auon", "auon_unnormalized"):
         sizes = (M.square().sum(dim=(-2, -1)) * U.square().sum(dim=(-2, -1))).sqrt()
         departure["the matrix's direction"] = ((M * U).sum(dim=(-2, -1)) / sizes - 1)[sizes > 0].abs()
+    if rule.own_mean and "left_factor" in rule.state:  # the squared norm counts the columns
+        ranks = U.square().sum(dim=(-2, -1))
+        departure["a whole rank"] = (ranks / ranks.round().clamp(min=1) - 1)[ranks > 0].abs()
+    elif rule.own_mean:
+        departure["Adam's size"] = (U.square().mean(dim=(-2, -1)).sqrt() / 3 - 1).clamp(min=0)
     if rule.name == "muon_plus":
         departure["unit columns"] = (U.norm(dim=-2) - 1)[M.norm(dim=-2) > 0].abs()
     if rule.name == "sign":
