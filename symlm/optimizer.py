@@ -28,6 +28,7 @@ from symlm.update.adamw import adamw_step
 from symlm.update.apply import apply
 from symlm.update.rounding import store
 from symlm.update.size import Change, UpdateSize
+from symlm.update.spectral_decay import refuse_cut
 from symlm.verification import Verification, verified
 
 log = logging.getLogger("symlm")
@@ -51,11 +52,12 @@ class SymOptimizer(torch.optim.Optimizer):
             - `momentum_of`: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM`, of PolarGrad times ν;
             - `betas`, `eps`: AdamW's, for roles routed to it; β₂ is also that of `row_adam` and `aro_adam`;
             - `polar_method`, `schedule`, `steps`, `compute_dtype`, `kernels`: see `symlm.polar.polar`;
-            - `momentum_dtype`: "float32", or "bfloat16" to save memory;
+            - `momentum_dtype`: "float32", or "bfloat16" or "int8" (blocks of 64 with a scale) to save memory;
             - `rounding`: how a bf16 parameter without an fp32 master is stored, "stochastic" or "compensated";
             - `nonfinite`: "skip" a step whose gradients are not finite (counted in `skipped_steps`), or "raise";
             - `gram_every`: every how many steps a whitened rule (the default head's) computes a Gram matrix (1);
             - `rotation`: of ARO's rules, "own" for one a matrix, or "layer" for one that a layer's matrices share;
+            - `gamma`, `retained`: AuON's γ, and ARO's ε of the old rotation (0 in the source); None for the rule's own;
             - `shared`: whether plain tensors are replicated on all ranks, which then share the work (True).
 
     Raises:
@@ -152,6 +154,8 @@ class SymOptimizer(torch.optim.Optimizer):
             create_state(group, self.state, self._originals)
             check_parameters(group, self.state)
         members = [(group, list(members_of(group, self.state, self._originals))) for group in self.param_groups]
+        for group, some in members:
+            refuse_cut(group, some)
         if (finite := self._examine(members)) is None:
             self.update_size, self._moved = None, frozenset()
             return

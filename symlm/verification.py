@@ -11,6 +11,7 @@ from symlm.distributed.tensors import gathered
 from symlm.routing.options import named_parameters
 from symlm.rules import Rule, get_rule
 from symlm.rules.rule import DENSE
+from symlm.state.quantization import SCALES, dequantized
 from symlm.step.directions import rule_state, whole_directions
 from symlm.views.matrix_view import MatrixView
 
@@ -25,6 +26,8 @@ PROMISES = {  # the largest departure, from rounding or from five Newton–Schul
     "singular values": 0.35,
     "spectral norm": 0.35,
     "signs": 1e-3,
+    "a whole rank": 1e-3,
+    "Adam's size": 1e-3,
 }
 MEANS = {"momentum", "exp_avg"}
 
@@ -126,6 +129,8 @@ def departures(group: dict[str, Any], state: dict[str, Any], matrices: int) -> d
     """
     whole = {key: gathered(value) for key, value in state.items()}
     momentum, states = whole["momentum"], [rule_state(group, whole)]
+    if SCALES in whole:
+        momentum = dequantized(momentum, whole[SCALES])
     (U,), _ = whole_directions({**group, "scale": "unit"}, momentum[None], states=states, refresh=False)
     worst: dict[str, float] = {}
     view = MatrixView.parse(group["view"])
@@ -175,6 +180,11 @@ def departures_of(rule: Rule, M: Tensor, U: Tensor) -> dict[str, float]:
     if rule.name in ("auon", "auon_unnormalized"):
         sizes = (M.square().sum(dim=(-2, -1)) * U.square().sum(dim=(-2, -1))).sqrt()
         departure["the matrix's direction"] = ((M * U).sum(dim=(-2, -1)) / sizes - 1)[sizes > 0].abs()
+    if rule.own_mean and "left_factor" in rule.state:  # the squared norm counts the columns
+        ranks = U.square().sum(dim=(-2, -1))
+        departure["a whole rank"] = (ranks / ranks.round().clamp(min=1) - 1)[ranks > 0].abs()
+    elif rule.own_mean:
+        departure["Adam's size"] = (U.square().mean(dim=(-2, -1)).sqrt() / 3 - 1).clamp(min=0)
     if rule.name == "muon_plus":
         departure["unit columns"] = (U.norm(dim=-2) - 1)[M.norm(dim=-2) > 0].abs()
     if rule.name == "sign":

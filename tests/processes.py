@@ -1,5 +1,6 @@
 """Real process groups on this machine: what runs in each rank, and how a test starts the ranks."""
 
+import copy
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import symlm
 from symlm.gradient_conductor import GradientConductor
 from symlm.qk_clip import QKClip
+from symlm.state.quantization import dequantized
 
 STEPS = 10
 CLIP = 0.1
@@ -122,6 +124,10 @@ CASES = {
     "ddp aro layer": {"kind": "qwen3", **ODD},
     "ddp soap": {"kind": "qwen3", **ODD},
     "fsdp2 soap": {"kind": "qwen3", **ODD},
+    "fsdp2 dion": {"kind": "qwen3", **ODD},
+    "ddp dion": {"kind": "qwen3", **ODD},
+    "fsdp2 kl-soap": {"kind": "qwen3", **ODD},
+    "ddp kl-soap": {"kind": "qwen3", **ODD},
     "ddp normuon": {"kind": "qwen3", **ODD},
     **{f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("fsdp2 soap", "zero2 soap", "zero3 soap")},
     **{f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("zero2 normuon", "zero2 aro")},
@@ -180,7 +186,7 @@ def model_of(case):
 
 
 def optimizer_of(case, model):
-    preset = next((name for name in ("muon", "aro", "soap-muon") if name[:4] in case), "default")
+    preset = next((name for name in ("muon", "aro", "dion", "kl-soap", "soap-muon") if name[:4] in case), "default")
     rotation = "layer" if "layer" in case else "own"
     lr = 1e-3 if "fp32" in case else 0.02  # fp32 rounding of the gradients, times the rate, is what remains
     overrides = {role: dict(values) for role, values in CONSTRAINED.items()} if "constrained" in case else {}
@@ -188,6 +194,7 @@ def optimizer_of(case, model):
         overrides.setdefault("mlp_in", {})["rule"] = "normuon"
     every = 3 if "seldom" in case else 1
     options = {"weight_decay": 0.1, "rotation": rotation, "gram_every": every}
+    options |= {"momentum_dtype": "int8"} if "8 bits" in case else {}
     optimizer = symlm.SymOptimizer(model, lr, preset, overrides, **options)
     if "bounded" in case:
         QKClip(model, optimizer, threshold=0.05)
@@ -638,10 +645,14 @@ def watched(rank, world):
     return {**router, **{f"logit {k}": v for k, v in symlm.diagnostics.logit_metrics(logits, gather).items()}}
 
 
-def layers_under_zero(rank, world):
-    """One rotation a layer is refused under ZeRO, before any update."""
-    model = model_of("zero2")
-    accelerator, engine, _ = prepared_by_deepspeed("zero2 aro layer", model)
+def refused_under_zero(rank, world):
+    """One rotation a layer, and momenta of 8 bits, are refused under ZeRO, before any update."""
+    return [refused_by_zero(case, model_of("zero2"), rank, world) for case in ("zero2 aro layer", "zero2 8 bits")]
+
+
+def refused_by_zero(case, model, rank, world):
+    """Return the message of a first step under ZeRO."""
+    accelerator, engine, _ = prepared_by_deepspeed(case, model)
     try:
         accelerator.backward(loss_of(engine, batch(0, rank, world)))
         message = "no error"
@@ -650,6 +661,37 @@ def layers_under_zero(rank, world):
     engine.destroy()
     leave_deepspeed()
     return message
+
+
+def eight_bits(rank, world):
+    """Momenta of 8 bits under DDP and FSDP2: after a step, in bytes, and a run that went on from its state."""
+    found = {}
+    for case in ("ddp", "fsdp2"):
+
+        def built(case=case):
+            model = model_of("zero2")
+            if case == "fsdp2":
+                shard(model, init_device_mesh("cpu", (world,)))
+            wrapped = DistributedDataParallel(model) if case == "ddp" else model
+            return model, wrapped, optimizer_of("8 bits", model)
+
+        model, wrapped, optimizer = built()
+        train(wrapped, optimizer, 1, rank, world)
+        momenta = {name: stored_momentum(optimizer.state[p]) for name, p in model.named_parameters()}
+        saved = copy.deepcopy(get_state_dict(model, optimizer))
+        train(wrapped, optimizer, 2, rank, world, first=1)
+        model_again, wrapped_again, again = built()
+        set_state_dict(model_again, again, model_state_dict=saved[0], optim_state_dict=saved[1])
+        train(wrapped_again, again, 2, rank, world, first=1)
+        size = symlm.diagnostics.state_bytes(optimizer)
+        found[case] = {"momenta": momenta, "bytes": size, "end": whole(model), "again": whole(model_again)}
+    return found
+
+
+def stored_momentum(state):
+    """Return a stored momentum of 8 bits whole, and its scales; nothing for AdamW's means."""
+    whole = [x.full_tensor() if isinstance(x, DTensor) else x for key, x in state.items() if "momentum" in key]
+    return [dequantized(*whole), whole[1].clone()] if whole else []
 
 
 def refused_settings(rank, world):
@@ -731,7 +773,8 @@ def skips_together(model, conductor, rank, world):
 EXTRA_CASES = {
     "conducted": conducted,
     "refused settings": refused_settings,
-    "layers under zero": layers_under_zero,
+    "refused under zero": refused_under_zero,
+    "8 bits": eight_bits,
     "watched": watched,
     "save": save,
     "load": load,

@@ -105,7 +105,10 @@ def test_the_muon_rule_is_torch_muon():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"nesterov": True, "momentum_dtype": "bfloat16"}, {"rounding": "compensated"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"nesterov": True, "momentum_dtype": "bfloat16"}, {"rounding": "compensated"}, {"momentum_dtype": "int8"}],
+)
 def test_a_saved_run_goes_on_bit_for_bit(dtype, options):
     whole, half = tiny(dtype=dtype), tiny(dtype=dtype)
     train(whole, symlm.SymOptimizer(whole, **options), 6)

@@ -38,14 +38,16 @@ def train(
     rate: Callable[[int], float] = lambda step: 1.0,
     clip: float | None = None,
     kind: str = "qwen3",
+    batch: int = BATCH,
+    **changes: int,
 ) -> tuple[list[float], float, Any]:
     """Train on random windows; return the training losses, the held-out loss and what `build` made.
 
     build: model -> an optimizer, or a `StepControl` around one; rate: what its rates are multiplied by at a step;
-    kind: the architecture, one of transformers'.
+    kind: the architecture, one of transformers'; batch: windows a step; changes: of `SIZES`.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **changes}))
     taker = build(model)
     optimizer = getattr(taker, "optimizer", taker)
     rates, data, losses = [group["lr"] for group in optimizer.param_groups], text(), []
@@ -53,7 +55,7 @@ def train(
     for step in range(steps):
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * rate(step)
-        starts = torch.randint(len(data) - LENGTH, (BATCH,))
+        starts = torch.randint(len(data) - LENGTH, (batch,))
         x = torch.stack([data[start : start + LENGTH] for start in starts.tolist()])
         optimizer.zero_grad()
         loss = model(input_ids=x, labels=x).loss

@@ -15,8 +15,8 @@ from symlm.polar.factor import METHODS
 from symlm.polar.precision import resolve_dtype
 from symlm.polar.schedules import get_schedule
 from symlm.roles.role import whole_shape
-from symlm.rules import Rule, get_rule
-from symlm.rules.constraints import get_constraint
+from symlm.routing.fitting import check_constraint, check_momentum
+from symlm.rules import get_rule
 from symlm.rules.scaling import SCALES
 from symlm.views.matrix_view import MatrixView
 from symlm.views.storage import WHOLE
@@ -44,6 +44,8 @@ DEFAULTS: dict[str, Any] = {
     "shared": True,
     "rotation": "own",
     "gram_every": 1,
+    "gamma": None,  # AuON's γ and ARO's ε; None for what the rule has
+    "retained": None,
 }
 
 
@@ -97,7 +99,7 @@ def check_group(group: dict[str, Any]) -> None:
         "rounding": ("stochastic", "compensated"),
         "nonfinite": ("skip", "raise"),
         "momentum_of": ("gradients", "directions"),
-        "momentum_dtype": ("float32", "bfloat16"),
+        "momentum_dtype": ("float32", "bfloat16", "int8"),
         "outputs": ("rows", "columns"),
         "rotation": ("own", "layer"),
     }
@@ -105,10 +107,13 @@ def check_group(group: dict[str, Any]) -> None:
         if group[key] not in allowed:
             raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
     resolve_dtype(torch.empty(0), group["compute_dtype"])
+    check_momentum(role, rule, group)
     for name, p in named_parameters(group):
         view.shape(whole_shape(p))
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"{name} is {p.dtype}: train it in float32 or bfloat16 (autocast may compute in float16)")
+        if p.dtype == torch.float64 and group["momentum_dtype"] == "int8":
+            raise ValueError(f"{name} is float64, and momentum_dtype='int8' is of float32 and bfloat16")
         if is_traceable_wrapper_subclass(p.data) and not hasattr(p, "placements"):
             raise ValueError(
                 f"{name} is a {type(p.data).__name__}, whose storage is not that of its values: train plain weights, "
@@ -116,26 +121,6 @@ def check_group(group: dict[str, Any]) -> None:
             )
         if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(f"{name} is expanded, many of its entries are one number: make it a tensor of its own")
-
-
-def check_constraint(role: str, rule: Rule, name: str) -> None:
-    """Refuse a constraint that the rule's step cannot respect.
-
-    Args:
-        role: The group's role, for the message.
-        rule: Its rule.
-        name: The name of the constraint.
-
-    Raises:
-        ValueError: It is unknown; or it measures matrices, or compares signs, where a rule's step goes by rows or is
-            torch's AdamW.
-    """
-    constraint = get_constraint(name)
-    if (constraint.measures and (rule.row_map or rule.elementwise)) or (constraint.cautious and rule.elementwise):
-        raise ValueError(
-            f"group {role}: constraint {name!r} needs a whole step at once, and rule {rule.name!r} is not taken at "
-            "once; set its constraint to 'decay' or 'none', or another rule"
-        )
 
 
 def is_number(value: Any) -> bool:
@@ -196,6 +181,8 @@ def _check_types(group: dict[str, Any]) -> None:
     """Raises: ValueError, with option and value, for what is not of the option's type."""
     numbers = ("lr", "lr_multiplier", "momentum", "weight_decay", "weight_decay_multiplier", "floor", "eps")
     wrong = [(key, "a finite number") for key in numbers if not is_number(group[key])]
+    optional = [key for key in ("gamma", "retained") if group[key] is not None]
+    wrong += [(key, "None or a number >= 0") for key in optional if not is_number(group[key]) or group[key] < 0]
     wrong += [(key, "True or False") for key in ("nesterov", "shared") if not isinstance(group[key], bool)]
     for key in ("steps", "gram_every", "momentum_warmup"):
         if not isinstance(group[key], int) or isinstance(group[key], bool):

@@ -1,8 +1,7 @@
 """Constraints: what a step may do to the size of a weight, `W <- κW − γU`, from three inner products of W and U.
 
-A constraint sees a matrix through `⟨W, W⟩`, `⟨W, U⟩` and `⟨U, U⟩` alone, which no rotation of either side changes. The
-exception is the cautious decay, which compares signs of entries. Names joined by `+` are applied in turn, as in
-`relative+radial_brake`.
+A constraint sees a matrix through `⟨W, W⟩`, `⟨W, U⟩` and `⟨U, U⟩` alone, which no rotation of either side changes; but
+for the cautious decay, of signs, and the spectral one. Names joined by `+` are applied in turn, as in `relative+decay`.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,6 +80,11 @@ class Constraint:
         return bool({"decay", "corrected_decay", "independent_decay"} & set(self.parts))
 
     @property
+    def spectral(self) -> bool:
+        """Whether the polar factor of the whole weight is subtracted after the step."""
+        return "spectral_decay" in self.parts
+
+    @property
     def parts(self) -> list[str]:
         """The names that it is joined of."""
         return self.name.split("+")
@@ -137,6 +141,16 @@ def independent_decay(step: Step) -> Step:
         Loshchilov & Hutter, arXiv 1711.05101, as proposed; Wortsman et al., arXiv 2309.14322.
     """
     return decay.function(step)
+
+
+@_constraint(measures=False)
+def spectral_decay(step: Step) -> Step:
+    """Decay all singular values by one amount, `Z = W − ηU`, `W <- Z − ηλ·polar(Z)`: the penalty `λ‖W‖_*`.
+
+    Source:
+        Spectral weight decay, arXiv 2610.11730; there the polar factor is by five Newton–Schulz steps.
+    """
+    return step
 
 
 def effective_decay(group: Mapping[str, Any]) -> Any:

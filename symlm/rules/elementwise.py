@@ -52,11 +52,12 @@ def unit_matrix(M: Tensor) -> Tensor:
 
 
 @rule(ELEMENTS)
-def auon(M: Tensor) -> Tensor:
-    """Return `X/√(mean cosh²X)`, `X = M/|M|_F`: the direction of the momentum itself, of Frobenius norm near 1.
+def auon(M: Tensor, gamma: float = 1.0) -> Tensor:
+    """Return `X/√(mean cosh²(γX))`, `X = M/|M|_F`: the direction of the momentum itself, of Frobenius norm near 1.
 
     Args:
         M: The momentum, (..., m, n).
+        gamma: γ, 1 in the paper.
 
     Returns:
         The directions, same shape.
@@ -65,31 +66,33 @@ def auon(M: Tensor) -> Tensor:
         arXiv 2509.24320, the paper's rule.
     """
     X = unit_matrix(M)
-    return X / brake(X)
+    return X / brake(gamma * X)
 
 
 @rule(ELEMENTS, degree=1)
-def auon_unnormalized(M: Tensor) -> Tensor:
-    """Return `M/√(mean cosh²(γM/|M|_F))`, γ = 1.5, which is not normalized.
+def auon_unnormalized(M: Tensor, gamma: float = 1.5) -> Tensor:
+    """Return `M/√(mean cosh²(γM/|M|_F))`, which is not normalized.
 
     Args:
         M: The momentum, (..., m, n).
+        gamma: γ, 1.5 in the code.
 
     Returns:
         The directions, same shape, in the units of M.
 
     Source:
-        arXiv 2509.24320, the published code, γ as there.
+        arXiv 2509.24320, the published code.
     """
-    return M / brake(1.5 * unit_matrix(M))
+    return M / brake(gamma * unit_matrix(M))
 
 
 @rule(ELEMENTS)
-def hybrid_auon(M: Tensor) -> Tensor:
-    """Return `Y/√(mean cosh²Y)`, where Y is `M/|M|_F` after one Newton–Schulz step.
+def hybrid_auon(M: Tensor, gamma: float = 1.0) -> Tensor:
+    """Return `Y/√(mean cosh²(γY))`, where Y is `M/|M|_F` after one Newton–Schulz step.
 
     Args:
         M: The momentum, (..., m, n).
+        gamma: γ, 1 in the paper.
 
     Returns:
         The directions, same shape.
@@ -98,24 +101,25 @@ def hybrid_auon(M: Tensor) -> Tensor:
         arXiv 2509.24320, the hybrid of the paper.
     """
     Y = _partly_polar(M, steps=1)
-    return Y / brake(Y)
+    return Y / brake(gamma * Y)
 
 
 @rule(ELEMENTS)
-def hybrid_auon_five(M: Tensor) -> Tensor:
-    """Return `Y/√(mean cosh²(γY/|Y|_F))`, γ = 1.5; Y is `M/|M|_F` after five Newton–Schulz steps.
+def hybrid_auon_five(M: Tensor, gamma: float = 1.5) -> Tensor:
+    """Return `Y/√(mean cosh²(γY/|Y|_F))`; Y is `M/|M|_F` after five Newton–Schulz steps.
 
     Args:
         M: The momentum, (..., m, n).
+        gamma: γ, 1.5 in the code.
 
     Returns:
         The directions, same shape.
 
     Source:
-        arXiv 2509.24320, the hybrid of the published code, γ as there.
+        arXiv 2509.24320, the hybrid of the published code.
     """
     Y = _partly_polar(M, steps=5)
-    return Y / brake(1.5 * unit_matrix(Y))
+    return Y / brake(gamma * unit_matrix(Y))
 
 
 def _partly_polar(M: Tensor, steps: int) -> Tensor:

@@ -59,19 +59,20 @@ def pull(base: Base) -> Callable[[Tensor, Tensor], Tensor]:
     return pulled
 
 
-def next_rotation(A: Tensor, R: Tensor, qr: Base | None = None) -> Tensor:
-    """Compute the next rotation, `QR(A + ε|A|R)` with |A| the RMS singular value of A and ε = `RETAINED`.
+def next_rotation(A: Tensor, R: Tensor, qr: Base | None = None, retained: float = RETAINED) -> Tensor:
+    """Compute the next rotation, `QR(A + ε|A|R)` with |A| the RMS singular value of A.
 
     Args:
         A: The pulls, (..., m, m).
         R: The rotations before, same shape.
         qr: The orthogonal factor of a matrix, `cholesky_qr` if None.
+        retained: ε.
 
     Returns:
         The rotations, same shape.
     """
     size = torch.linalg.matrix_norm(A, keepdim=True) / sqrt(A.shape[-1])
-    return (qr or cholesky_qr)(A + RETAINED * size * R.to(A.dtype))
+    return (qr or cholesky_qr)(A + retained * size * R.to(A.dtype))
 
 
 def refresh(base: Base, qr: Base | None = None) -> Callable[..., dict[str, Tensor]]:
@@ -85,10 +86,12 @@ def refresh(base: Base, qr: Base | None = None) -> Callable[..., dict[str, Tenso
         A function of M and the rotation with the refreshed state; a `shared_rotation` is returned as it is.
     """
 
-    def refreshed(M: Tensor, rotation: Tensor, shared_rotation: Tensor | None = None) -> dict[str, Tensor]:
+    def refreshed(
+        M: Tensor, rotation: Tensor, shared_rotation: Tensor | None = None, retained: float = RETAINED
+    ) -> dict[str, Tensor]:
         if shared_rotation is not None:
             return {"rotation": shared_rotation}
-        return {"rotation": next_rotation(pull(base)(M, rotation), rotation, qr)}
+        return {"rotation": next_rotation(pull(base)(M, rotation), rotation, qr, retained)}
 
     return refreshed
 
@@ -174,10 +177,17 @@ def _pull_adam(M: Tensor, rotation: Tensor, roots: Tensor, beta2: float) -> Tens
 
 
 def _refresh_adam(
-    M: Tensor, rotation: Tensor, roots: Tensor, beta2: float, shared_rotation: Tensor | None = None
+    M: Tensor,
+    rotation: Tensor,
+    roots: Tensor,
+    beta2: float,
+    shared_rotation: Tensor | None = None,
+    retained: float = RETAINED,
 ) -> dict[str, Tensor]:
     """Return the next rotation, and the mean size of the coordinates in it."""
-    R = next_rotation(_pull_adam(M, rotation, roots, beta2), rotation) if shared_rotation is None else shared_rotation
+    R = shared_rotation
+    if R is None:
+        R = next_rotation(_pull_adam(M, rotation, roots, beta2), rotation, retained=retained)
     Y = R.to(raw(M).dtype).mT @ raw(M)
     return {"rotation": R, "roots": mean_root(roots.to(Y.dtype), Y, beta2)}
 

@@ -25,14 +25,14 @@ class State:
 
     Args:
         start: Maps matrices (..., m, n) to the state before the first step.
-        side: The factor that moves the state, "left" for L or "right" for R.
-        act: Maps the state and that factor to the moved state.
+        side: The factor that moves the state, "left" for L, "right" for R, or "both".
+        act: Maps the state and that factor, or the pair of both, to the moved state.
         rotations: Whether every rotation can move the state, or signed permutations alone.
     """
 
     start: Callable[[Tensor], Tensor]
     side: str
-    act: Callable[[Tensor, Tensor], Tensor]
+    act: Callable[[Tensor, Any], Tensor]
     rotations: bool = True
 
 
@@ -59,7 +59,7 @@ class Rule:
 
     Args:
         name: The key in `RULES`.
-        function: Maps M, and what it names of `polar`, `step`, `beta2` and the state, to directions.
+        function: Maps M, and what it names of `polar`, `step`, `beta1`, `beta2` and the state, to directions.
         symmetry: The claim, to which the tests hold the rule.
         degree: The exponent of a positive factor of M in the result.
         state: The state tensors by name, empty for a rule without state.
@@ -70,6 +70,7 @@ class Rule:
             mix.
         fused: Whether Triton kernels do the whole step: of a row rule, or of one whose direction is the polar factor.
         elementwise: Whether the optimizer runs torch's AdamW in the rule's place, on a tensor of any shape.
+        own_mean: Whether M is the gradient, of which the rule stores a mean itself: the group's momentum is 0.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Rule:
     row_map: Callable[..., Any] | None = None
     fused: bool = False
     elementwise: bool = False
+    own_mean: bool = False
 
     def __call__(self, M: Tensor, *, polar: Polar = polar_factor) -> Tensor:
         """Compute the direction of the first step, `U(M, refresh(M, start(M)))`.
@@ -120,6 +122,8 @@ class Rule:
         shared_rotation: Tensor | None = None,
         step: Any = 1,
         polar: Polar = polar_factor,
+        beta1: float = 0.9,
+        **constants: float,
     ) -> dict[str, Tensor]:
         """Return the state after a step of M, `refresh(M, s)`.
 
@@ -130,11 +134,14 @@ class Rule:
             shared_rotation: The next rotation, where the matrices of a layer share one.
             step: How often the state was refreshed, this time included.
             polar: How polar factors are computed.
+            beta1: The decay β₁ of the rule's mean of gradients, where it has one.
+            constants: Numbers of some rules, in place of their defaults.
 
         Returns:
             The state tensors by name; empty for a rule without state.
         """
-        arguments = {"beta2": beta2, "shared_rotation": shared_rotation, "step": step, "polar": polar, **state}
+        arguments = {"beta1": beta1, "beta2": beta2, "shared_rotation": shared_rotation, "step": step, "polar": polar}
+        arguments |= {**constants, **state}
         return _call(self.refresh, M, arguments) if self.refresh else {}
 
     def pulled(self, M: Tensor, state: Mapping[str, Tensor], beta2: float = 0.95) -> Tensor:
@@ -152,7 +159,15 @@ class Rule:
         return _call(self.pull, M, {"beta2": beta2, **state})
 
     def direction(
-        self, M: Tensor, state: Mapping[str, Tensor], *, polar: Polar = polar_factor, step: Any = 1, beta2: float = 0.95
+        self,
+        M: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        polar: Polar = polar_factor,
+        step: Any = 1,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        **constants: float,
     ) -> Tensor:
         """Compute `U(M, s)` for a state s that is refreshed already.
 
@@ -161,12 +176,16 @@ class Rule:
             state: The state after `refreshed`.
             polar: How polar factors are computed.
             step: How often the state was refreshed, this time included.
+            beta1: The decay β₁ of the rule's mean of gradients, where it has one.
             beta2: The decay β₂ of the means over steps.
+            constants: Numbers of some rules, in place of their defaults.
 
         Returns:
             The directions, same shape as M.
         """
-        return _call(self.function, M, {"polar": polar, "step": step, "beta2": beta2, **state})
+        return _call(
+            self.function, M, {"polar": polar, "step": step, "beta1": beta1, "beta2": beta2, **constants, **state}
+        )
 
     @property
     def row_state_keys(self) -> set[str]:

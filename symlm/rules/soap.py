@@ -114,3 +114,114 @@ def soap_rows_polar(M: Tensor, polar: Polar, right_basis: Tensor, roots: Tensor)
     """
     X, R = raw(M), right_basis.to(raw(M).dtype)
     return (polar(_whitened(X @ R, roots.to(X.dtype))) @ R.mT).to(M.dtype)
+
+
+VALUES = State(lambda M: torch.zeros_like(M[..., :1]), "left", lambda v, L: v)
+KL = {
+    **LEFT,
+    **RIGHT,
+    "left_values": VALUES,
+    "right_values": State(lambda M: VALUES.start(M.mT), "right", lambda v, R: v),
+    "coordinates": ROOTS,
+    "roots": ROOTS,
+    "size": State(lambda M: torch.zeros_like(M[..., :1, :1]), "left", lambda s, L: s),
+}
+
+
+def _rms(M: Tensor) -> Tensor:
+    """Return the RMS of each matrix, (..., 1, 1), without a square that overflows; of zeros 0."""
+    largest = M.abs().amax((-2, -1), keepdim=True)
+    scaled = M / torch.where(largest > 0, largest, 1.0)
+    return largest * scaled.square().mean((-2, -1), keepdim=True).sqrt()
+
+
+def _inverse(values: Tensor) -> Tensor:
+    """Return `1/λ` with a floor; 1 before the first step."""
+    largest = values.amax((-2, -1), keepdim=True)
+    return torch.where(largest > 0, 1 / (values + FLOOR * largest), 1.0)
+
+
+def _ahead(gram: Tensor, basis: Tensor, first: Tensor) -> Tensor:
+    """Return the basis one power step of the Gram matrix ahead; of this step's in the first."""
+    known = gram.abs().amax((-2, -1), keepdim=True) > 0
+    K = torch.where(known, gram, first)
+    ahead = next_rotation(K @ basis, basis, orthonormal)
+    return torch.where(K.abs().amax((-2, -1), keepdim=True) > 0, ahead, basis)
+
+
+def _refresh_kl(
+    M: Tensor,
+    left_gram: Tensor,
+    right_gram: Tensor,
+    left_basis: Tensor,
+    right_basis: Tensor,
+    left_values: Tensor,
+    right_values: Tensor,
+    coordinates: Tensor,
+    roots: Tensor,
+    size: Tensor,
+    beta1: float,
+    beta2: float,
+) -> dict[str, Tensor]:
+    """Return the next bases, by the Gram matrices before this step; then these, their values, and Adam's means."""
+    X, (m, n) = raw(M), M.shape[-2:]
+    A, B, Q, R, a, b, P, V, s = (
+        x.to(X.dtype)
+        for x in (left_gram, right_gram, left_basis, right_basis, left_values, right_values, coordinates, roots, size)
+    )
+    s = torch.where(s > 0, s, _rms(X))
+    G = X / torch.where(s > 0, s, 1.0)
+    mean = Q @ P @ R.mT
+    Q, R = _ahead(A, Q, G @ G.mT), _ahead(B, R, G.mT @ G)
+    Y = Q.mT @ G @ R
+    over_a, over_b = _inverse(a), _inverse(b)
+    left, right = G @ R * over_b.mT.sqrt(), G.mT @ Q * over_a.mT.sqrt()
+    return {
+        "left_gram": beta2 * A + (1 - beta2) / n * left @ left.mT,
+        "right_gram": beta2 * B + (1 - beta2) / m * right @ right.mT,
+        "left_basis": Q,
+        "right_basis": R,
+        "left_values": beta2 * a + (1 - beta2) * (Y.square() * over_b.mT).mean(-1, keepdim=True),
+        "right_values": beta2 * b + (1 - beta2) * (Y.square() * over_a).mean(-2, keepdim=True).mT,
+        "coordinates": Q.mT @ torch.lerp(G, mean, beta1) @ R,
+        "roots": mean_root(V, Y, beta2),
+        "size": s,
+    }
+
+
+@rule(DENSE, state=KL, refresh=_refresh_kl, own_mean=True)
+def kl_soap(
+    M: Tensor,
+    left_basis: Tensor,
+    right_basis: Tensor,
+    coordinates: Tensor,
+    roots: Tensor,
+    step: Tensor | int,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """Return `Q_a (P/√V) Q_bᵀ`, Adam in the eigenbases of two factors that whiten each other.
+
+    `S_a` is the mean of `GS_b⁻¹Gᵀ/n` and `S_b` that of `GᵀS_a⁻¹G/m`, of β₂; `S⁻¹ = QΛ⁻¹Qᵀ`, λ the mean of the diagonal
+    in Q. A basis is one power step and a QR ahead of the last. M is the gradient, in units of its first RMS.
+
+    Args:
+        M: The gradient, (..., m, n).
+        left_basis: Q_a of this step, (..., m, m).
+        right_basis: Q_b of this step, (..., n, n).
+        coordinates: P, the mean of gradients in these bases, (..., m, n).
+        roots: √V, (..., m, n).
+        step: The number of the step t, for Adam's `1 − β^t`.
+        beta1: β₁.
+        beta2: β₂.
+
+    Returns:
+        The directions, same shape.
+
+    Source:
+        KL-SOAP, Lin et al., arXiv 2509.03378, claims 2 and 3; Adam's corrections as in NVIDIA's Emerging-Optimizers.
+    """
+    Q, R = left_basis.to(raw(M).dtype), right_basis.to(raw(M).dtype)
+    t = step.to(Q.dtype) if isinstance(step, torch.Tensor) else step
+    P, V = coordinates.to(Q.dtype) / (1 - beta1**t), roots.to(Q.dtype) / (1 - beta2**t) ** 0.5
+    return (Q @ _whitened(P, V) @ R.mT).to(M.dtype)

@@ -15,6 +15,7 @@ from symlm.polar.precision import accumulation_dtype
 from symlm.routing.options import named_parameters
 from symlm.rules import get_rule
 from symlm.state.originals import Originals
+from symlm.state.quantization import SCALES, is_quantized, zero_momentum
 from symlm.views.matrix_view import MatrixView
 
 
@@ -46,7 +47,8 @@ def stored_keys(group: dict[str, Any]) -> set[str]:
     """
     rule = get_rule(group["rule"])
     means = {"exp_avg", "exp_avg_sq"} if rule.elementwise else {"momentum"}
-    return means | set(rule.state) | ({"step"} if rule.elementwise or rule.state else set())
+    scales = {SCALES} if is_quantized(group) else set()
+    return means | scales | set(rule.state) | ({"step"} if rule.elementwise or rule.state else set())
 
 
 def count_step(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], finite: Tensor) -> None:
@@ -76,12 +78,15 @@ def new_state(group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragm
         compensation, which has the parameter's.
 
     Raises:
-        RuntimeError: A layer's matrices share a rotation, and p is a partition.
+        RuntimeError: A layer shares a rotation, or the momentum has blocks of whole rows, and p is a partition.
     """
     rule, dtype = get_rule(group["rule"]), accumulation_dtype(p.dtype)
-    momentum_dtype = getattr(torch, group["momentum_dtype"]) if dtype == torch.float32 else dtype
-    dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq"), dtype) if rule.elementwise else {"momentum": momentum_dtype}
-    state = {key: torch.zeros_like(p, dtype=of, memory_format=torch.preserve_format) for key, of in dtypes.items()}
+    if is_quantized(group):
+        state = zero_momentum(name, p, bool(fragments))
+    else:
+        momentum_dtype = getattr(torch, group["momentum_dtype"]) if dtype == torch.float32 else dtype
+        dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq"), dtype) if rule.elementwise else {"momentum": momentum_dtype}
+        state = {key: torch.zeros_like(p, dtype=of, memory_format=torch.preserve_format) for key, of in dtypes.items()}
     if rule.state:
         state |= _state_of_rule(group, name, p, fragments, dtype)
     if rule.elementwise or rule.state:

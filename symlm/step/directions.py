@@ -79,7 +79,7 @@ def _stack_directions(
     """Return the directions of one section, and the rule's next states."""
     rule, stack, shape = averaged_rule(group), view.to_matrices(momenta), tuple(momenta.shape)
     count = len(stack) // len(momenta)
-    settings: dict[str, Any] = {"beta2": group["betas"][1]}
+    settings: dict[str, Any] = dict(zip(("beta1", "beta2"), group["betas"], strict=True)) | constants_of(group)
     settings["polar"] = (lambda X: polar_factors(group, X)) if factors is None else lambda X: factors
     if rule.state:  # the refresh and the direction may both ask for it
         settings["polar"] = cache(settings["polar"])
@@ -92,7 +92,11 @@ def _stack_directions(
     if refresh:
         shared_rotation = stacked["rotation"] if shares_layer_rotation(group) else None
         step, polar = settings.get("step", 1), settings["polar"]
-        before, stacked = stacked, rule.refreshed(stack, stacked, settings["beta2"], shared_rotation, step, polar)
+        beta1, beta2 = group["betas"]
+        before, stacked = (
+            stacked,
+            rule.refreshed(stack, stacked, beta2, shared_rotation, step, polar, beta1, **constants_of(group)),
+        )
         if rule.whitens and group["gram_every"] > 1:
             share = gram_weight(group) / (1 - settings["beta2"])
             stacked["gram"] = before["gram"].lerp(stacked["gram"], share)
@@ -100,6 +104,15 @@ def _stack_directions(
     U = U if scale == 1 else U.mul_(scale)
     after = [{key: value[k * count : (k + 1) * count] for key, value in stacked.items()} for k in range(len(momenta))]
     return view.from_matrices(U, shape), after
+
+
+def constants_of(group: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a rule that the group sets in place of the rule's own.
+
+    Args:
+        group: The parameter group.
+    """
+    return {key: group[key] for key in ("gamma", "retained") if group[key] is not None}
 
 
 def averaged_rule(group: dict[str, Any]) -> Rule:

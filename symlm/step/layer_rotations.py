@@ -15,9 +15,9 @@ from torch import Tensor
 
 from symlm.distributed.tensors import local
 from symlm.rules import get_rule
-from symlm.rules.rotated import next_rotation
+from symlm.rules.rotated import RETAINED, next_rotation
 from symlm.step.bucket import Bucket
-from symlm.step.directions import wide
+from symlm.step.directions import constants_of, wide
 from symlm.step.member import Member
 from symlm.views.matrix_view import MatrixView
 
@@ -63,18 +63,18 @@ def rotate_layers(buckets: Iterable[Bucket], finite: Tensor) -> None:
         buckets: The buckets of all groups whose rotation is shared by a layer.
         finite: Whether the step happens, a bool of one element; the rotations stay as they were if not.
     """
-    layers: dict[tuple[str, int, torch.dtype, torch.device], list[Pull]] = {}
+    layers: dict[tuple[str, int, torch.dtype, torch.device, float], list[Pull]] = {}
     for bucket in buckets:
         bucket.start()
+        retained = constants_of(bucket.group).get("retained", RETAINED)
         for member, part in zip(bucket.batch, bucket.momenta, strict=True):
             M = MatrixView.parse(bucket.group["view"]).to_matrices(wide(member.whole(part)))
-            layers.setdefault((layer_of(member.name), M.shape[-2], M.dtype, M.device), []).append(
-                _pull(bucket.group, member, M)
-            )
+            key = (layer_of(member.name), M.shape[-2], M.dtype, M.device, retained)
+            layers.setdefault(key, []).append(_pull(bucket.group, member, M))
     for alike in {key[1:] for key in layers}:
         same = [pulls for key, pulls in layers.items() if key[1:] == alike]
         before = torch.stack([local(pulls[0].member.state["rotation"])[0] for pulls in same])
-        after = next_rotation(torch.stack([_sum(pulls) for pulls in same]), before)
+        after = next_rotation(torch.stack([_sum(pulls) for pulls in same]), before, retained=alike[-1])
         for pulls, R in zip(same, after, strict=True):
             for member, pulled, _ in pulls:
                 member.store_state({"rotation": R.expand_as(pulled)}, finite.to(R.device))

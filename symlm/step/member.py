@@ -17,6 +17,7 @@ from symlm.routing.options import named_parameters
 from symlm.rules import get_rule
 from symlm.state.creation import of_fragments
 from symlm.state.originals import Originals
+from symlm.state.quantization import SCALES, dequantized
 from symlm.step.rows.blocks import ALL
 
 BATCH_ELEMENTS = 2**26  # a batch of equal shapes has at most this many, which bounds the temporary memory
@@ -43,10 +44,11 @@ class Member:
     layout: Layout
     active: Tensor | None = None
 
-    @property
+    @cached_property
     def momentum(self) -> Tensor:
-        """This rank's part of the momentum."""
-        return local(self.state["momentum"])
+        """This rank's part of the momentum; of one in 8 bits a wide copy, made at the first use."""
+        M = local(self.state["momentum"])
+        return dequantized(M, local(self.state[SCALES])) if M.dtype == torch.int8 else M
 
     @property
     def dtype(self) -> torch.dtype:

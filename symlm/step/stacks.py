@@ -41,7 +41,8 @@ def serves(group: dict[str, Any], batch: list[Member], view: MatrixView) -> bool
         return False
     if batch[0].dtype != torch.float32 or view.consecutive(shape) is None:
         return False
-    for tensors in zip(*((member.parameter, member.gradient, member.momentum) for member in batch), strict=True):
+    stored = ((member.parameter, member.gradient, member.state["momentum"]) for member in batch)
+    for tensors in zip(*stored, strict=True):
         if any(T.dtype != tensors[0].dtype or not T.is_contiguous() for T in tensors):
             return False
     return True

@@ -118,22 +118,24 @@ def refuse_unmovable(optimizer: torch.optim.Optimizer, model: nn.Module, names: 
         names: The names of the parameters that will be moved.
 
     Raises:
-        ValueError: A parameter has an elementwise rule, a rule with a state, or a momentum of directions.
+        ValueError: A parameter has an elementwise rule, a rule with a state, or a momentum of directions or in 8 bits.
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name in names:
         group = groups.get(model.get_parameter(name), {})
         rule = get_rule(group["rule"]) if "rule" in group else None
-        if (rule and (rule.elementwise or rule.state)) or group.get("momentum_of") == "directions":
+        fixed = group.get("momentum_of") == "directions" or group.get("momentum_dtype") == "int8"
+        if (rule and (rule.elementwise or rule.state)) or fixed:
             raise ValueError(
-                f"{name}: the state of {group['rule']!r} does not move with a teleport; choose another rule for it"
+                f"{name}: the state of {group['rule']!r} does not move with a teleport; choose another rule for it, "
+                "and a wide momentum of gradients"
             )
 
 
 def _moved_by_rule(state: State, view: str, transport: Transport, name: str, value: Tensor) -> Tensor:
     """Move a rule's state as the rule declares, in the coordinates of its view; raise ValueError if it cannot move."""
     parsed = MatrixView.parse(view)
-    if parsed not in (WHOLE, TRANSPOSED):
+    if parsed not in (WHOLE, TRANSPOSED) or state.side == "both":
         raise ValueError(f"the rule's state of {name} cannot move in its view {view!r}; reset the state first")
     side = transport.left if (state.side == "left") == (parsed == WHOLE) else transport.right
     if side is None:

@@ -13,9 +13,37 @@ from symlm.step.momentum import masked
 from symlm.step.rows.blocks import Block
 from symlm.update.constrained import factors, nuclear_norms
 from symlm.update.size import Change
+from symlm.update.spectral_decay import shrink
 
 
 def apply(group: dict[str, Any], members: list[Member], block: Block, updates: list[Tensor], finite: Tensor) -> Change:
+    """Update a block of weights by `step_by`, then decay their singular values under `spectral_decay`.
+
+    Args:
+        group: The parameter group.
+        members: The parameters of the block; their masters are updated, in fp32 or wider.
+        block: The block of their parts; all of them under `spectral_decay`.
+        updates: `s·U` of each member's block.
+        finite: Whether the step happens, a bool of one element.
+
+    Returns:
+        The size of the change without the decay.
+    """
+    lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
+    change = step_by(group, members, block, updates, finite, lr)
+    if get_constraint(group["constraint"]).spectral:
+        shrink(group, members, lr)
+    return change
+
+
+def step_by(
+    group: dict[str, Any],
+    members: list[Member],
+    block: Block,
+    updates: list[Tensor],
+    finite: Tensor,
+    lr: Any,
+) -> Change:
     """Update a block of weights, `W <- (1 − ηλ)W − η·s·U` under `decay`; see `symlm.rules.constraints` for the others.
 
     With a momentum of directions, that takes the place of U.
@@ -26,11 +54,11 @@ def apply(group: dict[str, Any], members: list[Member], block: Block, updates: l
         block: The block of their parts.
         updates: `s·U` of each member's block.
         finite: Whether the step happens, a bool of one element.
+        lr: The rate η, 0 on a device whose step does not happen.
 
     Returns:
         The size of the change without the decay.
     """
-    lr = group["lr"] if members[0].parameter.device.type == "cpu" else group["lr"] * finite
     if group["momentum_of"] == "directions":
         momenta = [block.of(member.momentum) for member in members]
         norms_of = nuclear_norms(group, members, updates) if multiplies_norm(group) else None

@@ -1,4 +1,4 @@
-"""The rounding of low-precision parameters."""
+"""The rounding of low-precision parameters and momenta."""
 
 from typing import Any
 from zlib import crc32
@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from symlm.distributed.tensors import local
+from symlm.state.quantization import SCALES, quantized
 from symlm.step.member import Member
 
 
 def store(group: dict[str, Any], member: Member, finite: Tensor) -> None:
-    """Round the fp32 master into a low-precision parameter; a parameter that is its own master needs nothing.
+    """Round the fp32 master into a low-precision parameter, and the momentum into 8 bits; what is wide needs nothing.
 
     Args:
         group: The parameter group; its step seeds stochastic rounding.
-        member: The parameter; its wide copy is freed.
+        member: The parameter; its wide copies are freed.
         finite: Whether the step happens, a bool of one element on the parameter's device.
     """
+    if SCALES in member.state:
+        _store_momentum(group, member, finite)
     p, master = member.parameter, member.master
     if master is p:
         return
@@ -26,8 +29,41 @@ def store(group: dict[str, Any], member: Member, finite: Tensor) -> None:
         rounded = master.to(p.dtype)
         local(member.state["compensation"]).copy_(master - rounded.float())
     else:
-        rounded = stochastic_round(master, crc32(f"{group['step']} {member.name} {member.layout.interval[0]}".encode()))
+        rounded = stochastic_round(master, _seed(group, member))
     p.copy_(rounded if p.device.type == "cpu" else torch.where(finite, rounded, p))
+
+
+def _store_momentum(group: dict[str, Any], member: Member, finite: Tensor) -> None:
+    """Round this rank's part of the momentum into 8 bits."""
+    M = member.momentum
+    del member.momentum
+    parts = quantized(M, seeded(M, _seed(group, member, " momentum")))
+    for key, part in zip(("momentum", SCALES), parts, strict=True):
+        stored = local(member.state[key])
+        stored.copy_(part if M.device.type == "cpu" else torch.where(finite, part, stored))
+
+
+def _seed(group: dict[str, Any], member: Member, what: str = "") -> int:
+    """Return a seed of this step, of this rank's part of a parameter, and of what is rounded."""
+    return crc32(f"{group['step']} {member.name} {member.layout.interval[0]}{what}".encode())
+
+
+def seeded(x: Tensor, seed: int) -> torch.Generator:
+    """Return a generator on the device of x.
+
+    Args:
+        x: The tensor that is rounded.
+        seed: The seed.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured; every replay would draw the same bits.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "stochastic rounding is seeded by the number of the step, which a CUDA graph would repeat; capture with "
+            "rounding='compensated' and a momentum_dtype other than 'int8'"
+        )
+    return torch.Generator(device=x.device).manual_seed(seed)
 
 
 def stochastic_round(x: Tensor, seed: int) -> Tensor:
@@ -49,12 +85,7 @@ def stochastic_round(x: Tensor, seed: int) -> Tensor:
     Source:
         Zamirai et al., arXiv 2010.06192, section 4.
     """
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "stochastic rounding is seeded by the number of the step, which a CUDA graph would repeat; capture with "
-            "rounding='compensated'"
-        )
-    generator = torch.Generator(device=x.device).manual_seed(seed)
+    generator = seeded(x, seed)
     noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     bits = (x.contiguous().view(torch.int32) + noise) & -65536
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)

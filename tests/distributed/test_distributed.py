@@ -94,9 +94,29 @@ def test_zero_cuts_the_optimizers_state(ran, case):
     assert max(shares) < 0.55
 
 
-def test_one_rotation_a_layer_is_refused_under_zero(ran):
-    for message in result(ran, "layers under zero", 2):
-        assert "rotation 'layer' needs a layer's matrices together; set rotation 'own'" in message
+def test_what_zero_has_no_place_for_is_refused(ran):
+    for layers, eight_bits in result(ran, "refused under zero", 2):
+        assert "rotation 'layer' needs a layer's matrices together; set rotation 'own'" in layers
+        assert "momentum_dtype='int8' stores blocks of whole rows, which ZeRO" in eight_bits
+
+
+@BOTH
+def test_momenta_of_8_bits_are_sharded_within_a_rounding_and_go_on_bit_for_bit(ran, world):
+    wide = optimizer_of("zero2", model := model_of("zero2"))
+    train(model, wide, 1)
+    whole_size = symlm.diagnostics.state_bytes(wide)
+    first, *others = result(ran, "8 bits", world)
+    for case, found in first.items():
+        for name, (*stored,) in found["momenta"].items():
+            if stored:
+                M, units = stored[0], stored[1].repeat_interleave(64, -1)[..., : stored[0].shape[-1]]
+                exact = wide.state[model.get_parameter(name)]["momentum"]
+                assert ((M - exact).abs() <= units * 1.01 + 1e-9).all(), (case, name)
+        for rank in (first, *others):
+            for name, W in first[case]["end"].items():
+                assert torch.equal(rank[case]["end"][name], W), (case, name)
+                assert torch.equal(rank[case]["again"][name], W), (case, name)
+    assert max(rank["fsdp2"]["bytes"] for rank in (first, *others)) < 0.6 * first["ddp"]["bytes"] < 0.6 * whole_size
 
 
 @BOTH

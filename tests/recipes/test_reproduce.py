@@ -6,14 +6,25 @@ import pytest
 import warm_python
 from recipe import ROOT
 
-SCRIPTS = ("agd", "aro", "gradient_conductor", "gradient_smoothness", "polargrad", "qk_clip")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*SCRIPTS, "softmax_radius", "teleport")]
+SLOW = (
+    "agd",
+    "aro",
+    "dion",
+    "eight_bits",
+    "gradient_conductor",
+    "gradient_smoothness",
+    "kl_soap",
+    "polargrad",
+    "qk_clip",
+    "softmax_radius",
+    "softmax_temperature",
+    "teleport",
+    "width_transfer",
+)
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "name", ["auon", *(pytest.param(name, marks=pytest.mark.slow) for name in (*SCRIPTS, "teleport"))]
-)
+@pytest.mark.parametrize("name", ["auon", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_reproduction_passes(name, tmp_path):
     command = [warm_python.executable(), str(ROOT / "recipes" / "reproduce" / f"{name}.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -99,3 +99,47 @@ def test_aros_rows_are_the_residual_streams(kind):
 def test_a_state_with_no_place_is_refused(kind, overrides, needed):
     with pytest.raises(ValueError, match=f"has a state, which needs {needed}"):
         symlm.SymOptimizer(tiny(kind), overrides=overrides)
+
+
+GRID = {  # the rules of embedding, head and MLP
+    "paper-row": ("row_norm", "centered_row_norm", "polar"),
+    "paper-hybrid-ends": ("row_then_polar", "centered_row_then_polar", "polar"),
+    "paper-adamw-ends": ("adamw", "adamw", "polar"),
+    "paper-hybrid-mlp": ("row_norm", "centered_row_norm", "row_then_polar"),
+    "paper-hybrid": ("row_then_polar", "centered_row_then_polar", "row_then_polar"),
+    "paper-adamw-ends-hybrid-mlp": ("adamw", "adamw", "row_then_polar"),
+}
+ROUTERS = {
+    "paper-row": "centered_row_norm",
+    "paper-left-router": "centered_polar",
+    "paper-left-router-alpha-1": "centered_polargrad",
+    "paper-hybrid-router": "centered_row_then_polar",
+    "paper-uncentered-router": "left_spectral",
+    "paper-row-adamw-router": "adamw",
+}
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_the_papers_grid_is_ends_by_mlp_over_muon_a_head(name):
+    table = symlm.PRESETS[name]
+    found = (table[symlm.Role.EMBEDDING].rule, table[symlm.Role.LM_HEAD].rule, table[symlm.Role.MLP_IN].rule)
+    assert found == GRID[name]
+    assert table[symlm.Role.MLP_OUT].rule == found[-1]
+    assert {(table[role].rule, table[role].view) for role in (symlm.Role.ATTENTION_Q, symlm.Role.ATTENTION_O)} == {
+        ("polar", "heads")
+    }
+    if "adamw" in name:  # 1e-1 and 1e-3 at the dial 0.02
+        assert (0.02 * table[symlm.Role.EMBEDDING].lr, 0.02 * table[symlm.Role.LM_HEAD].lr) == pytest.approx(
+            (0.1, 0.001)
+        )
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_papers_routers_have_one_rate_of_7_5e_4(name):
+    assert symlm.PRESETS[name][symlm.Role.ROUTER].rule == ROUTERS[name]
+    assert 0.02 * symlm.PRESETS[name][symlm.Role.ROUTER].lr == pytest.approx(7.5e-4)
+
+
+def test_the_uncentered_router_is_no_rule_of_the_routers_symmetry():
+    with pytest.raises(ValueError, match=r"route of router: its symmetry .* is larger than what 'left_spectral'"):
+        make_table(symlm.PRESETS["paper-uncentered-router"])

@@ -6,10 +6,13 @@ from numerics import EXACT, MUST_FAIL, relative
 from torch import nn
 
 import symlm
+from symlm.distributed.layout import layout_of_shards
 from symlm.roles.role import Role
 from symlm.routing import ROUTES, Route, make_table
 from symlm.rules.constraints import CONSTRAINTS, get_constraint
+from symlm.step.member import Member
 from symlm.symmetry import Symmetry, act, rotations, signed_permutations
+from symlm.update.spectral_decay import refuse_cut
 
 LR, DECAY, FLOOR = 0.3, 0.2, 4.0
 NAMES = [
@@ -18,6 +21,7 @@ NAMES = [
     "cautious_decay+radial_brake",
     "decay+relative",
     "independent_decay+relative",
+    "relative+spectral_decay",
 ]
 
 
@@ -56,7 +60,15 @@ def cautious(W, U):
     return W * (1 - LR * DECAY * (U * W > 0))
 
 
+def shrunk(W, U):
+    Z = W - LR * U
+    P, _, Qh = torch.linalg.svd(Z, full_matrices=False)
+    return Z - LR * DECAY * P @ Qh
+
+
 FORMULAS = {
+    "spectral_decay": shrunk,
+    "relative+spectral_decay": lambda W, U: shrunk(W, floored(W, U)),
     "none": lambda W, U: W - LR * U,
     "decay": lambda W, U: (1 - LR * DECAY) * W - LR * U,
     "corrected_decay": lambda W, U: (1 - LR * DECAY) * W - LR * U,  # without a schedule
@@ -151,6 +163,35 @@ def test_a_weight_or_a_gradient_of_zeros_is_harmless(name):
     assert torch.equal(net.weight.detach(), W)
 
 
+@pytest.mark.parametrize("view", ["whole", "heads"])
+def test_a_spectral_decay_takes_one_amount_from_every_singular_value(view):
+    """Of each head apart, and of a whole matrix; a gradient of zeros moves nothing else."""
+    from models import tiny
+
+    model = tiny(vocab_size=61, dtype=torch.float64)
+    settings = {"constraint": "spectral_decay", "view": view, "lr": LR, "weight_decay": 1e-3, "polar_method": "svd"}
+    optimizer = symlm.SymOptimizer(model, 0.1, overrides={"attention_q": settings})
+    q = model.model.layers[0].self_attn.q_proj.weight
+    heads = (4 if view == "heads" else 1, -1, q.shape[1])
+    before = torch.linalg.svdvals(q.detach().view(heads))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    after = torch.linalg.svdvals(q.detach().view(heads))
+    assert relative(after, before - 1e-3 * LR) < EXACT
+    assert relative(after, before) > 1e-4
+
+
+def test_a_spectral_decay_refuses_shards_before_anything_moves():
+    part = torch.zeros(3, 9)
+    member = Member("W", part, part, {}, layout_of_shards((6, 9), shards=2, copies=1))
+    with pytest.raises(
+        RuntimeError, match="W is sharded, and constraint 'spectral_decay' needs whole weights on a rank"
+    ):
+        refuse_cut({"constraint": "spectral_decay"}, [member])
+    refuse_cut({"constraint": "decay"}, [member])
+
+
 def test_a_head_has_a_norm_of_its_own():
     from models import tiny
 
@@ -178,6 +219,10 @@ def test_a_table_refuses_a_constraint_of_a_smaller_symmetry():
     ("values", "message"),
     [
         ({"matrix": {"constraint": "sphere"}}, "unknown constraint 'sphere'"),
+        (
+            {"lm_head": {"constraint": "spectral_decay"}},
+            "group lm_head: constraint 'spectral_decay' needs a whole step",
+        ),
         ({"lm_head": {"constraint": "relative"}}, "group lm_head: constraint 'relative' needs a whole step at once"),
         ({"vector": {"constraint": "cautious_decay"}}, "group vector: constraint 'cautious_decay' needs a whole step"),
         ({"mlp_in": {"constraint": "relative", "floor": -1.0}}, "floor and momentum_warmup must not be negative"),

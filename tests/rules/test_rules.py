@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import tiny, train
 from numerics import BRAKE, EXACT, MUST_FAIL, ROTATED, relative
 from torch import nn
 
@@ -20,7 +21,7 @@ def matrix(shape, seed=0):
 
 
 def rounding(rule):
-    return ROTATED if {"rotation", "right_basis"} & set(rule.state) else EXACT
+    return ROTATED if {"rotation", "right_basis", "right_factor"} & set(rule.state) else EXACT
 
 
 def first_state(rule, M):
@@ -38,7 +39,7 @@ def violation(rule, symmetry, M, transported=True):
     U = rule.direction(M, after, step=3)
     for seed in range(4):
         L, R = symmetry.sample(*M.shape[-2:], torch.Generator().manual_seed(seed))
-        sides = {"left": L, "right": R}
+        sides = {"left": L, "right": R, "both": (L, R)}
         factors = {key: sides[kind.side] for key, kind in rule.state.items()}
         moved = {key: rule.state[key].act(x, factors[key]) if transported else x for key, x in before.items()}
         state = rule.refreshed(act(M, L, R), moved)
@@ -117,10 +118,10 @@ def W(M):
     return (len(M) / min(M.shape)) ** 0.5 * U @ torch.diag(S / S.norm() / POLAR_EXPRESS.bound * P / root) @ Vh
 
 
-def aro(f):
+def aro(f, epsilon=1e-3):
     def rule(M):
         A = M / M.square().mean().sqrt() @ f(M).T
-        Q, R = torch.linalg.qr(A + 1e-3 * A.norm() / len(A) ** 0.5 * torch.eye(len(A)))
+        Q, R = torch.linalg.qr(A + epsilon * A.norm() / len(A) ** 0.5 * torch.eye(len(A)))
         Q = Q * R.diagonal().sign()
         U = Q @ f(Q.T @ M)
         return U / U.square().mean().sqrt()
@@ -160,6 +161,47 @@ def soap_of_rows(M, beta2=0.95):
 def soap_start(m, n):
     start = torch.zeros(m, m), torch.zeros(n, n), torch.eye(m), torch.eye(n), torch.zeros(m, n)
     return [x.double() for x in start]
+
+
+def kl_start(m, n):
+    return [*soap_start(m, n)[:4], *(torch.zeros(k).double() for k in (m, n)), *[torch.zeros(m, n).double()] * 2, None]
+
+
+def kl_soap(G, state=None, beta1=0.9, beta2=0.95, step=1):
+    """One step of KL-SOAP from its formulas, in units of the first gradient's RMS."""
+    m, n = G.shape
+    A, B, Q, R, a, b, mean, V, unit = state or kl_start(m, n)
+    unit = unit or G.square().mean().sqrt()
+    G = G / unit
+    K, L = (A, B) if A.any() else (G @ G.T, G.T @ G)
+    Q, R = (basis(K @ X + 1e-3 * (K @ X).norm() / len(X) ** 0.5 * X) for K, X in ((K, Q), (L, R)))
+    over_a, over_b = (1 / (v + 1e-4 * v.max()) if v.any() else torch.ones_like(v) for v in (a, b))
+    A = beta2 * A + (1 - beta2) / n * G @ R @ torch.diag(over_b) @ R.T @ G.T
+    B = beta2 * B + (1 - beta2) / m * G.T @ Q @ torch.diag(over_a) @ Q.T @ G
+    Y = Q.T @ G @ R
+    a = beta2 * a + (1 - beta2) / n * (Y @ torch.diag(over_b) @ Y.T).diagonal()
+    b = beta2 * b + (1 - beta2) / m * (Y.T @ torch.diag(over_a) @ Y).diagonal()
+    mean, V = beta1 * mean + (1 - beta1) * G, beta2 * V + (1 - beta2) * Y.square()
+    root = (V / (1 - beta2**step)).sqrt()
+    if state is not None:
+        state[:] = A, B, Q, R, a, b, mean, V, unit
+    return Q @ (Q.T @ mean @ R / (1 - beta1**step) / (root + 1e-4 * root.max())) @ R.T
+
+
+def dion(G, state=None, mu=0.9, divisor=1):
+    """One step of Dion from its algorithm."""
+    m, n = G.shape
+    E, Q = state or dion_start(m, n, divisor)
+    P = basis((E + G) @ Q)
+    R = (E + G).T @ P
+    E, Q = E + G - (1 - mu) * P @ R.T, R / R.norm(dim=0)
+    if state is not None:
+        state[:] = E, Q
+    return P @ Q.T
+
+
+def dion_start(m, n, divisor=1):
+    return [torch.zeros(m, n).double(), torch.eye(n).double()[:, : -(-min(m, n) // divisor)]]
 
 
 def basis(A):
@@ -207,6 +249,9 @@ FORMULAS = {
     "soap_polar": soap,
     "soap_rows_polar": soap_of_rows,
     "normuon": lambda M: D(exact(M)) * (exact(M).norm() / D(exact(M)).norm()),
+    "kl_soap": kl_soap,
+    "dion": dion,
+    "dion_quarter": lambda M: dion(M, divisor=4),
     "centered_polar": lambda M: exact(C(M)),
     "centered_polargrad": lambda M: torch.linalg.svdvals(C(M)).sum() * exact(C(M)),
     "centered_row_then_polar": lambda M: C(exact(C(D(C(M))))),
@@ -244,6 +289,44 @@ def test_sinkhorn_leaves_rows_out_that_did_not_occur():
     assert relative(U, sinkhorn_of_rows(M)) < EXACT
 
 
+@pytest.mark.parametrize("name", [name for name in RULES if "auon" in name])
+def test_a_gamma_takes_the_place_of_auons(name):
+    M = matrix((5, 4), seed=3)
+    plain, braked = RULES[name].direction(M, {}), RULES[name].direction(M, {}, gamma=4.0)
+    X = F(M) if name.startswith("auon") else Y(M) if name == "hybrid_auon" else F(Y(M, 5))
+    whole = {"auon": F(M), "auon_unnormalized": M, "hybrid_auon": Y(M), "hybrid_auon_five": Y(M, 5)}[name]
+    assert relative(braked, whole / torch.cosh(4 * X).pow(2).mean() ** 0.5) < EXACT
+    assert relative(braked, plain) > MUST_FAIL
+
+
+def test_an_epsilon_takes_the_place_of_aros():
+    M, rule = matrix((7, 12), seed=3), RULES["aro_sinkhorn"]
+    for epsilon in (0.0, 0.1):
+        state = rule.refreshed(M, rule.start(M), retained=epsilon)
+        assert relative(rule.direction(M, state), aro(S, epsilon)(M)) < ROTATED
+        assert relative(rule.direction(M, state), rule(M)) > ROTATED
+
+
+@pytest.mark.parametrize("rotation", ["own", "layer"])
+def test_a_group_sets_the_numbers_of_its_rule(rotation):
+    settings = {"retained": 0.0, "rotation": rotation, "gamma": 2.0}
+    ends = []
+    for options in ({}, settings, {**settings, "retained": 0.1}):
+        model = tiny(dtype=torch.float64)
+        rotation_alone = {"rotation": rotation}
+        train(model, symlm.SymOptimizer(model, preset="aro", **{**rotation_alone, **options}), 2)
+        ends.append(model.model.layers[0].mlp.up_proj.weight.detach())
+    assert all(relative(a, b) > 1e-6 for a, b in ((ends[0], ends[1]), (ends[1], ends[2])))
+    with pytest.raises(ValueError, match=r"gamma must be None or a number >= 0, got -1\.0"):
+        symlm.SymOptimizer(tiny(), gamma=-1.0)
+
+
+@pytest.mark.parametrize("name", ["dion", "kl_soap"])
+def test_a_mean_before_a_rule_with_one_is_refused(name):
+    with pytest.raises(ValueError, match=f"rule '{name}' stores a mean of gradients itself, by betas"):
+        symlm.SymOptimizer(tiny(), overrides={"mlp_in": {"rule": name}})
+
+
 def test_soap_is_its_formula_over_steps():
     rule = RULES["soap_polar"]
     state = rule.start(matrix((7, 12)))
@@ -255,6 +338,46 @@ def test_soap_is_its_formula_over_steps():
         assert relative(U, soap(M, expected, 0.9)) < ROTATED
     for key, found in zip(("left_gram", "right_gram", "left_basis", "right_basis"), expected[:4], strict=True):
         assert relative(state[key], found) < ROTATED
+
+
+STORED = {
+    "kl_soap": ("left_gram", "right_gram", "left_basis", "right_basis", "left_values", "right_values"),
+}
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
+@pytest.mark.parametrize(
+    ("name", "formula", "start"),
+    [
+        ("kl_soap", lambda M, state, step: kl_soap(M, state, 0.8, 0.9, step), kl_start),
+        ("dion", lambda M, state, step: dion(M, state, 0.8), dion_start),
+        ("dion_quarter", lambda M, state, step: dion(M, state, 0.8), lambda m, n: dion_start(m, n, 4)),
+    ],
+    ids=["kl_soap", "dion", "dion_quarter"],
+)
+def test_a_rule_with_its_own_mean_is_its_formula_over_steps(name, formula, start, shape):
+    rule, expected = RULES[name], start(*shape)
+    state = rule.start(matrix(shape))
+    for step in range(1, 6):
+        G = matrix(shape, seed=step)
+        state = rule.refreshed(G, state, beta1=0.8, beta2=0.9)
+        found = rule.direction(G, state, step=step, beta1=0.8, beta2=0.9)
+        assert relative(found, formula(G, expected, step)) < ROTATED
+    for key, value in zip(STORED.get(name, ("residual", "right_factor")), expected, strict=False):
+        assert relative(state[key].squeeze(-1), value) < ROTATED, key
+
+
+def test_the_residual_holds_what_a_low_rank_leaves_out():
+    """Of a constant gradient, B grows in the directions that no step took, until they are taken."""
+    G, rule = matrix((12, 8)), RULES["dion_quarter"]
+    state, taken = rule.start(G), torch.zeros(12, 8).double()
+    for _ in range(100):
+        state = rule.refreshed(G, state, beta1=0.9)
+        U = rule.direction(G, state)
+        taken += U
+    assert torch.linalg.matrix_rank(U) == 2
+    sizes = torch.linalg.svdvals(taken)
+    assert sizes[5] > MUST_FAIL * sizes[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
