@@ -89,7 +89,7 @@ class SpeedrunConfig:
         at_least(1, {"steps": self.steps, "micro_batch": self.micro_batch})
         if not self.table and self.arm not in self.arms:
             raise ValueError(
-                f"no arm {self.arm!r}; there are {sorted(self.arms)}, by recipes/configs/bench/speedrun.yaml"
+                f"no arm {self.arm!r}; there are {sorted(self.arms)}: give --config recipes/configs/bench/speedrun.yaml"
             )
 
     @property

@@ -100,7 +100,8 @@ class Tokens:
                 read = tokens[begin : begin + part + 1].astype(np.int64)
                 if (largest := int(read.max())) >= self.vocab_size:
                     raise ValueError(
-                        f"{path}: token {largest} behind position {begin:,} is none of {self.vocab_size:,}"
+                        f"{path}: token {largest} behind position {begin:,} is not in the vocabulary of "
+                        f"{self.vocab_size:,}: tokenize the text with GPT-2's, or set model.vocab_size"
                     )
                 x, y = torch.from_numpy(read[:-1]), torch.from_numpy(read[1:])
                 yield x.view(-1, self.length), y.view(-1, self.length)
