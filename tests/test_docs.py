@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.speedrun import config as speedrun
 from models import tiny
 from pretraining import config
 
@@ -67,12 +68,14 @@ def test_every_command_names_files_and_targets_that_exist(page):
         assert not [path for path in files if is_missing(path)], words
 
 
-def test_every_flag_of_the_recipe_that_a_command_gives_is_one(monkeypatch):
+@pytest.mark.parametrize(("program", "read", "least"), [("pretrain", config.read, 6), ("speedrun", speedrun.read, 2)])
+def test_every_flag_of_a_recipe_that_a_command_gives_is_one(program, read, least, monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs = [words for page in TEXTS for words in commands(page) if "recipes/pretrain.py" in words]
-    assert len(runs) > 5
+    script = f"recipes/{program}.py"
+    runs = [words for page in TEXTS for words in commands(page) if script in words]
+    assert len(runs) >= least
     for words in runs:
-        config.read(words[words.index("recipes/pretrain.py") + 1 :])
+        read(words[words.index(script) + 1 :])
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=name_of)
@@ -126,7 +129,8 @@ def test_every_error_message_has_its_line_in_troubleshooting():
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     folders = ("symlm", "kernels/symlm_kernels", "recipes")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    sources = [path for path in sources if not {"reproduce", "benchmarks", "trust"} & set(path.parts)]
+    programs = {"reproduce", "benchmarks", "trust"}
+    sources = [path for path in sources if not programs & set(path.parts) or path.parent.name == "speedrun"]
     missing = [message for path in sources for message in messages(path) if message not in page]
     assert not missing, "\n".join(missing)
 

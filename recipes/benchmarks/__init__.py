@@ -1,0 +1,1 @@
+"""Programs that measure steps and runs."""
