@@ -396,7 +396,7 @@ def test_a_state_of_fewer_options_is_completed_and_another_preset_is_refused():
     opt = stepped(Ends())
     opt.load_state_dict(state)
     opt.step()
-    with pytest.raises(ValueError, match="saved with rule 'row_adam' for embedding, this optimizer has 'row_norm'"):
+    with pytest.raises(ValueError, match=r"saved with rule 'row_adam', .* for embedding, .* has rule 'row_norm'"):
         stepped(Ends(), preset="paper-row").load_state_dict(state)
 
 
