@@ -276,7 +276,7 @@ def test_overrides_are_checked_wherever_they_are_given():
         with pytest.raises(ValueError, match="key 'nonfinite'"):
             build(Ends(), overrides={"lm_head": {"nonfinite": "raise"}})
     for bad in ({"betas": (0.9, 1.0)}, {"eps": -1.0}, {"compute_dtype": "flaot32"}):
-        with pytest.raises(ValueError, match=r"beta|floating-point"):
+        with pytest.raises(ValueError, match=r"betas|eps|floating-point"):
             symlm.SymOptimizer(Ends(), **bad)
 
 
