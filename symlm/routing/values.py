@@ -28,9 +28,9 @@ def is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         is_real = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
         return is_real and (value.device.type != "cpu" or bool(value.isfinite()))
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    return (isinstance(value, Integral) or not isinstance(value, Rational)) and abs(value) <= sys.float_info.max
+    if isinstance(value, Integral):
+        return not isinstance(value, bool) and abs(int(value)) <= sys.float_info.max  # of which isfinite would raise
+    return isinstance(value, Real) and not isinstance(value, Rational) and isfinite(value)
 
 
 def is_not_negative(value: Any) -> bool:

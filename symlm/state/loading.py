@@ -18,8 +18,8 @@ from symlm.state.names import Place, names_of, places_of, some
 FORMAT = 1  # of what state_dict() returns; a state without a number is of before there was one
 # What decides how a state is stored and what it means. Rates, means and how a polar factor is computed differ freely.
 HOW_A_RULE_STORES = ("rule", "view", "outputs")
-DECIDING = ("role", *HOW_A_RULE_STORES, "scale", "constraint")
-DECIDING += ("nesterov", "momentum_of", "momentum_dtype", "rounding", "rotation")
+HOW_A_STEP_IS_MADE = ("scale", "constraint", "nesterov", "momentum_of", "momentum_dtype", "rounding", "rotation")
+DECIDING = ("role", *HOW_A_RULE_STORES, *HOW_A_STEP_IS_MADE)
 
 State = dict[str, Any]
 
