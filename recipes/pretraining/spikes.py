@@ -121,14 +121,16 @@ class Spikes:
     def _norm(self, role: str) -> Tensor:
         groups = [group for group in self.optimizer.param_groups if group.get("role", "all") == role]
         gradients = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
-        zero = torch.zeros((), device=self.accelerator.device)
-        return torch.stack([zero, *(norm.float() for norm in torch._foreach_norm(gradients))]).norm()
+        if not gradients:  # DeepSpeed has them in places of its own
+            return torch.zeros((), device=self.accelerator.device)
+        return torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).norm()
 
     def _stood_out(self, sizes: dict[str, float]) -> str:
         """Return what is not finite, or else what is largest beside its median."""
         if bad := [what for what, size in sizes.items() if not math.isfinite(size)]:
             return f"not finite: {', '.join(bad)}"
-        times = {what: size / (median(self._before[what]) or 1) for what, size in sizes.items() if self._before[what]}
+        usual = {what: median(self._before[what]) for what in sizes if self._before[what]}
+        times = {what: sizes[what] / size for what, size in usual.items() if size > 0}
         largest = max(times, key=times.__getitem__, default=None)
         return (
             f"the {largest} stood out most, {times[largest]:.1f} times its usual" if largest else "nothing to compare"

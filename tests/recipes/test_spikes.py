@@ -104,3 +104,7 @@ def test_a_spike_is_what_leaves_the_spread_of_the_rows_before(capsys):
     out = capsys.readouterr().out
     assert "step 31: loss 7.000 after 3.425; the gradient of lm_head stood out most, 50.0 times its usual" in out
     assert judge(33, 3.0) == 0
+    model.zero_grad()  # as under DeepSpeed
+    spikes.look()
+    spikes.judge({"step": 34, "train/loss": 9.0})
+    assert spikes.streak == 1
