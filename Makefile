@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: pretrain test test-all gpu lint types docs setup clean
+.PHONY: pretrain test test-all gpu lint types docs dist setup clean
 
 pretrain: setup  ## pretrain the embedded default: no network, no GPU
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/pretrain.py
@@ -32,6 +32,10 @@ types: setup
 docs: setup  ## the site, with the API reference, in site/
 	$(BIN)/mkdocs build --strict
 
+dist: setup  ## wheel and sdist in dist/, and steps from the wheel in an environment that has nothing of this tree
+	rm -rf dist
+	.ci/dist $(BIN)/python dist
+
 setup: $(READY)
 
 # torch goes in first and alone: whatever follows finds it satisfied and pulls no second build.
@@ -42,4 +46,4 @@ $(READY): constraints.txt pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -68,6 +68,8 @@ def train_step(
                 accelerator.backward(sum(routers.losses(output).values()))
             if job.teleporter and steps:
                 job.teleporter.before_step(x)
+            if steps:
+                job.spikes.look()
             if train.clip and steps:
                 accelerator.clip_grad_norm_(model.parameters(), train.clip)
             if job.probe and steps:
@@ -114,13 +116,14 @@ def run(
         forget_after(first, folder)
     if accelerator.log_with:
         accelerator.init_trackers("symlm")
-    stream = iter(accelerator.skip_first_batches(job.loader, first * train.accumulate) if first else job.loader)
+    stream = job.spikes.batches(job.loader, first)
     per_step = train.batch * train.accumulate * config.data.length * accelerator.num_processes
     options = {"unit": "tok", "unit_scale": True, "disable": not accelerator.is_main_process}
     seconds: list[float] = []
-    lost = 0
+    step, lost = first, 0
     with tqdm(total=train.steps * per_step, initial=first * per_step, **options) as bar:
-        for step in range(first + 1, train.steps + 1):
+        while step < train.steps:
+            step += 1
             began = time.perf_counter()
             loss, output = train_step(job, stream, accelerator, train)
             row: dict[str, Any] = {"step": step, "tokens": step * per_step}
@@ -133,6 +136,7 @@ def run(
             bar.update(per_step)
             if logged:
                 row |= watch(output, job, accelerator)
+                job.spikes.judge(row)
                 lost = 0 if math.isfinite(row["train/loss"]) else lost + 1
                 skipped = {"skipped": row["skipped_steps"]} if row.get("skipped_steps") else {}
                 bar.set_postfix(loss=f"{row['train/loss']:.3f}", **skipped)
@@ -142,10 +146,15 @@ def run(
                     row |= evaluate(job.model, job.held, accelerator)
             if logged or validated:
                 write(row, folder, accelerator)
+            if (back := job.spikes.go_back(checkpoints, folder, row)) is not None:
+                bar.update((back - step) * per_step)
+                step, lost = back, 0
+                continue
             if lost == PATIENCE:
                 break
             stopped = step < train.steps and stop.agreed(waiting=logged)
-            if not lost and (step % train.save_every == 0 or step == train.steps or stopped):
+            due = step % train.save_every == 0 and not job.spikes.doubtful
+            if not lost and (due or step == train.steps or stopped):
                 checkpoints.save(accelerator, step)
             if stopped:
                 accelerator.end_training()

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from symlm.distributed.partitions import refuse_settings
 from symlm.distributed.tensors import local
 from symlm.polar.precision import without_autocast
-from symlm.routing.options import DEFAULTS, ROUTED, check_group, check_options, refuse_unknown, with_momentum, with_rate
+from symlm.routing.options import DEFAULTS, ROUTED, check_group, refuse_unknown, with_momentum, with_rate
 from symlm.routing.param_groups import param_groups
+from symlm.routing.values import check_options, check_values
 from symlm.rules import get_rule
 from symlm.state.agreement import Agreement, shapes_of_several_ranks
 from symlm.state.checks import check_parameters, warn_of_no_gradient
 from symlm.state.creation import count_step, create_state
-from symlm.state.loading import matched, restore_dtypes
+from symlm.state.loading import FORMAT, fitting, matched, restore_dtypes
 from symlm.state.originals import Originals
 from symlm.state.schedules import Schedules
 from symlm.step.bucket import buckets_of, bytes_to_receive, join, overlapped
@@ -93,6 +94,7 @@ class SymOptimizer(torch.optim.Optimizer):
                     group.pop(key, None)  # an argument comes before what the preset would have
         elif preset != "default" or overrides or roles:
             raise ValueError("preset, overrides and roles belong to symlm.param_groups when groups are given")
+        check_values("SymOptimizer", {"lr": lr, **options})
         super().__init__(params, {"lr": lr, **DEFAULTS, **options})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,19 +140,18 @@ class SymOptimizer(torch.optim.Optimizer):
             RuntimeError: A gradient is sparse, or a parameter changed its dtype or shape. Nothing was updated.
             FloatingPointError: A gradient is not finite and `nonfinite="raise"`. Nothing was updated.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         with without_autocast():
             self._step()
         return loss
 
     def _step(self) -> None:
+        for group in self.param_groups:
+            check_options(group)
         self._schedules.follow(self.param_groups, self.defaults["lr"])
         is_first = self._agreement.compare(self.param_groups, self._originals)
         for group in self.param_groups:
-            check_options(group)
             create_state(group, self.state, self._originals)
             check_parameters(group, self.state)
         members = [(group, list(members_of(group, self.state, self._originals))) for group in self.param_groups]
@@ -207,23 +208,25 @@ class SymOptimizer(torch.optim.Optimizer):
     @property
     def is_sharded(self) -> bool:
         """Whether this rank holds parts of parameters."""
-        parameters = (p for group in self.param_groups for p in group["params"])
-        return self._originals.partitioned or any(local(p) is not p for p in parameters)
+        return self._originals.partitioned or any(local(p) is not p for g in self.param_groups for p in g["params"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data and tensors, with its format's number."""
+        return {**super().state_dict(), "format": FORMAT}
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load a state by the parameters' names; each state keeps its own dtype: fp32 momentum stays fp32.
 
-        Hooks registered by `register_load_state_dict_pre_hook` run first, and what they return is checked and loaded.
-
         Args:
-            state_dict: What `state_dict()` of an optimizer with the same table returned.
+            state_dict: What `state_dict()` of an optimizer with the same table returned; its rates come with it.
+            strict: False takes what fits of another table's or model's state, warns of the rest, and leaves the groups.
 
         Raises:
-            ValueError: Before anything changed: the state is of other parameters, rules or shapes, or incomplete.
+            ValueError: Before anything changed: another table, other parameters or shapes, or an incomplete state.
         """
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            self._loading = matched(given, self.param_groups)
+            self._loading = (matched if strict else fitting)(given, self.param_groups)
             return self._loading
 
         hook = self.register_load_state_dict_pre_hook(check)

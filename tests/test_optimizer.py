@@ -279,7 +279,7 @@ def test_overrides_are_checked_wherever_they_are_given():
         with pytest.raises(ValueError, match="key 'nonfinite'"):
             build(Ends(), overrides={"lm_head": {"nonfinite": "raise"}})
     for bad in ({"betas": (0.9, 1.0)}, {"eps": -1.0}, {"compute_dtype": "flaot32"}):
-        with pytest.raises(ValueError, match=r"beta|floating-point"):
+        with pytest.raises(ValueError, match=r"betas|eps|floating-point"):
             symlm.SymOptimizer(Ends(), **bad)
 
 
@@ -399,7 +399,7 @@ def test_a_state_of_fewer_options_is_completed_and_another_preset_is_refused():
     opt = stepped(Ends())
     opt.load_state_dict(state)
     opt.step()
-    with pytest.raises(ValueError, match="saved with rule 'row_adam' for embedding, this optimizer has 'row_norm'"):
+    with pytest.raises(ValueError, match=r"saved with rule 'row_adam', .* for embedding, .* has rule 'row_norm'"):
         stepped(Ends(), preset="paper-row").load_state_dict(state)
 
 

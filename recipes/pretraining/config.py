@@ -114,6 +114,8 @@ class TrainConfig:
         log_every: steps between rows of metrics.jsonl.
         save_every: steps between checkpoints.
         keep: how many checkpoints stay.
+        rewind: go back to the last checkpoint, and on with other data, behind so many bad rows of metrics one after the
+            other (a loss spike, skipped steps); none is never. Bad rows are reported anyway.
         timeout: seconds that processes wait for one of them, which is frozen or gone, before all end; none is torch's.
         tracker: where the metrics go besides metrics.jsonl, one of accelerate's trackers, or "none".
     """
@@ -141,6 +143,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 100
     keep: int = 2
+    rewind: int | None = None
     timeout: float | None = None
     tracker: str = "tensorboard"
 
@@ -149,7 +152,7 @@ class TrainConfig:
         counts += ("teleport_every", "smoothness_every")
         at_least(1, {f"train.{name}": getattr(self, name) for name in counts})
         at_least(0, {f"train.{name}": getattr(self, name) for name in ("warmup", "decay", "load_loss", "z_loss")})
-        at_least(1, {"train.timeout": self.timeout})
+        at_least(1, {"train.timeout": self.timeout, "train.rewind": self.rewind})
         if self.tracker not in (installed := ["none", *map(str, get_available_trackers())]):
             raise ValueError(f"train.tracker {self.tracker!r} is not installed or unknown; there are {installed}")
 

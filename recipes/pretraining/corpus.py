@@ -1,8 +1,10 @@
 """Where the text comes from: the embedded corpus, local files, Hugging Face datasets, pre-tokenized shards."""
 
 import hashlib
+import re
 import sysconfig
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,23 @@ def read_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=np.uint16 if width == 2 else np.uint32, mode="r", offset=1024, shape=(count,))
 
 
+STRING, BRACKET = re.compile(rb'"(?:[^"\\\\]|\\\\.)*"'), re.compile(rb"[\[\]{}]")
+DEEPEST = (
+    1000  # brackets inside each other; pyarrow's parser calls itself for each, and tens of thousands end the process
+)
+
+
+def refuse_deep(path: Path) -> None:
+    """Look at a JSON file's brackets before it is parsed.  Raises: ValueError, naming the line that nests too deep."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.count(b"[") + line.count(b"{") <= DEEPEST:  # so for nearly all
+                continue
+            opened = (1 if bracket[0] in b"[{" else -1 for bracket in BRACKET.finditer(STRING.sub(b"", line)))
+            if (depth := max(accumulate(opened), default=0)) > DEEPEST:
+                raise ValueError(f"{path}: line {number} nests {depth} brackets, more than {DEEPEST}: remove the line")
+
+
 def read_documents(path: str, column: str) -> list[str]:
     """Read local `.txt`, `.jsonl` or `.parquet` files, a folder of them, or one."""
     from datasets import load_dataset
@@ -75,6 +94,8 @@ def read_documents(path: str, column: str) -> list[str]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file} is no UTF-8 text: {error}") from None
         elif kind and Path(file).stat().st_size:
+            if kind == "json":
+                refuse_deep(Path(file))
             try:
                 rows = load_dataset(kind, data_files=file, split="train")
             except Exception as error:  # whatever datasets raises does not name the file

@@ -21,6 +21,7 @@ from pretraining.models import build_model
 from pretraining.packing import Collate
 from pretraining.routers import Routers
 from pretraining.smoothness import SmoothnessProbe
+from pretraining.spikes import Spikes
 from pretraining.teleporting import Teleporter
 from symlm.agd import AGD, initialize_
 from symlm.qk_clip import QKClip
@@ -69,6 +70,7 @@ class Training:
     conducting: Conducting | None
     probe: SmoothnessProbe | None
     averages: Averages
+    spikes: Spikes
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -148,6 +150,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     conducting = Conducting(model, routers, train, accelerator) if train.conductor else None
     probe = SmoothnessProbe(model, routers, train.smoothness_every) if train.smoothness_every else None
     stateful = (teleporter, conducting, probe)
-    accelerator.register_for_checkpointing(*(part for part in stateful if part))
-    beside = (qk_clip, control, *stateful, Averages(plain, train))
+    spikes = Spikes(plain, accelerator, train)
+    rewinding = spikes if train.rewind else None  # whose place in the data is the number of the step otherwise
+    accelerator.register_for_checkpointing(*(part for part in (*stateful, rewinding) if part))
+    beside = (qk_clip, control, *stateful, Averages(plain, train), spikes)
     return Training(model, optimizer, plain, schedule, loader, held, routers, *beside), tokenizer

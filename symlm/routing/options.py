@@ -2,22 +2,16 @@
 
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
-from math import isfinite
-from numbers import Real
 from typing import Any
 
 import torch
-from symlm_kernels.selection import CHOICES
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from symlm.polar.factor import METHODS
-from symlm.polar.precision import resolve_dtype
-from symlm.polar.schedules import get_schedule
 from symlm.roles.role import whole_shape
-from symlm.routing.fitting import check_constraint, check_momentum
+from symlm.routing.fitting import check_constraint
+from symlm.routing.values import check_options
 from symlm.rules import get_rule
-from symlm.rules.scaling import SCALES
 from symlm.views.matrix_view import MatrixView
 from symlm.views.storage import WHOLE
 
@@ -82,6 +76,7 @@ def check_group(group: dict[str, Any]) -> None:
         ValueError: A value is unknown or out of range, the rule's state has no place in the view, or a parameter has a
             dtype that cannot be trained. The message names the group.
     """
+    check_options(group)
     role, rule, view = group["role"], get_rule(group["rule"]), MatrixView.parse(group["view"])
     if rule.state and (view != WHOLE if rule.row_map else view.unequal):
         needed = "view 'whole'" if rule.row_map else "a view of equal matrices"
@@ -90,23 +85,6 @@ def check_group(group: dict[str, Any]) -> None:
             f"another rule, e.g. overrides={{{role!r}: {{'rule': 'row_norm'}}}}"
         )
     check_constraint(role, rule, group["constraint"])
-    check_options(group)
-    get_schedule(group["schedule"]).steps(group["steps"])
-    choices = {
-        "scale": tuple(SCALES),
-        "polar_method": METHODS,
-        "kernels": CHOICES,
-        "rounding": ("stochastic", "compensated"),
-        "nonfinite": ("skip", "raise"),
-        "momentum_of": ("gradients", "directions"),
-        "momentum_dtype": ("float32", "bfloat16", "int8"),
-        "outputs": ("rows", "columns"),
-        "rotation": ("own", "layer"),
-    }
-    for key, allowed in choices.items():
-        if group[key] not in allowed:
-            raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
-    resolve_dtype(torch.empty(0), group["compute_dtype"])
     check_momentum(role, rule, group)
     for name, p in named_parameters(group):
         view.shape(whole_shape(p))
@@ -121,77 +99,6 @@ def check_group(group: dict[str, Any]) -> None:
             )
         if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(f"{name} is expanded, many of its entries are one number: make it a tensor of its own")
-
-
-def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite real number, or a tensor of one; a bool is not.
-
-    Args:
-        value: Any value.
-    """
-    if isinstance(value, Tensor):
-        # A device is not waited for.
-        return value.numel() == 1 and not value.is_complex() and (value.device.type != "cpu" or bool(value.isfinite()))
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
-
-
-def check_options(group: dict[str, Any]) -> None:
-    """Refuse numbers and flags of a group that no step can use; cheap enough for every step.
-
-    Args:
-        group: A parameter group with every option.
-
-    Raises:
-        ValueError: A value has the wrong type or is out of range. The message names group, option and value.
-    """
-    _check_types(group)
-    role = group["role"]
-    if any(_is_below(group[key], 0) for key in NOT_NEGATIVE) or not _is_mean(group["momentum"]):
-        raise ValueError(
-            f"group {role}: lr and weight_decay must not be negative and 0 <= momentum < 1, "
-            f"got {group['lr']}, {group['weight_decay']}, {group['momentum']}"
-        )
-    if _is_below(group["floor"], 0) or group["gram_every"] < 1 or group["momentum_warmup"] < 0:
-        raise ValueError(
-            f"group {role}: floor and momentum_warmup must not be negative and gram_every at least 1, "
-            f"got {group['floor']}, {group['momentum_warmup']}, {group['gram_every']}"
-        )
-    if not all(map(_is_mean, group["betas"])) or _is_below(group["eps"], 0):
-        raise ValueError(
-            f"group {role}: betas must have 0 <= beta < 1 and eps must not be negative, "
-            f"got {group['betas']}, {group['eps']}"
-        )
-
-
-NOT_NEGATIVE = ("lr", "lr_multiplier", "weight_decay", "weight_decay_multiplier")
-
-
-def _is_below(value: float | Tensor, bound: float) -> bool:
-    """Compare a number; one on a device counts as right, since reading it would wait, or break a graph's capture."""
-    return not (isinstance(value, Tensor) and value.device.type != "cpu") and bool(value < bound)
-
-
-def _is_mean(beta: float | Tensor) -> bool:
-    """Tell whether 0 <= beta < 1, as far as it can be read without waiting."""
-    on_device = isinstance(beta, Tensor) and beta.device.type != "cpu"
-    return on_device or bool(0 <= beta < 1)
-
-
-def _check_types(group: dict[str, Any]) -> None:
-    """Raises: ValueError, with option and value, for what is not of the option's type."""
-    numbers = ("lr", "lr_multiplier", "momentum", "weight_decay", "weight_decay_multiplier", "floor", "eps")
-    wrong = [(key, "a finite number") for key in numbers if not is_number(group[key])]
-    optional = [key for key in ("gamma", "retained") if group[key] is not None]
-    wrong += [(key, "None or a number >= 0") for key in optional if not is_number(group[key]) or group[key] < 0]
-    wrong += [(key, "True or False") for key in ("nesterov", "shared") if not isinstance(group[key], bool)]
-    for key in ("steps", "gram_every", "momentum_warmup"):
-        if not isinstance(group[key], int) or isinstance(group[key], bool):
-            wrong.append((key, "a whole number"))
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(is_number, betas)):
-        wrong.append(("betas", "a pair of finite numbers"))
-    for key, expected in wrong:
-        raise ValueError(f"group {group['role']}: {key} must be {expected}, got {group[key]!r}")
 
 
 def named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from symlm.roles.assignment import place
 from symlm.roles.role import Role, Site
-from symlm.routing.options import DEFAULTS, ROUTED, is_number, refuse_unknown
+from symlm.routing.options import DEFAULTS, ROUTED, refuse_unknown
 from symlm.routing.presets import get_preset
 from symlm.routing.table import ADAMW, GRANULARITIES, Route, Table
+from symlm.routing.values import check_values, is_number
 from symlm.rules import get_rule
 from symlm.rules.constraints import get_constraint
-from symlm.rules.scaling import SCALES
 from symlm.views.storage import view_of
 
 
@@ -105,15 +105,14 @@ def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> dict[Role, di
             raise ValueError(f"overrides name an unknown role {role!r}; choose one of {names}")
         for key in values:
             refuse_unknown(f"overrides[{role!r}] key", key, OVERRIDABLE)
-        if "rule" in values:
-            get_rule(values["rule"])
-        if "constraint" in values:
-            get_constraint(values["constraint"])
-        for key, allowed in (("scale", list(SCALES)), ("view", list(GRANULARITIES))):
-            if values.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"overrides[{role!r}]: unknown {key} {values[key]!r}; choose one of {allowed}")
         if not is_number(values.get("lr", 1.0)) or not values.get("lr", 1.0) > 0:
             raise ValueError(f"overrides[{role!r}]: lr must be a positive number, got {values['lr']!r}")
+        check_values(f"overrides[{role!r}]", {key: value for key, value in values.items() if key != "view"})
+        get_constraint(values.get("constraint", "none"))
+        if values.get("view", "whole") not in list(GRANULARITIES):
+            raise ValueError(
+                f"overrides[{role!r}]: unknown view {values['view']!r}; choose one of {list(GRANULARITIES)}"
+            )
     return {Role(role): dict(values) for role, values in overrides.items()}
 
 

@@ -18,6 +18,8 @@ from symlm.state.originals import Originals
 from symlm.state.quantization import SCALES, is_quantized, zero_momentum
 from symlm.views.matrix_view import MatrixView
 
+MEANS = ("momentum", "exp_avg", "exp_avg_sq")  # of the parameter's own shape
+
 
 def create_state(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], originals: Originals) -> None:
     """Give every parameter of a group its state at once, so that all ranks and checkpoints agree on the keys.
@@ -34,7 +36,7 @@ def create_state(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]],
     """
     needed = stored_keys(group)
     for name, p in named_parameters(group):
-        if not needed <= states[p].keys():
+        if not (needed | ({"compensation"} if _compensates(group, p) else set())) <= states[p].keys():
             for key, value in new_state(group, name, p, originals.fragments(group, p)).items():
                 states[p].setdefault(key, value)
 
@@ -91,9 +93,13 @@ def new_state(group: dict[str, Any], name: str, p: Tensor, fragments: list[Fragm
         state |= _state_of_rule(group, name, p, fragments, dtype)
     if rule.elementwise or rule.state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-    if p.dtype != dtype and group["rounding"] == "compensated":
+    if _compensates(group, p):
         state["compensation"] = torch.zeros_like(p)
     return state
+
+
+def _compensates(group: dict[str, Any], p: Tensor) -> bool:
+    return group["rounding"] == "compensated" and p.dtype != accumulation_dtype(p.dtype)
 
 
 def of_fragments(

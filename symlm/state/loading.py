@@ -1,16 +1,25 @@
 """A saved state is matched to an optimizer's parameters by name; where it differs, it is refused before any change."""
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from symlm.polar.precision import accumulation_dtype
 from symlm.routing.options import DEFAULTS, ROUTED, check_group, named_parameters
-from symlm.state.creation import stored_keys
+from symlm.rules import get_rule
+from symlm.state.creation import MEANS, stored_keys
+from symlm.state.names import Place, names_of, places_of, some
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+FORMAT = 1  # of what state_dict() returns; a state without a number is of before there was one
+# What decides how a state is stored and what it means. Rates, means and how a polar factor is computed differ freely.
+HOW_A_RULE_STORES = ("rule", "view", "outputs")
+HOW_A_STEP_IS_MADE = ("scale", "constraint", "nesterov", "momentum_of", "momentum_dtype", "rounding", "rotation")
+DECIDING = ("role", *HOW_A_RULE_STORES, *HOW_A_STEP_IS_MADE)
 
 State = dict[str, Any]
 
@@ -29,18 +38,11 @@ def matched(state_dict: State, groups: Sequence[State]) -> State:
         A state dict that `torch.optim.Optimizer.load_state_dict` takes. The argument is not changed.
 
     Raises:
-        ValueError: The state is of another optimizer, of other parameters, rules, views or shapes, or incomplete.
+        ValueError: The state is of another optimizer, a newer format, other parameters, another table, other shapes, or
+            incomplete.
     """
-    if not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError("this is not the state of a SymOptimizer: it has no 'state' and 'param_groups'")
-    saved = state_dict["param_groups"]
-    for group in saved:
-        if missing := [key for key in (*ROUTED, "params") if key not in group]:
-            raise ValueError(f"this is not the state of a SymOptimizer: a group of it has no {missing[0]!r}")
-    pairs = [(theirs, order) for theirs, order in _pairs(saved, groups)]
     result: State = {"state": {}, "param_groups": []}
-    for (theirs, order), ours in zip(pairs, groups, strict=True):
-        _check_route(theirs, ours)
+    for (theirs, order), ours in zip(_pairs(_groups_in(state_dict), groups), groups, strict=True):
         first = sum(len(group["params"]) for group in result["param_groups"])
         indices = [theirs["params"][k] for k in order]
         for number, (index, (name, p)) in enumerate(zip(indices, named_parameters(ours), strict=True), start=first):
@@ -52,9 +54,44 @@ def matched(state_dict: State, groups: Sequence[State]) -> State:
         check_group({**options, "params": [], "param_names": []})
         numbers = list(range(first, first + len(indices)))
         result["param_groups"].append({**options, **own_names, "params": numbers})
-    complete = dict(state_dict)
-    complete.update(result)
-    return complete
+    return {**state_dict, **result}
+
+
+def fitting(state_dict: State, groups: Sequence[State]) -> State:
+    """Return what a saved state has for an optimizer of another table or of other parameters, and warn of the rest.
+
+    A mean is taken where it is of the same, gradients or directions, and of the parameter's shape; what a rule stores,
+    where the rule, its view and its rotation are the same. Groups stay as they are, and count on.
+
+    Args:
+        state_dict: As `SymOptimizer.state_dict` gives it.
+        groups: The optimizer's parameter groups.
+
+    Returns:
+        A state dict that `torch.optim.Optimizer.load_state_dict` takes, without what begins anew.
+
+    Raises:
+        ValueError: The state is of another optimizer, or of a newer format.
+    """
+    saved = _groups_in(state_dict)
+    places, extra = places_of(saved, groups)
+    result: State = {"state": {}, "param_groups": []}
+    lost = Counter(f"{name}, which this optimizer does not have" for name in extra)
+    number = 0
+    for ours, row in zip(groups, places, strict=True):
+        counted = {"step": max((theirs.get("step", 0) for theirs, _ in filter(None, row)), default=0)}
+        numbers = list(range(number, number + len(ours["params"])))
+        result["param_groups"].append({**ours, **counted, "params": numbers})
+        for place, (name, p) in zip_longest(row[: len(numbers)], named_parameters(ours)):
+            before, taken = _taken(place, ours, p, state_dict["state"])
+            result["state"] |= {number: taken} if taken else {}
+            left = ", ".join(sorted(before.keys() - taken.keys()))
+            lost.update([f"{left} of {ours['role']}"] if left else [] if place else [f"{name}, which it does not have"])
+            number += 1
+    if lost:
+        lines = [f"{line} ({count} parameters)" if count > 1 else line for line, count in lost.items()]
+        warnings.warn(f"not taken from the state, and begun anew: {'; '.join(lines)}", stacklevel=5)
+    return {**state_dict, **result}
 
 
 def restore_dtypes(state: Mapping[Tensor, State], saved: Mapping[int, State], groups: Sequence[State]) -> None:
@@ -73,75 +110,72 @@ def restore_dtypes(state: Mapping[Tensor, State], saved: Mapping[int, State], gr
                 state[p][key] = value.to(device=p.device, copy=True)
 
 
+def _groups_in(state_dict: State) -> list[State]:
+    """Return the groups of a saved state.  Raises: ValueError for another optimizer's, or a format from the future."""
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("this is not the state of a SymOptimizer: it has no 'state' and 'param_groups'")
+    if (version := state_dict.get("format", FORMAT)) not in range(1, FORMAT + 1):
+        raise ValueError(
+            f"the state has format {version!r}, and this symlm reads formats up to {FORMAT}: load it with the version "
+            "of symlm that saved it, or a newer one"
+        )
+    for group in state_dict["param_groups"]:
+        if missing := [key for key in (*ROUTED, "params") if key not in group]:
+            raise ValueError(f"this is not the state of a SymOptimizer: a group of it has no {missing[0]!r}")
+    return state_dict["param_groups"]
+
+
 def _pairs(saved: Sequence[State], groups: Sequence[State]) -> list[tuple[State, list[int]]]:
     """Return for each of our groups the saved one, and where in it each of our parameters is."""
-    ours, theirs = ([_names(group) for group in some] for some in (groups, saved))
-    if ours == theirs:  # also of groups without names, as long as both have none
-        return [(group, list(range(len(group["params"])))) for group in saved]
-    flat_ours, flat_theirs = ([name for names in some for name in names] for some in (ours, theirs))
-    translate = _translation(flat_theirs, flat_ours)
-    where = {translate(name): (k, place) for k, names in enumerate(theirs) for place, name in enumerate(names)}
-    if set(where) != set(flat_ours) or len(flat_ours) != len(flat_theirs):
-        missing, extra = sorted(set(flat_ours) - set(where)), sorted(set(where) - set(flat_ours))
+    places, extra = places_of(saved, groups)
+    known = [[place for place in row if place] for row in places]
+    if extra or any(None in row for row in places):
+        pairs_of_names = (zip(names_of(group), row, strict=True) for group, row in zip(groups, places, strict=True))
+        missing = sorted(name for row in pairs_of_names for name, place in row if place is None)
         raise ValueError(
             "the state has other parameters than this optimizer: "
-            f"it lacks {_some(missing)} and has {_some(extra)} besides; load it into the model that it was saved with"
+            f"it lacks {some(missing)} and has {some(extra)} besides; load it into the model that it was saved with"
         )
-    result = []
-    for names, group in zip(ours, groups, strict=True):
-        holders = {where[name][0] for name in names}
-        if len(holders) != 1 or len(theirs[next(iter(holders))]) != len(names):
-            raise ValueError(f"the state has the parameters of group {group['role']} in other groups: use its preset")
-        result.append((saved[holders.pop()], [where[name][1] for name in names]))
-    return result
+    pairs = []
+    for ours, row in zip(groups, known, strict=True):
+        holders = list({id(theirs): theirs for theirs, _ in row}.values()) or [ours]
+        for theirs in holders:
+            _check_table(theirs, ours)
+        if len(holders) > 1 or len(holders[0]["params"]) != len(row):
+            raise ValueError(f"the state has the parameters of group {ours['role']} in other groups: use its preset")
+        pairs.append((holders[0], [place for _, place in row]))
+    return pairs
 
 
-def _names(group: State) -> list[str]:
-    """Return a group's parameter names; places where it has none.
-
-    torch.distributed.checkpoint writes names in the place of indices, and these are those of the parameters' order.
-    """
-    if group["params"] and all(isinstance(p, str) for p in group["params"]):
-        return list(group["params"])
-    return list(group.get("param_names", ())) or [f"{group['role']}[{k}]" for k in range(len(group["params"]))]
-
-
-def _unwrapped(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "") if name.startswith(wrapper) or f".{wrapper}" in name else name
-    return name
+def _check_table(theirs: State, ours: State) -> None:
+    """Raises: ValueError with all that makes a saved group another than ours."""
+    saved = {key: theirs.get(key, DEFAULTS.get(key)) for key in DECIDING}
+    if changed := [key for key in DECIDING if saved[key] != ours[key]]:
+        before, now = (", ".join(f"{key} {group[key]!r}" for key in changed) for group in (saved, ours))
+        raise ValueError(
+            f"the state was saved with {before} for {ours['role']}, this optimizer has {now}: build it with the "
+            "preset, overrides, roles and options of the run that saved the state, or take what fits by strict=False"
+        )
 
 
-def _translation(theirs: Sequence[str], ours: Sequence[str]) -> Callable[[str], str]:
-    """Return what maps their names to ours: nothing, without wrappers, or with one common prefix for another."""
-    if set(theirs) == set(ours):
-        return str
-    for change in (_unwrapped, str):
-        plain, target = [change(name) for name in theirs], [change(name) for name in ours]
-        back = dict(zip(target, ours, strict=True))
-        if len(back) < len(ours) or len(set(plain)) < len(theirs):
-            continue  # two parameters would share a name
-        for a, b in (("", ""), (_common_prefix(plain), _common_prefix(target))):
-            if {b + name.removeprefix(a) for name in plain} == set(target):
-                names = {name: back[b + change(name).removeprefix(a)] for name in theirs}
-                return names.__getitem__
-    return str
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """Return the modules that all names begin with, and a dot; nothing for no names."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-    return "".join(f"{parts[0]}." for parts in shared)
-
-
-def _check_route(theirs: State, ours: State) -> None:
-    for key in ("rule", "view", "scale", "constraint", "role"):
-        if (saved := theirs.get(key, DEFAULTS.get(key))) != ours[key]:
-            raise ValueError(
-                f"the state was saved with {key} {saved!r} for {ours['role']}, this optimizer has {ours[key]!r}: "
-                "build it with the preset, overrides and roles of the run that saved the state"
-            )
+def _taken(place: Place | None, ours: State, p: Tensor, states: Mapping[Any, State]) -> tuple[State, State]:
+    """Return one parameter's saved state, and what of it means the same in our group."""
+    if place is None:
+        return {}, {}
+    theirs, k = place
+    state = _with_count(states.get(theirs["params"][k], {}))
+    stores = HOW_A_RULE_STORES + (("rotation",) if get_rule(ours["rule"]).pull else ())
+    same = all(theirs.get(key, DEFAULTS.get(key)) == ours[key] for key in stores)
+    wanted = stored_keys(ours) if same or get_rule(ours["rule"]).elementwise else {"momentum"}
+    of_its_shape = all(state[key].shape == p.shape for key in MEANS if key in state)
+    of_its_kind = theirs.get("momentum_of", DEFAULTS["momentum_of"]) == ours["momentum_of"]
+    if not (of_its_shape and of_its_kind and wanted <= state.keys()):
+        return state, {}
+    besides = {"compensation"} & state.keys() if ours["rounding"] == "compensated" else set()
+    taken = {key: state[key] for key in wanted | besides}
+    if "momentum" in taken and accumulation_dtype(p.dtype) == torch.float32:
+        taken["momentum"] = taken["momentum"].to(getattr(torch, ours["momentum_dtype"]))
+    return state, taken
 
 
 def _completed(group: State, name: str, p: Tensor, state: State) -> State:
@@ -149,20 +183,22 @@ def _completed(group: State, name: str, p: Tensor, state: State) -> State:
 
     Raises: ValueError for a state of another shape, or without what the rule stores.
     """
-    tensors = {key for key, value in state.items() if isinstance(value, Tensor)}
-    known = tensors | ({"step"} if isinstance(state.get("step"), int | float) else set())
-    if missing := sorted(stored_keys(group) - known):
+    tensors = {key for key, value in _with_count(state).items() if isinstance(value, Tensor)}
+    if missing := sorted(stored_keys(group) - tensors):
         raise ValueError(
             f"the state of {name} ({group['role']}, {group['rule']}) lacks {missing}: it is incomplete, save it anew"
         )
-    for key in ("momentum", "exp_avg", "exp_avg_sq"):
+    for key in MEANS:
         if key in state and state[key].shape != p.shape:
             raise ValueError(f"{name}: its saved {key} is {list(state[key].shape)}, the parameter is {list(p.shape)}")
+    return _with_count(state)
+
+
+def _with_count(state: State) -> State:
+    """Return a parameter's state with its count of steps as a tensor, which others store as a number."""
     step = state.get("step")
-    if step is None or isinstance(step, Tensor):
-        return dict(state)
-    return {**state, "step": torch.tensor(float(step), dtype=torch.float32)}
-
-
-def _some(names: Sequence[str]) -> str:
-    return "nothing" if not names else ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        {**state, "step": torch.tensor(float(step), dtype=torch.float32)}
+        if isinstance(step, int | float)
+        else {**state}
+    )

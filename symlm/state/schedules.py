@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from symlm.routing.values import check_values
+
 Group = dict[str, Any]
 
 
@@ -57,6 +59,7 @@ class Schedules:
     def _follow_tensor(self, groups: list[Group], dial: Any) -> None:
         """Where the caller wrote to the dial, fill the rates from it that nobody else wrote to."""
         if _version(dial) != self._dial:
+            check_values("the tensor that was given as rate", {"lr": dial})
             for k, group in enumerate(groups):
                 share = self._shares[k]
                 if share is not None and _version(group["lr"]) == self._versions[k]:

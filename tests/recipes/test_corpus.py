@@ -1,5 +1,6 @@
 """Packing, the split, and shards that are refused by name."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -183,3 +184,19 @@ def test_a_long_document_is_tokenized_in_pieces_as_it_is_whole(monkeypatch):
     for k in (0, 1):  # one space before each word
         assert pieces[k].tolist() == whole[k].tolist()
     assert [tokenizer.decode(array) for array in pieces] == [tokenizer.decode(array) for array in whole]
+
+
+@pytest.mark.parametrize("brackets", ["[]", "{}", "[{"])
+def test_a_line_that_would_end_pyarrows_parser_is_named_before_it_is_parsed(tmp_path, brackets):
+    deep = brackets[0] * 50_000 + (brackets[1] if brackets != "[{" else "{") * 50_000
+    rows = ['{"text": "a"}', '{"text": ' + deep + "}"]
+    (tmp_path / "deep.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"deep.jsonl: line 2 nests \d{5,6} brackets, more than 1000: remove the line"):
+        corpus.read_documents(str(tmp_path), "text")
+
+
+def test_brackets_in_a_text_and_beside_each_other_are_no_depth(tmp_path):
+    text = "[{" * 50_000 + '\\"[{' + "]" * 10
+    rows = [{"text": text, "more": [[1]] * 2000}]
+    (tmp_path / "flat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert corpus.read_documents(str(tmp_path), "text") == [text]

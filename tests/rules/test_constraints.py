@@ -225,7 +225,7 @@ def test_a_table_refuses_a_constraint_of_a_smaller_symmetry():
         ),
         ({"lm_head": {"constraint": "relative"}}, "group lm_head: constraint 'relative' needs a whole step at once"),
         ({"vector": {"constraint": "cautious_decay"}}, "group vector: constraint 'cautious_decay' needs a whole step"),
-        ({"mlp_in": {"constraint": "relative", "floor": -1.0}}, "floor and momentum_warmup must not be negative"),
+        ({"mlp_in": {"constraint": "relative", "floor": -1.0}}, "floor must be a finite number, not negative"),
     ],
 )
 def test_a_constraint_that_cannot_be_respected_is_refused_by_name(values, message):

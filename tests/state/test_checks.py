@@ -1,6 +1,7 @@
 """What a step refuses before anything moves, what it warns of, and what construction refuses."""
 
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -31,18 +32,67 @@ def weights(model):
         ("momentum", "0.8", "a finite number"),
         ("momentum", True, "a finite number"),
         ("eps", float("inf"), "a finite number"),
-        ("steps", 3.0, "a whole number"),
+        ("steps", 3.0, "a whole number from 1 to 100"),
+        ("steps", 10**400, "a whole number from 1 to 100"),
+        ("gram_every", 0, "a whole number, 1 or more"),
+        ("weight_decay", 10**400, "a finite number"),
+        ("floor", -1.0, "a finite number, not negative"),
+        ("momentum", Fraction(1, 2), "a finite number"),
+        ("eps", torch.tensor(True), "a finite number"),
+        ("weight_decay", torch.tensor(float("nan")), "a finite number"),
+        ("constraint", ["decay"], "text"),
+        ("compute_dtype", torch.int32, "'auto' or a floating-point dtype"),
         ("betas", 0.9, "a pair of finite numbers"),
         ("betas", (0.9, float("nan")), "a pair of finite numbers"),
     ],
 )
 def test_an_option_of_the_wrong_type_is_named_with_its_value(option, value, expected):
-    with pytest.raises(ValueError, match=rf"{option} must be {expected}, got"):
+    with pytest.raises(ValueError, match=rf"{option} must be {expected}.*, got"):
         symlm.SymOptimizer(tiny(), **{option: value})
     groups = symlm.param_groups(tiny())
     groups[0][option] = value
-    with pytest.raises(ValueError, match=rf"{option} must be {expected}, got"):
+    refused = pytest.raises(ValueError, match=rf"{option} must be {expected}.*, got")
+    with refused:
         symlm.SymOptimizer(groups)
+    with refused:
+        symlm.SymOptimizer(tiny(), overrides={"mlp_in": {option: value}})
+    with refused:
+        symlm.SymOptimizer(symlm.param_groups(tiny()), **{option: value})
+    more = symlm.SymOptimizer(groups[1:])
+    with refused:
+        more.add_param_group(groups[0])
+    model = tiny()
+    changed = symlm.SymOptimizer(model)
+    changed.param_groups[3][option] = value
+    before = weights(model)
+    backward(model)
+    with refused:
+        changed.step()
+    assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+
+
+@pytest.mark.parametrize("option", ["rule", "scale", "schedule", "polar_method", "rounding", "rotation", "momentum_of"])
+@pytest.mark.parametrize("value", ["best", None, ["polar"]])
+def test_a_name_that_became_none_of_the_known_is_refused_before_anything_moves(option, value):
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    opt.param_groups[3][option] = value
+    before = weights(model)
+    backward(model)
+    with pytest.raises(ValueError, match=rf"group attention_v: unknown {option} .*; choose one of"):
+        opt.step()
+    assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+
+
+def test_a_filled_rate_that_is_no_number_reaches_no_group():
+    rate = torch.tensor(0.02)
+    model = tiny()
+    opt = symlm.SymOptimizer(model, lr=rate, overrides={"embedding": {"lr": 0.01}})
+    rate.fill_(torch.inf)
+    backward(model)
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        opt.step()
+    assert all(torch.as_tensor(group["lr"]).isfinite().all() for group in opt.param_groups)
 
 
 @pytest.mark.parametrize("lr", ["0.1", float("nan"), float("inf"), torch.tensor([0.1, 0.2]), None, True])
@@ -233,5 +283,5 @@ def test_a_rate_on_a_device_is_not_read_in_a_step():
     (group, *_) = symlm.SymOptimizer(tiny()).param_groups
     rate = torch.tensor(0.02, device="meta")
     check_options({**group, "lr": rate, "weight_decay": rate, "betas": (rate, rate)})
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="weight_decay must be a finite number, not negative"):
         check_options({**group, "lr": rate, "weight_decay": -1.0})

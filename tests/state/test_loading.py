@@ -1,11 +1,14 @@
 """A state goes to the parameters of its names, whoever saved it, or is refused before anything changes."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import symlm
+from symlm.state.loading import FORMAT
 
 
 def layers(names):
@@ -74,3 +77,125 @@ def test_a_state_that_lacks_a_tensor_before_a_step_is_completed():
     opt = stepped(model)
     opt.state[model["norm"].weight].pop("exp_avg_sq")
     opt.step()
+
+
+OTHER = {
+    "preset": ({"preset": "adamw"}, r"rule 'row_adam'.* for embedding, .*rule 'adamw'"),
+    "rule": ({"overrides": {"matrix": {"rule": "normuon"}}}, "rule 'polar'.* for matrix, .*rule 'normuon'"),
+    "scale": ({"overrides": {"matrix": {"scale": "unit"}}}, "for matrix, this optimizer has scale 'unit'"),
+    "role": ({"roles": {"mid.weight": "mlp_in"}}, "role 'matrix'.*this optimizer has role 'mlp_in'"),
+    "constraint": ({"constraint": "none"}, "constraint 'decay'.*this optimizer has constraint 'none'"),
+    "momentum_dtype": ({"momentum_dtype": "bfloat16"}, "momentum_dtype 'float32'.*momentum_dtype 'bfloat16'"),
+    "momentum_of": ({"momentum_of": "directions"}, "momentum_of 'gradients'.*momentum_of 'directions'"),
+    "nesterov": ({"nesterov": True}, "nesterov False.*nesterov True"),
+    "rounding": ({"rounding": "compensated"}, "rounding 'stochastic'.*rounding 'compensated'"),
+    "rotation": ({"rotation": "layer"}, "rotation 'own'.*rotation 'layer'"),
+}
+
+
+class Three(nn.Module):
+    def __init__(self, dtype=torch.float32, vocabulary=12):
+        super().__init__()
+        self.emb = nn.Embedding(vocabulary, 8, dtype=dtype)
+        self.mid = nn.Linear(8, 8, bias=False, dtype=dtype)
+        self.norm = nn.LayerNorm(8, dtype=dtype)
+
+
+def made(model, steps=2, **options):
+    opt = symlm.SymOptimizer(model, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        opt.step()
+    return opt
+
+
+def groups_of(opt):
+    return [{key: value for key, value in group.items() if key != "params"} for group in opt.param_groups]
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_state_of_another_table_is_refused_with_all_that_differs(name):
+    options, message = OTHER[name]
+    model = Three()
+    opt = made(model, **options)
+    before = groups_of(opt)
+    with pytest.raises(ValueError, match=f"(?s)the state was saved with .*{message}.*strict=False"):
+        opt.load_state_dict(made(Three()).state_dict())
+    assert groups_of(opt) == before
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_fits_of_another_tables_state_is_taken_and_the_table_stays(name, dtype):
+    options, _ = OTHER[name]
+    saved, model = made(Three(dtype)), Three(dtype)
+    opt = symlm.SymOptimizer(model, lr=0.001, **options)
+    table = groups_of(opt)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.load_state_dict(saved.state_dict(), strict=False)
+    assert [{**group, "step": 2} for group in table] == groups_of(opt)
+    taken = {key for p in model.parameters() for key in opt.state[p]}
+    stays = name not in ("preset", "momentum_of")
+    assert ("momentum" in taken) == stays
+    assert bool(caught) == (name in ("preset", "momentum_of"))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert opt.state[model.norm.weight]["step"] == (1 if name == "momentum_of" else 3)
+
+
+def test_a_mean_that_is_taken_is_the_saved_one_in_the_dtype_of_the_table():
+    first, model = Three(), Three()
+    saved = made(first)
+    opt = symlm.SymOptimizer(model, preset="paper-row", momentum_dtype="bfloat16")
+    with pytest.warns(UserWarning, match=r"not taken .*: row_rms, step of embedding"):
+        opt.load_state_dict(saved.state_dict(), strict=False)
+    M = opt.state[model.emb.weight]["momentum"]
+    assert torch.equal(M, saved.state[first.emb.weight]["momentum"].bfloat16())
+    assert M.dtype == torch.bfloat16
+
+
+def test_a_state_of_another_vocabulary_gives_what_has_its_shape():
+    saved, model = made(Three()), Three(vocabulary=14)
+    model.more = nn.Linear(8, 8, bias=False)
+    del model.norm
+    opt = symlm.SymOptimizer(model)
+    with pytest.warns(UserWarning, match="not taken") as caught:
+        opt.load_state_dict(saved.state_dict(), strict=False)
+    (text,) = [str(w.message) for w in caught]
+    assert "norm.bias, which this optimizer does not have; norm.weight, which" in text
+    assert "momentum, row_rms, step of embedding" in text
+    assert "more.weight, which it does not have" in text
+    assert set(opt.state[model.mid.weight]) == {"momentum"}
+    assert model.emb.weight not in opt.state
+
+
+def test_a_state_has_the_number_of_its_format_and_a_newer_one_is_refused():
+    opt = made(Three())
+    state = opt.state_dict()
+    assert state["format"] == FORMAT
+    for version in (FORMAT + 1, "2", None, -1):
+        for strict in (True, False):
+            with pytest.raises(
+                ValueError, match=rf"the state has format {version!r}, and this symlm reads .* {FORMAT}"
+            ):
+                opt.load_state_dict({**state, "format": version}, strict=strict)
+    del state["format"]
+    opt.load_state_dict(state)
+
+
+def test_a_bf16_parameter_whose_state_has_no_compensation_gets_one():
+    model = Three(torch.bfloat16)
+    state = made(Three(torch.bfloat16), rounding="compensated").state_dict()
+    for entry in state["state"].values():
+        del entry["compensation"]
+    opt = made(model, rounding="compensated")
+    opt.load_state_dict(state)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert all("compensation" in opt.state[p] for p in model.parameters())
