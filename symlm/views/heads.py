@@ -1,5 +1,7 @@
 """How many heads an attention projection has and how wide they are, as its module or its config names them."""
 
+from torch import nn
+
 from symlm.roles.recognizers.attention import core_of, fused_order
 from symlm.roles.role import Role, Site
 
@@ -39,6 +41,8 @@ def head_dim(site: Site, role: Role) -> int:
     if width := _asked(site, (*HEAD_DIMS_BY_ROLE.get(role, ()), *HEAD_DIMS)):
         return width
     channels = site.shape[int((role is Role.ATTENTION_O) != site.transposed)]
+    if len(site.path) > 2 and isinstance(site.ancestors[1], nn.ModuleList) and "head" in site.path[-3].lower():
+        return channels  # a module a head
     count = _asked(site, HEAD_COUNTS)
     if role is Role.ATTENTION_QKV and count:  # of equal q, k and v each is as wide as the model
         cross = fused_order(site) == "k v"
@@ -92,6 +96,7 @@ def _asked(site: Site, names: tuple[str, ...]) -> int | None:
     for owner in (*owners, *configs):
         for name in names:
             value = getattr(owner, name, None)
+            value = len(value) if isinstance(value, nn.ModuleList) else value  # a module a head
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None

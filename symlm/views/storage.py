@@ -2,7 +2,7 @@
 
 from symlm.roles.recognizers.attention import fused_order
 from symlm.roles.recognizers.channels import Blocks, blocks_of_outputs
-from symlm.roles.recognizers.leaves import is_convolution
+from symlm.roles.recognizers.layers import is_convolution
 from symlm.roles.role import Role, Site, whole_shape
 from symlm.views.heads import head_dim, kv_heads, shared_heads
 from symlm.views.matrix_view import MatrixView

@@ -11,7 +11,7 @@ from judge.mixers import mixer_moves
 from judge.running import gradients, loss_of, loud, renamed_rows, replaced
 from judge.stream import TABLES, heads_axis, multiplies_the_stream, renamed_coordinates, rotating, sides
 from symlm.roles.assignment import place
-from symlm.roles.recognizers.leaves import is_convolution
+from symlm.roles.recognizers.layers import is_convolution
 from symlm.roles.role import Role
 
 __all__ = ["Judge", "attention_moves", "judged", "loss_of", "loud", "replaced"]

@@ -82,17 +82,23 @@ def expert_moves(sites):
         yield moved
 
 
+LATENTS = {  # into a latent: the layer out of it, and what the norm between them may be called
+    "q_a_proj": ("q_b_proj", "q_a_layernorm", "q_a_norm"),
+    "kv_a_proj_with_mqa": ("kv_b_proj", "kv_a_layernorm", "kv_a_norm"),
+    "wq_a": ("wq_b", "q_norm"),
+    "wkv_a": ("wkv_b", "kv_norm"),
+}
+
+
 def low_rank_moves(sites, model):
     """Permute the rank of latent attention's projections, with the gains between the two layers."""
     parameters = dict(model.named_parameters())
     for site, role in sites:
-        if role is not Role.MLP_IN or site.leaf not in ("q_a_proj", "kv_a_proj_with_mqa"):
+        if role is not Role.MLP_IN or site.leaf not in LATENTS:
             continue
-        above, stem = site.name.rpartition(f"{site.leaf}.weight")[0], site.leaf.split("_")[0]
-        norm = next(
-            (n for n in (f"{above}{stem}_a_layernorm", f"{above}{stem}_a_norm") if f"{n}.weight" in parameters), ""
-        )
-        gain, after = parameters.get(f"{norm}.weight"), parameters.get(f"{above}{stem}_b_proj.weight")
+        above, (after_leaf, *norms) = site.name.rpartition(f"{site.leaf}.weight")[0], LATENTS[site.leaf]
+        norm = next((f"{above}{n}" for n in norms if f"{above}{n}.weight" in parameters), "")
+        gain, after = parameters.get(f"{norm}.weight"), parameters.get(f"{above}{after_leaf}.weight")
         if gain is None or after is None or after.shape[1] != len(gain):
             continue
         order = torch.randperm(len(gain), generator=torch.Generator().manual_seed(2))
@@ -104,7 +110,7 @@ def low_rank_moves(sites, model):
                 [bias.detach()[order], bias.detach()[len(gain) :]]
             )
         moved[f"{norm}.weight"] = gain.detach()[order]
-        moved[f"{above}{stem}_b_proj.weight"] = after.detach()[:, order]
+        moved[f"{above}{after_leaf}.weight"] = after.detach()[:, order]
         yield moved
 
 

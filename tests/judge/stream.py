@@ -10,7 +10,7 @@ from torch import nn
 from judge.heads import ATTENTION, OF_HEADS, core, cores
 from judge.running import gradients, reads_given_states, tensors_of
 from symlm.roles.recognizers.channels import is_mixer
-from symlm.roles.recognizers.leaves import is_convolution
+from symlm.roles.recognizers.layers import is_convolution
 from symlm.roles.role import Role
 from symlm.views.heads import head_dim
 
