@@ -129,10 +129,8 @@ class OtherWidths(nn.Module):
         self.cross = nn.MultiheadAttention(D, HEADS, bias=False, kdim=24, vdim=16, batch_first=True)
 
     def forward(self, x):
-        rows = len(x)
-        return self.cross(
-            x, self.tokens.expand(rows, -1, -1), self.more_tokens.expand(rows, -1, -1), need_weights=False
-        )[0]
+        k, v = (part.expand(len(x), -1, -1) for part in (self.tokens, self.more_tokens))
+        return self.cross(x, k, v, need_weights=False)[0]
 
 
 class FusedGate(nn.Module):

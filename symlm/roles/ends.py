@@ -9,7 +9,6 @@ from symlm.roles.recognizers.logits import HEADS, caps_logits
 from symlm.roles.role import Role, Site, whole_shape
 from symlm.roles.wrappers import inner_module, unwrapped_path
 
-
 FEWEST = 16  # tokens of a vocabulary; a table of fewer is of classes, types or steps
 
 

@@ -74,14 +74,8 @@ def _is_router(site: Site, owner: str) -> bool:
     gates = ("Gate", "Gating")
     boxed = type(above[0]).__name__.endswith(gates) and hasattr(above[1], "experts")
     held = owner.endswith(gates) and hasattr(above[0], "experts")
-    named = site.path[-1:] in (("gate",), ("router",), ("gating",)) or site.path[-2:-1] == ("router",)
     experts = getattr(above[0], "experts", None)
+    named = site.path[-1:] in (("gate",), ("router",), ("gating",)) or site.path[-2:-1] == ("router",)
+    beside = named and (experts is not None or "router" in site.path)
     scores = isinstance(experts, nn.ModuleList) and shape_of(site.module)[1] == len(experts) > 1
-    return (
-        boxed
-        or held
-        or (
-            isinstance(site.module, nn.Linear)
-            and (scores or (named and (experts is not None or "router" in site.path)))
-        )
-    )
+    return boxed or held or (isinstance(site.module, nn.Linear) and (beside or scores))

@@ -130,12 +130,9 @@ def test_a_block_of_equal_squares_whose_names_say_nothing_is_refused():
 
 
 def test_matrices_that_no_layer_holds_are_not_silently_one_matrix():
-    raw = {
-        name: nn.Parameter(torch.zeros(32, 32)) for name in ("query", "key", "value", "q_proj", "up_proj", "down_proj")
-    }
     for names in (("query", "key", "value"), ("up_proj", "down_proj")):
         with pytest.raises(UnplacedParameters) as error:
-            symlm.assign_roles(holder(block=holder(**{name: raw[name] for name in names})))
+            symlm.assign_roles(holder(block=holder(**{name: nn.Parameter(torch.zeros(32, 32)) for name in names})))
         assert all(name in str(error.value) for name in names)
 
 

@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from symlm.roles.recognizers.layers import CONTAINERS, dense_children, is_alone, is_dense, shape_of
+from symlm.roles.recognizers.layers import CONTAINERS, dense_children, is_alone, shape_of
 from symlm.roles.role import Role, Site
 
 TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query`, `q_lin` or `query_global` have them
@@ -15,7 +15,7 @@ TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query`, `q_
 }
 FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "global"}
 FILLERS |= {"attention", "w2e", "e2w", "e2e", "projection", "head", "heads", "layer", "mat", "map", "matrix"}
-FILLERS |= {"weight", "weights", "transform", "mha", "sa", "in"}
+FILLERS |= {"weight", "weights", "transform", "mha", "sa", "in", "protein", "structure", "msa"}
 OUTPUTS = ("c_proj", "proj")
 FUSED_TOKENS = {
     *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
@@ -47,7 +47,7 @@ FUSED_ORDERS = (
 ONE_HEAD = (r"DeepseekV4\w+", "kv_proj")  # which is k and v at once
 BESIDE_FUSED = {
     **dict.fromkeys(("q_proj", "q_b_proj", "wq_b", "q_attn", "q", "to_q", "query", "pos_q_proj"), Role.ATTENTION_Q),
-    **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj"), Role.ATTENTION_K),
+    **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj", "linear_pos"), Role.ATTENTION_K),
     "v_proj": Role.ATTENTION_V,
     **dict.fromkeys(
         ("o_proj", "out_proj", "c_proj", "dense", "proj", "projection", "projection_layer"), Role.ATTENTION_O
@@ -88,7 +88,8 @@ def attention_role(site: Site) -> Role | None:
             return Role.ATTENTION_O
     if not (ATTENDS.search(type(parent).__name__) or fuses(parent)):
         return None
-    return BESIDE_FUSED.get(site.leaf) or (role if role is Role.ATTENTION_O else None)
+    low_rank = {"a", "b"} & set(_parts(site.leaf))
+    return BESIDE_FUSED.get(site.leaf) or (role if role is Role.ATTENTION_O and not low_rank else None)
 
 
 def is_value_too(site: Site) -> bool:
@@ -206,12 +207,13 @@ def fused_order(site: Site) -> str | None:
 
 
 def fuses(module: nn.Module) -> bool:
-    """Tell whether a module holds a fused projection.
+    """Tell whether a module holds a fused projection, which is not square.
 
     Args:
         module: A module.
     """
-    return any(is_fused(name) for name in dense_children(module))
+    shapes = {name: shape_of(layer) for name, layer in dense_children(module).items()}
+    return any(is_fused(name) and inputs != outputs for name, (inputs, outputs) in shapes.items())
 
 
 def has_qkv(module: nn.Module) -> bool:

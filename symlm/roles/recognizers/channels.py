@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import is_attention, is_fused, is_gate
 from symlm.roles.recognizers.layers import dense_children, is_convolution, shape_of
-from symlm.roles.recognizers.shapes import dense_layers, role_by_shapes, scope_of
+from symlm.roles.recognizers.shapes import activates, dense_layers, role_by_shapes, scope_of
 from symlm.roles.role import Role, Site, whole_shape
 
 INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
 OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_out")
 BY_NAME = {**dict.fromkeys(INTO, Role.MLP_IN), **dict.fromkeys(OUT_OF, Role.MLP_OUT)}
-SQUARE = {  # names that decide only where the shapes do not: an adapter goes down before it goes up
-    **dict.fromkeys(("gate", "up", "gate_linear", "w_in", "wi", "wi_0", "wi_1", "expand"), Role.MLP_IN),
-    **dict.fromkeys(("down", "w_out", "wo", "contract"), Role.MLP_OUT),
+SQUARE = {  # last words that decide only where the shapes do not: an adapter goes down before it goes up
+    **dict.fromkeys(("gate", "up", "in", "wi", "expand"), Role.MLP_IN),
+    **dict.fromkeys(("down", "out", "wo", "contract"), Role.MLP_OUT),
 }
 ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("q_a_proj", "wq_a", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a"), Role.MLP_IN),
@@ -41,6 +41,7 @@ GATES = (
     "b_proj",
     "dt_proj",
     "r_proj",
+    "gru_rel_pos_linear",
     "relative_pos_embeddings",
 )
 
@@ -80,12 +81,17 @@ def channel_role(site: Site) -> Role | None:
         return Role.MLP_IN
     if is_gate(site.leaf) and is_attention(parent):
         return Role.MLP_IN
-    if isinstance(parent, nn.Sequential) and len(site.path) > 2 and is_gate(site.path[-2]):
-        if is_attention(site.ancestors[1]):
-            return Role.MLP_IN if [*dense_children(parent).values()][-1] is site.module else Role.MATRIX  # a low rank
-    names = {**BY_NAME, **SQUARE} if len(set(site.shape)) == 1 else BY_NAME
-    children = {names.get(name) for name, _ in parent.named_children()}
-    return names.get(site.leaf) if children >= {Role.MLP_IN, Role.MLP_OUT} else None
+    if isinstance(parent, nn.Sequential) and is_gate("".join(site.path[-2:-1])) and is_attention(site.ancestors[1]):
+        return Role.MLP_IN if [*dense_children(parent).values()][-1] is site.module else Role.MATRIX  # a low rank
+    square = len(set(site.shape)) == 1 and activates(parent)
+    names = [name for name, _ in parent.named_children()]
+    roles = {name: BY_NAME.get(name) or (_by_last_word(name) if square else None) for name in names}
+    return roles.get(site.leaf) if {*roles.values()} >= {Role.MLP_IN, Role.MLP_OUT} else None
+
+
+def _by_last_word(name: str) -> Role | None:
+    """Return what a name's last word says, numbers left out."""
+    return SQUARE.get(name.rstrip("_0123456789").rpartition("_")[2])
 
 
 def is_mixer(module: nn.Module) -> bool:

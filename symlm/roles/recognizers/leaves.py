@@ -10,20 +10,8 @@ from symlm.roles.recognizers.layers import is_convolution, is_pointwise
 from symlm.roles.role import Role, Site, whole_shape
 
 TABLES = {"pos", "position", "positions", "positional", "embedding", "embeddings", "embed", "emb", "token", "tokens"}
-TABLES |= {
-    "latent",
-    "latents",
-    "query",
-    "queries",
-    "probe",
-    "cls",
-    "mask",
-    "register",
-    "prompt",
-    "ape",
-    "feature",
-    "codevectors",
-}
+TABLES |= {"latent", "latents", "query", "queries", "probe", "cls", "mask", "register", "prompt", "ape", "feature"}
+TABLES |= {"codevectors"}
 ELEMENTS = {"a_log", "d", "dt_bias", "scale", "decay", "gamma", "beta", "alpha", "b1", "b2", "bias", "biases"}
 PROJECTIONS = {  # stored [d, heads, head_dim]
     **{"q": Role.ATTENTION_Q, "k": Role.ATTENTION_K, "v": Role.ATTENTION_V, "o": Role.ATTENTION_O},

@@ -38,7 +38,7 @@ def is_activated_alone(site: Site) -> bool:
         site: The site of a dense layer.
     """
     parent = site.parent
-    if parent is None or len(site.shape) != 2 or not _activates(parent):
+    if parent is None or len(site.shape) != 2 or not activates(parent):
         return False
     children = dict(parent.named_children())
     if isinstance(parent, nn.Sequential) and [*children][-1:] == [site.leaf]:
@@ -51,18 +51,14 @@ def is_activated_alone(site: Site) -> bool:
 
 
 def is_ambiguous(site: Site) -> bool:
-    """Tell whether a layer is one of two or three equal square ones around an activation, and no name says which leads out.
+    """Tell whether a layer is one of two or three equal squares around an activation; no name says which is last.
 
     Args:
         site: The site of a dense layer.
     """
-    scope = site.parent
-    if scope is None or not _activates(scope):
-        return False
-    layers = [layer for layer in dense_layers(scope) if layer[1] == layer[2]]
-    return (
-        2 <= len(layers) <= 3 and len(dense_layers(scope)) == len(layers) and len({layer[1] for layer in layers}) == 1
-    )
+    layers = dense_layers(site.parent) if site.parent is not None and activates(site.parent) else []
+    widths = {width for _, *both in layers for width in both}
+    return 2 <= len(layers) <= 3 and len(widths) == 1
 
 
 def scope_of(site: Site) -> nn.Module | None:
@@ -85,7 +81,7 @@ def is_gate_and_up(module: nn.Module | None) -> bool:
     if module is None:
         return False
     layers = dense_layers(module)
-    return len(layers) == 2 and layers[0][1:] == layers[1][1:] and _activates(module)
+    return len(layers) == 2 and layers[0][1:] == layers[1][1:] and activates(module)
 
 
 def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role | None:
@@ -96,7 +92,7 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
         return role
     if isinstance(scope, nn.Sequential):
         return None
-    if site.leaf in HEADS and not _activates(scope):
+    if site.leaf in HEADS and not activates(scope):
         return None
     if _is_linear(scope):
         return None
@@ -123,8 +119,12 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
     return None
 
 
-def _activates(module: nn.Module) -> bool:
-    """Tell whether the code of a module names an activation, or a child is one."""
+def activates(module: nn.Module) -> bool:
+    """Tell whether the code of a module names an activation, or a child is one.
+
+    Args:
+        module: A module around dense layers.
+    """
     kinds = [type(child) for child in module.children() if not isinstance(child, nn.MultiheadAttention)]
     if any(kind.__module__ == "torch.nn.modules.activation" for kind in kinds):
         return True
@@ -135,21 +135,21 @@ def _is_linear(scope: nn.Module) -> bool:
     """Tell whether the layers of a block have norms between them and no activation, as MobileBERT's bottleneck."""
     inside = (scope, *scope.children())
     norms = any("norm" in type(child).__name__.lower() for child in scope.children())
-    return (
-        norms and not type(scope).__module__.startswith("torch.") and not any(_activates(module) for module in inside)
-    )
+    return norms and not type(scope).__module__.startswith("torch.") and not any(activates(module) for module in inside)
 
 
 def _role_in_sequence(scope: nn.Module, site: Site, ends: Collection[int]) -> Role | None:
     """Return the role of a layer among several with an activation between each two: the last reads neurons out."""
     layers: list[nn.Module] = []
     active = False
+    if isinstance(scope, nn.ModuleList) and not dense_children(scope):  # boxes side by side
+        return None
     for child in scope.children():
         inner = inner_module(child) or child
         dense = [inner] if is_dense(inner) else list(dense_children(inner).values())
         if len(dense) == 1 and not (layers and not active):
             layers += dense
-            active = dense[0] is not inner and _activates(inner)
+            active = dense[0] is not inner and activates(inner)
         elif dense or any(p.ndim > 1 for p in inner.parameters()):
             return None
         else:
