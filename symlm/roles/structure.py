@@ -4,7 +4,7 @@ from torch import nn
 
 from symlm.roles.ends import EndMatrices
 from symlm.roles.recognizers.attention import attention_role, is_fused, is_inside_attention
-from symlm.roles.recognizers.channels import channel_role, is_mixer
+from symlm.roles.recognizers.channels import POINTWISE, channel_role, is_mixer
 from symlm.roles.recognizers.layers import is_dense, is_pointwise, shape_of
 from symlm.roles.recognizers.leaves import leaf_role
 from symlm.roles.recognizers.logits import ignores_a_shift
@@ -45,8 +45,10 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return Role.VECTOR
     if len(shape) == 2 and _is_router(site, owner):
         return Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
-    if is_pointwise(site.module) and len(shape) > 2 and (role := attention_role(site)):
-        return role
+    if is_pointwise(site.module) and len(shape) > 2:
+        box = (type(site.parent).__name__, "".join(site.path[-2:-1]))
+        if role := attention_role(site) or POINTWISE.get(box):
+            return role
     if len(shape) != 2 or not (is_dense(site.module) or isinstance(site.module, nn.MultiheadAttention)):
         return leaf_role(site)
     mixes = site.parent is not None and is_mixer(site.parent)

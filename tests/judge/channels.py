@@ -5,7 +5,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from symlm.roles.recognizers.channels import blocks_of_outputs, is_mixer
+from symlm.roles.recognizers.channels import TOKENS_IN_COLUMNS, blocks_of_outputs, is_mixer
+from symlm.roles.recognizers.layers import is_pointwise
 from symlm.roles.recognizers.shapes import is_gate_and_up, scope_of
 from symlm.roles.role import Role
 from symlm.views.storage import view_of
@@ -53,6 +54,36 @@ def channel_moves(sites, model):
                     moved[names[id(gain)]] = gain.detach()[order]
         if len(moved) > 1:
             yield moved
+
+
+def joined_head_moves(sites, model):
+    """Permute what a layer writes for the second part of a head, of the channels that the tied embedding has not."""
+    parameters = dict(model.named_parameters())
+    for site, role in sites:
+        if role is not Role.MLP_OUT or (type(site.parent).__name__, site.leaf) not in TOKENS_IN_COLUMNS:
+            continue
+        above, rows = site.name.removesuffix("dense.weight") + "transform.", len(site.parameter)
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(2))
+        moved = {site.name: site.parameter.detach()[order]}
+        for name in (f"{above}{part}" for part in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias")):
+            value = parameters[name].detach()
+            moved[name] = torch.cat([value[:-rows], value[-rows:][order]])
+        yield moved
+
+
+def group_moves(sites):
+    """Permute the channels between two convolutions over single places, within the groups of the second."""
+    placed = {site.name: (site, role) for site, role in sites}
+    for site, role in sites:
+        before = placed.get(site.name.replace(".output.", ".intermediate."), (None, None))
+        if role is not Role.MLP_OUT or not is_pointwise(site.module) or before[1] is not Role.MLP_IN:
+            continue
+        length, groups = site.shape[1], site.module.groups
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(2))
+        index = torch.cat([order + k * length for k in range(groups)])
+        into, bias = before[0].name, before[0].name.removesuffix("weight") + "bias"
+        moved = {site.name: site.parameter.detach()[:, order], into: before[0].parameter.detach()[index]}
+        yield moved | {bias: before[0].module.bias.detach()[index]}
 
 
 def expert_moves(sites):

@@ -157,6 +157,9 @@ def renamed_coordinates(sites, model):
                 states = range(value.shape[axis] // width)
                 value = value.index_select(axis, torch.cat([order + k * width for k in states]))
             moved[name] = value
+        for name, p in model.named_parameters():  # in front of a head, the channels that a narrower embedding has
+            if "predictions.transform." in name and len(p) > width and name not in moved:
+                moved[name] = torch.cat([p.detach()[:width][order], p.detach()[width:]])
         yield moved
 
 

@@ -15,7 +15,8 @@ TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query`, `q_
 }
 FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "global"}
 FILLERS |= {"attention", "w2e", "e2w", "e2e", "projection", "head", "heads", "layer", "mat", "map", "matrix"}
-FILLERS |= {"weight", "weights", "transform", "mha", "sa", "in", "protein", "structure", "msa"}
+FILLERS |= {"weight", "weights", "transform", "mha", "sa", "in"}
+FILLERS |= {"protein", "structure", "msa", "layout", "vision", "text"}  # what it reads
 OUTPUTS = ("c_proj", "proj")
 FUSED_TOKENS = {
     *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
@@ -36,23 +37,19 @@ FUSED_ORDERS = (
     (r"MultiheadAttention", "in_proj_weight", "q k v"),
     (r"JetMoeAttention", "kv_proj", "k v"),
     (r"(Granite|Evolla)\w+Attention", "to_kv", "k v"),
-    (
-        r"GPTNeoX(Japanese)?Attention|BloomAttention|PersimmonAttention|FalconAttention",
-        "query_key_value",
-        "heads of q k v",
-    ),
+    (r"(GPTNeoX|GPTNeoXJapanese|Bloom|Persimmon|Falcon)Attention", "query_key_value", "heads of q k v"),
     (r"DisentangledSelfAttention", "in_proj", "heads of q k v"),
     (r"CodeGenAttention", "qkv_proj", "four of q v k"),
 )
 ONE_HEAD = (r"DeepseekV4\w+", "kv_proj")  # which is k and v at once
 BESIDE_FUSED = {
-    **dict.fromkeys(("q_proj", "q_b_proj", "wq_b", "q_attn", "q", "to_q", "query", "pos_q_proj"), Role.ATTENTION_Q),
-    **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj", "linear_pos"), Role.ATTENTION_K),
-    "v_proj": Role.ATTENTION_V,
     **dict.fromkeys(
-        ("o_proj", "out_proj", "c_proj", "dense", "proj", "projection", "projection_layer"), Role.ATTENTION_O
+        ("q_proj", "q_b_proj", "wq_b", "q_attn", "q", "to_q", "query", "pos_q_proj", "vision_proj"), Role.ATTENTION_Q
     ),
-    **dict.fromkeys(("to_out", "Wo", "output", "output_proj", "post_proj"), Role.ATTENTION_O),
+    **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj", "linear_pos", "text_proj"), Role.ATTENTION_K),
+    **dict.fromkeys(("v_proj", "conv_out_layer"), Role.ATTENTION_V),
+    **dict.fromkeys(("o_proj", "out_proj", "output_proj", "post_proj", "c_proj", "proj"), Role.ATTENTION_O),
+    **dict.fromkeys(("to_out", "Wo", "output", "dense", "projection", "projection_layer"), Role.ATTENTION_O),
 }
 QKV = {Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V}
 ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
@@ -79,14 +76,14 @@ def attention_role(site: Site) -> Role | None:
         return role
     if _is_lone_output(site, parent):
         return Role.ATTENTION_O
-    if len(site.ancestors) > 1 and is_alone(parent):  # a layer in a box of its own: what the box is called counts
+    if len(site.ancestors) > 1 and _is_boxed(site, parent):  # a layer in a box of its own: the box's name counts
         box = projection(site.path[-2])
         if box and has_qkv(site.ancestors[1]):
-            return box
+            return box if is_alone(parent) else BESIDE_FUSED.get(site.leaf)
         cores = (child for _, child in site.ancestors[1].named_children() if child is not parent)
         if site.leaf in BESIDE_FUSED and any(has_qkv(core) or fuses(core) for core in cores):
             return Role.ATTENTION_O
-    if not (ATTENDS.search(type(parent).__name__) or fuses(parent)):
+    if not (ATTENDS.search(type(parent).__name__) or fuses(parent, square=False)):
         return None
     low_rank = {"a", "b"} & set(_parts(site.leaf))
     return BESIDE_FUSED.get(site.leaf) or (role if role is Role.ATTENTION_O and not low_rank else None)
@@ -121,10 +118,8 @@ def is_attention(module: nn.Module | None) -> bool:
     """
     if module is None:
         return False
-    named = ATTENDS.search(type(module).__name__) and not any(
-        ATTENDS.search(type(inside).__name__) for inside in module.modules() if inside is not module
-    )
-    return bool(named) or has_qkv(module) or fuses(module)
+    named = bool(ATTENDS.search(type(module).__name__)) or has_qkv(module) or fuses(module, square=False)
+    return named and not _holds_attention(module)
 
 
 def is_inside_attention(site: Site) -> bool:
@@ -206,14 +201,15 @@ def fused_order(site: Site) -> str | None:
     return "q k v" if getattr(owner, "multi_query", True) else "heads of q k v"
 
 
-def fuses(module: nn.Module) -> bool:
-    """Tell whether a module holds a fused projection, which is not square.
+def fuses(module: nn.Module, square: bool = True) -> bool:
+    """Tell whether a module holds a fused projection.
 
     Args:
         module: A module.
+        square: Whether one with as many outputs as inputs is one: `in_proj` may be the first layer of an MLP.
     """
-    shapes = {name: shape_of(layer) for name, layer in dense_children(module).items()}
-    return any(is_fused(name) and inputs != outputs for name, (inputs, outputs) in shapes.items())
+    fused = [shape_of(layer) for name, layer in dense_children(module).items() if is_fused(name)]
+    return any(square or inputs != outputs for inputs, outputs in fused)
 
 
 def has_qkv(module: nn.Module) -> bool:
@@ -225,11 +221,26 @@ def has_qkv(module: nn.Module) -> bool:
     return {projection(name) for name, _ in module.named_children()} >= QKV
 
 
+def _holds_attention(module: nn.Module) -> bool:
+    """Tell whether an attention with weights of its own is inside a module."""
+    inside = (other for other in module.modules() if other is not module and ATTENDS.search(type(other).__name__))
+    return any(True for other in inside for _ in other.parameters())
+
+
+def _is_boxed(site: Site, box: nn.Module) -> bool:
+    """Tell whether a layer is alone in a box, or with gates of what it reads."""
+    return all(name == site.leaf or is_gate(name) for name in dense_children(box)) and not is_gate(site.leaf)
+
+
 def _is_lone_output(site: Site, core: nn.Module) -> bool:
     """Tell whether a layer is the only one beside q, k and v that has no name of theirs, and reads what they write."""
     layers = dense_children(core)
     roles = {name: projection(name) for name in layers}
-    if not has_qkv(core) or [name for name, role in roles.items() if role not in QKV] != [site.leaf]:
+    if (
+        _holds_attention(core)
+        or not has_qkv(core)
+        or [name for name, role in roles.items() if role not in QKV] != [site.leaf]
+    ):
         return False
     widths = {shape_of(layers[name])[1] for name, role in roles.items() if role in QKV}
     return shape_of(layers[site.leaf])[0] in widths and not is_gate(site.leaf) and "skip" not in site.leaf

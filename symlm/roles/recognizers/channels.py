@@ -3,6 +3,8 @@
 A channel may change its place among the others, in all layers that read into it or out of it together.
 """
 
+import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -22,14 +24,21 @@ SQUARE = {  # last words that decide only where the shapes do not: an adapter go
 ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("q_a_proj", "wq_a", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a"), Role.MLP_IN),
     **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
-    "per_layer_projection": Role.MLP_OUT,
+    **dict.fromkeys(("per_layer_projection", "conv_kernel_layer"), Role.MLP_OUT),
     **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
-    **{"vocab_transform": Role.MLP_IN},
+    **dict.fromkeys(("vocab_transform", "sampling_offsets", "attention_weights"), Role.MLP_IN),
     **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT},
     **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
+POINTWISE = {  # convolutions over single places, by the classes and the names of their boxes
+    ("ConvDropoutLayerNorm", "post_attention"): Role.ATTENTION_O,
+    ("ConvActivation", "intermediate"): Role.MLP_IN,
+    ("ConvDropoutLayerNorm", "output"): Role.MLP_OUT,
+}
+TOKENS_IN_COLUMNS = (("MobileBertLMPredictionHead", "dense"),)  # the head of the channels that an embedding has not
 ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
+NUMBERED = re.compile(r"(fc|lin|linear|layer|dense)_?\d")
 GATES = (
     "gate_proj",
     "q_gate_proj",
@@ -75,18 +84,30 @@ def channel_role(site: Site) -> Role | None:
         return None
     if site.leaf in ALONE:
         return ALONE[site.leaf]
+    if (type(parent).__name__, site.leaf) in TOKENS_IN_COLUMNS:
+        return Role.MLP_OUT
     if any(part.startswith("gate_up_proj_adapter") for part in site.path[:-1]) and site.leaf != "0":
         return Role.MLP_IN  # the second factor of what is added to the neurons
     if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ATTENDING):
         return Role.MLP_IN
-    if is_gate(site.leaf) and is_attention(parent):
+    if is_gate(site.leaf) and any(is_attention(module) for module in site.ancestors[:2]):
         return Role.MLP_IN
     if isinstance(parent, nn.Sequential) and is_gate("".join(site.path[-2:-1])) and is_attention(site.ancestors[1]):
         return Role.MLP_IN if [*dense_children(parent).values()][-1] is site.module else Role.MATRIX  # a low rank
     square = len(set(site.shape)) == 1 and activates(parent)
+    if deep := _numbered(parent):
+        return Role.MLP_OUT if site.module is deep[-1] else Role.MLP_IN if site.module in deep else None
     names = [name for name, _ in parent.named_children()]
     roles = {name: BY_NAME.get(name) or (_by_last_word(name) if square else None) for name in names}
     return roles.get(site.leaf) if {*roles.values()} >= {Role.MLP_IN, Role.MLP_OUT} else None
+
+
+def _numbered(parent: nn.Module) -> list[nn.Module]:
+    """Return three or more layers with numbers, each of which reads what the one before it writes: a deep MLP."""
+    layers = [layer for name, layer in dense_children(parent).items() if NUMBERED.fullmatch(name)]
+    shapes = [shape_of(layer) for layer in layers]
+    chained = all(before[1] == after[0] for before, after in pairwise(shapes))
+    return layers if len(layers) > 2 and chained and activates(parent) else []
 
 
 def _by_last_word(name: str) -> Role | None:

@@ -56,9 +56,11 @@ def is_ambiguous(site: Site) -> bool:
     Args:
         site: The site of a dense layer.
     """
-    layers = dense_layers(site.parent) if site.parent is not None and activates(site.parent) else []
+    if site.parent is None or not activates(site.parent):
+        return False
+    layers = dense_layers(site.parent)
     widths = {width for _, *both in layers for width in both}
-    return 2 <= len(layers) <= 3 and len(widths) == 1
+    return 2 <= len(layers) == len(dense_children(site.parent)) <= 3 and len(widths) == 1
 
 
 def scope_of(site: Site) -> nn.Module | None:
