@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from symlm.roles.ends import EndMatrices
-from symlm.roles.recognizers.attention import ORDERS, is_fused
+from symlm.roles.recognizers.attention import ORDERS
 from symlm.roles.recognizers.logits import HEADS
+from symlm.roles.recognizers.names import is_fused
 from symlm.roles.role import Role, Site
 from symlm.roles.structure import classify
 from symlm.roles.wrappers import unwrapped_path

@@ -3,11 +3,12 @@
 from torch import nn
 
 from symlm.roles.ends import EndMatrices
-from symlm.roles.recognizers.attention import attention_role, is_fused, is_inside_attention
+from symlm.roles.recognizers.attention import attention_role, is_inside_attention
 from symlm.roles.recognizers.channels import POINTWISE, channel_role, is_mixer
 from symlm.roles.recognizers.layers import is_dense, is_pointwise, shape_of
 from symlm.roles.recognizers.leaves import leaf_role
 from symlm.roles.recognizers.logits import ignores_a_shift
+from symlm.roles.recognizers.names import is_fused
 from symlm.roles.recognizers.shapes import is_activated_alone, is_ambiguous, role_by_shapes
 from symlm.roles.role import Role, Site
 

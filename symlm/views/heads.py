@@ -3,6 +3,7 @@
 from torch import nn
 
 from symlm.roles.recognizers.attention import core_of, fused_order
+from symlm.roles.recognizers.layers import CONTAINERS
 from symlm.roles.role import Role, Site
 
 HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "d_head", "d_kv")
@@ -91,7 +92,8 @@ def _heads_as_queries(site: Site, channels: int, count: int | None) -> int | Non
 
 def _asked(site: Site, names: tuple[str, ...]) -> int | None:
     """Return the first positive number with one of these names on the parent, the module, or one of their configs."""
-    owners = dict.fromkeys((site.parent, core_of(site), site.module))
+    around = site.ancestors[1:2] if isinstance(site.parent, CONTAINERS) else ()
+    owners = dict.fromkeys((site.parent, core_of(site), site.module, *around))
     configs = (getattr(owner, "config", None) for owner in owners)
     for owner in (*owners, *configs):
         for name in names:

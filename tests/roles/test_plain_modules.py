@@ -175,3 +175,77 @@ def test_a_head_of_a_model_without_tokens_is_known_by_its_config(rows):
             symlm.assign_roles(model)
     else:
         assert symlm.assign_roles(model)["lm_head.weight"] == "matrix"
+
+
+def forward_of(name):
+    """Return a forward whose code names an activation."""
+    return {"relu": lambda self, x: torch.relu(x), "silu": lambda self, x: nn.functional.silu(x)}[name]
+
+
+FOUND = {
+    "a list of layers": (
+        lambda: holder("MLP", forward_of("relu"), layers=nn.ModuleList([dense(), dense(), dense(32, 4)])),
+        {"layers.0": "mlp_in", "layers.1": "mlp_in", "layers.2": "mlp_out"},
+    ),
+    "a list side by side": (
+        lambda: holder("Several", forward_of("relu"), layers=nn.ModuleList([dense(), dense(), dense()])),
+        {"layers.0": "matrix", "layers.2": "matrix"},
+    ),
+    "layers with numbers": (
+        lambda: holder("Head", forward_of("relu"), fc1=dense(), fc2=dense(), fc3=dense()),
+        {"fc1": "mlp_in", "fc2": "mlp_in", "fc3": "mlp_out"},
+    ),
+    "a dictionary": (
+        lambda: holder("Attention", n_heads=4, all=nn.ModuleDict({name: dense() for name in "qkvo"})),
+        {f"all.{name}": f"attention_{name}" for name in "qkvo"},
+    ),
+    "one matrix for every head": (
+        lambda: holder(
+            "SelfAttention",
+            heads=4,
+            head_dim=8,
+            values=dense(8, 8),
+            keys=dense(8, 8),
+            queries=dense(8, 8),
+            fc_out=dense(),
+        ),
+        {"values": "attention_v", "keys": "attention_k", "queries": "attention_q", "fc_out": "attention_o"},
+    ),
+    "an attention beside an MLP of equal widths": (
+        lambda: holder(
+            "Block",
+            forward_of("silu"),
+            attn=nn.MultiheadAttention(32, 4),
+            linear1=dense(),
+            linear2=dense(),
+            norm1=nn.LayerNorm(32),
+        ),
+        {"linear1": "mlp_in", "linear2": "mlp_out"},
+    ),
+    "a gate in a box with the output": (
+        lambda: holder(
+            "Mixer",
+            num_heads=4,
+            **{name: dense() for name in ("q_proj", "k_proj", "v_proj")},
+            out=holder("Gated", gate_proj=dense(), o_proj=dense()),
+        ),
+        {"out.gate_proj": "mlp_in", "out.o_proj": "attention_o"},
+    ),
+    "an attention around torch's": (
+        lambda: holder(
+            "CrossAttention",
+            num_heads=4,
+            **{name: dense() for name in ("q_proj", "k_proj", "v_proj", "linear")},
+            inner=nn.MultiheadAttention(32, 4),
+        ),
+        {"linear": "matrix", "inner.in_proj_weight": "attention_qkv"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_stands_around_a_layer_says_what_it_is(case):
+    made, expected = FOUND[case]
+    roles = {name.removesuffix(".weight"): str(role) for name, role in symlm.assign_roles(holder(it=made())).items()}
+    assert {name: roles[f"it.{name}"] for name in expected} == expected
+    assert symlm.param_groups(holder(it=made()))

@@ -5,25 +5,9 @@ import re
 from torch import nn
 
 from symlm.roles.recognizers.layers import CONTAINERS, dense_children, is_alone, shape_of
+from symlm.roles.recognizers.names import QKV, is_fused, is_gate, parts_of, projection
 from symlm.roles.role import Role, Site
 
-TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query`, `q_lin` or `query_global` have them
-    Role.ATTENTION_Q: {"q", "qs", "query", "queries", "wq", "qproj", "toqueries"},
-    Role.ATTENTION_K: {"k", "ks", "key", "keys", "wk", "kproj", "tokeys"},
-    Role.ATTENTION_V: {"v", "vs", "value", "values", "wv", "vproj", "tovalues"},
-    Role.ATTENTION_O: {"o", "out", "output", "dense", "wo", "oproj"},
-}
-FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "global"}
-FILLERS |= {"attention", "w2e", "e2w", "e2e", "projection", "head", "heads", "layer", "mat", "map", "matrix"}
-FILLERS |= {"weight", "weights", "transform", "mha", "sa", "in"}
-FILLERS |= {"protein", "structure", "msa", "layout", "vision", "text"}  # what it reads
-OUTPUTS = ("c_proj", "proj")
-FUSED_TOKENS = {
-    *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
-    *("wqkv", "wkv", "wqk", "wpack", "qkvw", "toqkv", "toqk", "tokv"),
-}
-FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
-NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "index_qk_proj")  # low ranks; what only chooses keys
 OF_LATENTS = ("kv_b_proj", "wkv_b")
 FUSED_ORDERS = (
     # The order of the outputs of fused projections by the class of the attention, which alone knows it. A new model is
@@ -51,7 +35,6 @@ BESIDE_FUSED = {
     **dict.fromkeys(("o_proj", "out_proj", "output_proj", "post_proj", "c_proj", "proj"), Role.ATTENTION_O),
     **dict.fromkeys(("to_out", "Wo", "output", "dense", "projection", "projection_layer"), Role.ATTENTION_O),
 }
-QKV = {Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V}
 ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
 ATTENDS = re.compile(r"attention|attn|multi_?head|mha\b|mla\b", re.IGNORECASE)
 
@@ -85,7 +68,7 @@ def attention_role(site: Site) -> Role | None:
             return Role.ATTENTION_O
     if not (ATTENDS.search(type(parent).__name__) or fuses(parent, square=False)):
         return None
-    low_rank = {"a", "b"} & set(_parts(site.leaf))
+    low_rank = {"a", "b"} & set(parts_of(site.leaf))
     return BESIDE_FUSED.get(site.leaf) or (role if role is Role.ATTENTION_O and not low_rank else None)
 
 
@@ -129,40 +112,6 @@ def is_inside_attention(site: Site) -> bool:
         site: The site of a dense layer.
     """
     return is_attention(next((module for module in site.ancestors if not isinstance(module, CONTAINERS)), None))
-
-
-def is_gate(leaf: str) -> bool:
-    """Tell whether a name is that of a gate, which multiplies what an attention puts out.
-
-    Args:
-        leaf: The name of the layer.
-    """
-    return bool(set(_parts(leaf)) & {"gate", "gating", "g", "gk", "wg"}) and not is_fused(leaf)
-
-
-def projection(leaf: str) -> Role | None:
-    """Return which projection of an attention a name is for, if any; it counts where q, k and v stand together.
-
-    Args:
-        leaf: The name of the projection.
-    """
-    words = set(_parts(leaf)) - FILLERS
-    known = [role for role, names in TOKENS.items() if words & names]
-    if not known or not words <= set.union(*(TOKENS[role] for role in known)):
-        return Role.ATTENTION_O if leaf in OUTPUTS else None
-    others = [role for role in known if role is not Role.ATTENTION_O]  # of `query_dense`
-    return (others or known)[0] if len(others) < 2 else None
-
-
-def is_fused(leaf: str) -> bool:
-    """Tell whether a projection's name says that it fuses several, in an order that only the module's code shows.
-
-    Args:
-        leaf: The name of the projection.
-    """
-    words = set(_parts(leaf))
-    several = sum(bool(words & TOKENS[role]) for role in QKV) > 1
-    return leaf not in NOT_FUSED and (leaf.lower() in FUSED_NAMES or several or bool(FUSED_TOKENS & words))
 
 
 def fused_order(site: Site) -> str | None:
@@ -244,8 +193,3 @@ def _is_lone_output(site: Site, core: nn.Module) -> bool:
         return False
     widths = {shape_of(layers[name])[1] for name, role in roles.items() if role in QKV}
     return shape_of(layers[site.leaf])[0] in widths and not is_gate(site.leaf) and "skip" not in site.leaf
-
-
-def _parts(leaf: str) -> list[str]:
-    """Cut a name at underscores, at numbers behind it, and where a capital follows a small letter."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])|\d+$", "_", leaf).lower().strip("_").split("_")

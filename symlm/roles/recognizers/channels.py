@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from symlm.roles.recognizers.attention import is_attention, is_fused, is_gate
+from symlm.roles.recognizers.attention import is_attention
 from symlm.roles.recognizers.layers import dense_children, is_convolution, shape_of
+from symlm.roles.recognizers.names import is_fused, is_gate
 from symlm.roles.recognizers.shapes import activates, dense_layers, role_by_shapes, scope_of
 from symlm.roles.role import Role, Site, whole_shape
 
@@ -95,19 +96,23 @@ def channel_role(site: Site) -> Role | None:
     if isinstance(parent, nn.Sequential) and is_gate("".join(site.path[-2:-1])) and is_attention(site.ancestors[1]):
         return Role.MLP_IN if [*dense_children(parent).values()][-1] is site.module else Role.MATRIX  # a low rank
     square = len(set(site.shape)) == 1 and activates(parent)
-    if deep := _numbered(parent):
+    if deep := _deep(site):
         return Role.MLP_OUT if site.module is deep[-1] else Role.MLP_IN if site.module in deep else None
     names = [name for name, _ in parent.named_children()]
     roles = {name: BY_NAME.get(name) or (_by_last_word(name) if square else None) for name in names}
     return roles.get(site.leaf) if {*roles.values()} >= {Role.MLP_IN, Role.MLP_OUT} else None
 
 
-def _numbered(parent: nn.Module) -> list[nn.Module]:
-    """Return three or more layers with numbers, each of which reads what the one before it writes: a deep MLP."""
-    layers = [layer for name, layer in dense_children(parent).items() if NUMBERED.fullmatch(name)]
+def _deep(site: Site) -> list[nn.Module]:
+    """Return three or more layers in a list or with numbers, each reading what the one before writes: a deep MLP."""
+    parent = site.ancestors[0]
+    listed = isinstance(parent, nn.ModuleList) and len(site.ancestors) > 1
+    around = site.ancestors[1] if listed else parent
+    layers = [layer for name, layer in dense_children(parent).items() if listed or NUMBERED.fullmatch(name)]
     shapes = [shape_of(layer) for layer in layers]
     chained = all(before[1] == after[0] for before, after in pairwise(shapes))
-    return layers if len(layers) > 2 and chained and activates(parent) else []
+    parallel = listed and len(set(shapes)) == 1 and "mlp" not in type(around).__name__.lower()  # equal squares may be
+    return layers if len(layers) > 2 and chained and not parallel and activates(around) else []
 
 
 def _by_last_word(name: str) -> Role | None:

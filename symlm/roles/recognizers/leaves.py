@@ -4,9 +4,9 @@ import re
 
 from torch import nn
 
-from symlm.roles.recognizers.attention import QKV, is_fused, projection
 from symlm.roles.recognizers.channels import BY_NAME
 from symlm.roles.recognizers.layers import is_convolution, is_pointwise
+from symlm.roles.recognizers.names import QKV, is_fused, projection
 from symlm.roles.role import Role, Site, whole_shape
 
 TABLES = {"pos", "position", "positions", "positional", "embedding", "embeddings", "embed", "emb", "token", "tokens"}

@@ -5,9 +5,10 @@ from collections.abc import Collection
 
 from torch import nn
 
-from symlm.roles.recognizers.attention import BESIDE_FUSED, fuses, has_qkv, is_attention, is_fused, projection
+from symlm.roles.recognizers.attention import BESIDE_FUSED, fuses, has_qkv, is_attention
 from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, shape_of
 from symlm.roles.recognizers.logits import HEADS, functions_called
+from symlm.roles.recognizers.names import is_fused, projection
 from symlm.roles.role import Role, Site
 from symlm.roles.wrappers import inner_module
 
