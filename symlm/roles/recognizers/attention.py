@@ -6,7 +6,7 @@ from torch import nn
 
 from symlm.roles.recognizers.layers import CONTAINERS, dense_children, is_alone, shape_of
 from symlm.roles.recognizers.names import QKV, is_fused, is_gate, parts_of, projection
-from symlm.roles.role import Role, Site
+from symlm.roles.role import Role, Site, whole_shape
 
 OF_LATENTS = ("kv_b_proj", "wkv_b")
 FUSED_ORDERS = (
@@ -171,9 +171,9 @@ def has_qkv(module: nn.Module) -> bool:
 
 
 def _holds_attention(module: nn.Module) -> bool:
-    """Tell whether an attention with weights of its own is inside a module."""
+    """Tell whether an attention with matrices of its own is inside a module."""
     inside = (other for other in module.modules() if other is not module and ATTENDS.search(type(other).__name__))
-    return any(True for other in inside for _ in other.parameters())
+    return any(len(whole_shape(p)) > 1 for other in inside for p in other.parameters())
 
 
 def _is_boxed(site: Site, box: nn.Module) -> bool:
