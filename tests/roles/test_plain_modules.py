@@ -178,7 +178,6 @@ def test_a_head_of_a_model_without_tokens_is_known_by_its_config(rows):
 
 
 def forward_of(name):
-    """Return a forward whose code names an activation."""
     return {"relu": lambda self, x: torch.relu(x), "silu": lambda self, x: nn.functional.silu(x)}[name]
 
 
