@@ -68,7 +68,7 @@ MORE = {  # fields of single kinds, where the sizes above contradict each other 
     "marian": {"decoder_vocab_size": 64, "decoder_start_token_id": 0},
     "luke": {"entity_vocab_size": 20, "entity_emb_size": 16},
     "mamba2": {"num_heads": 8},
-    "mobilebert": {"intra_bottleneck_size": 24},
+    "mobilebert": {"intra_bottleneck_size": 24, "embedding_size": 20},
     "perceiver": {"d_latents": 24, "num_latents": 6, "num_self_attends_per_block": 2, "d_model": 24},
     "qwen4_exp_text": {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from symlm.roles.ends import EndMatrices
-from symlm.roles.recognizers.attention import is_fused
+from symlm.roles.recognizers.attention import ORDERS
 from symlm.roles.recognizers.logits import HEADS
+from symlm.roles.recognizers.names import is_fused
 from symlm.roles.role import Role, Site
 from symlm.roles.structure import classify
 from symlm.roles.wrappers import unwrapped_path
@@ -98,11 +100,13 @@ def _report(unplaced: list[Site], ends: EndMatrices) -> str:
             f"roles={remedy}; 'vector' is elementwise AdamW, and the roles are {[str(role) for role in Role]}",
             *lines,
             *more,
+            *([FUSED] if any(is_fused(site.leaf) for site in unplaced) else []),
         ]
     )
 
 
 LINES = 12
+FUSED = f"Of a fused projection, let its module state the order: self.fused_order = one of {ORDERS}."
 
 
 def _remedy(site: Site, ends: EndMatrices) -> str:
@@ -134,10 +138,11 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         if len(parts) > 1 and parts[-1].isdigit() and parts[-2] in IN_A_LIST:
             parts = parts[:-1]
         above = tuple(modules[".".join(parts[:k])] for k in range(len(parts) - 1, -1, -1)) if path else ()
+        owner = modules[".".join(parts)] if isinstance(module, ParametrizationList) else module
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not is_quantized(parameter):
                 name = f"{path}.{key}" if path else key
-                yield Site(name, parameter, module, above, tuple(parts))
+                yield Site(name, parameter, owner, above, tuple(parts))
 
 
 IN_A_LIST = ("to_out",)  # a projection that stands first in a list, its dropout behind it

@@ -9,6 +9,8 @@ from symlm.roles.recognizers.logits import HEADS, caps_logits
 from symlm.roles.role import Role, Site, whole_shape
 from symlm.roles.wrappers import inner_module, unwrapped_path
 
+FEWEST = 16  # tokens of a vocabulary; a table of fewer is of classes, types or steps
+
 
 class EndMatrices:
     """Find the token matrices of a module and of all models in it, by getters, classes, names and shapes.
@@ -67,10 +69,11 @@ class EndMatrices:
             rows, columns = site.shape[::-1] if site.transposed else site.shape
             widths = {whole_shape(table.weight)[1] for table in self.tables.values()}
             padded = columns in widths and 0 < rows - self.vocabulary <= max(self.vocabulary // 8, 8)
-            over_tokens = (rows == self.vocabulary or padded) and rows not in widths
+            over_tokens = (rows == self.vocabulary or padded) and rows not in widths and self.vocabulary >= FEWEST
             return over_tokens and not self._feeds_another(path, rows)
         blocks = any("attention" in type(module).__name__.lower() for module in self.modules.values())
-        return blocks and site.leaf in HEADS
+        sizes = self._sizes_of_heads(site.path)
+        return blocks and site.leaf in HEADS and (not sizes or site.shape[0] > site.shape[1])
 
     def is_capped(self, site: Site) -> bool:
         """Tell whether the logits of a head are capped, by the nearest module around it that shows it.
@@ -100,15 +103,24 @@ class EndMatrices:
             return False
         above = ".".join(site.path[: -2 if in_a_list else -1])
         has_tokens = any(_is_inside(path, above) for path in self.tables)
-        return has_tokens and self._has_softmax(site.path)
+        counted = site.shape[0] in self._sizes_of_heads(site.path)  # of a model of sounds or images
+        return (has_tokens or counted) and self._has_softmax(site.path)
 
     def _has_softmax(self, path: tuple[str, ...]) -> bool:
         """Ask the nearest config above a module."""
-        for k in range(len(path), -1, -1):
-            config: Any = getattr(self.modules.get(".".join(path[:k])), "config", None)
-            if hasattr(config, "problem_type"):
-                return config.problem_type not in ("regression", "multi_label_classification")
-        return True
+        kinds = (config.problem_type for config in self._configs(path) if hasattr(config, "problem_type"))
+        return next(kinds, None) not in ("regression", "multi_label_classification")
+
+    def _sizes_of_heads(self, path: tuple[str, ...]) -> set[int]:
+        """Return how many classes or tokens the nearest config above a module counts."""
+        config = next(self._configs(path), None)
+        sizes = (getattr(config, name, None) for name in ("num_labels", "vocab_size"))
+        return {size for size in sizes if isinstance(size, int)}
+
+    def _configs(self, path: tuple[str, ...]) -> Iterator[Any]:
+        """Yield the configs above a module, the nearest first."""
+        found = (getattr(self.modules.get(".".join(path[:k])), "config", None) for k in range(len(path), -1, -1))
+        yield from (config for config in found if config is not None)
 
     def _heads_by_shape(self) -> Iterator[nn.Linear]:
         """Yield the linear layers over a table's tokens in the smallest module with both, hidden layers left out."""

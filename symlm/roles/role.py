@@ -89,7 +89,7 @@ class Site:
         into, out = (getattr(self.module, leaf, None) for leaf in ("gate_up_proj", "down_proj"))
         if isinstance(into, Tensor) and isinstance(out, Tensor) and len(whole_shape(into)) == 3:
             return whole_shape(into)[-1] != whole_shape(out)[-2]
-        return type(self.module).__name__ == "Conv1D" or bool(getattr(self.module, "is_transposed", False))
+        return type(self.module).__name__.endswith("Conv1D") or bool(getattr(self.module, "is_transposed", False))
 
     @property
     def parent(self) -> nn.Module | None:

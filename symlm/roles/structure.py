@@ -3,11 +3,13 @@
 from torch import nn
 
 from symlm.roles.ends import EndMatrices
-from symlm.roles.recognizers.attention import attention_role, is_dense, is_fused
-from symlm.roles.recognizers.channels import channel_role, is_mixer
-from symlm.roles.recognizers.leaves import is_pointwise, leaf_role
+from symlm.roles.recognizers.attention import attention_role, is_inside_attention
+from symlm.roles.recognizers.channels import POINTWISE, channel_role, is_mixer
+from symlm.roles.recognizers.layers import is_dense, is_pointwise, shape_of
+from symlm.roles.recognizers.leaves import leaf_role
 from symlm.roles.recognizers.logits import ignores_a_shift
-from symlm.roles.recognizers.shapes import is_activated_alone, role_by_shapes
+from symlm.roles.recognizers.names import is_fused
+from symlm.roles.recognizers.shapes import is_activated_alone, is_ambiguous, role_by_shapes
 from symlm.roles.role import Role, Site
 
 EXPERTS = {
@@ -44,9 +46,11 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return Role.VECTOR
     if len(shape) == 2 and _is_router(site, owner):
         return Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
-    if is_pointwise(site.module) and len(shape) > 2 and (role := attention_role(site)):
-        return role
-    if len(shape) != 2 or not (is_dense(site.module) or site.leaf == "in_proj_weight"):
+    if is_pointwise(site.module) and len(shape) > 2:
+        box = (type(site.parent).__name__, "".join(site.path[-2:-1]))
+        if role := attention_role(site) or POINTWISE.get(box):
+            return role
+    if len(shape) != 2 or not (is_dense(site.module) or isinstance(site.module, nn.MultiheadAttention)):
         return leaf_role(site)
     mixes = site.parent is not None and is_mixer(site.parent)
     role = channel_role(site) if mixes else attention_role(site) or channel_role(site)
@@ -54,8 +58,11 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return role
     if ends.is_unclear(site):
         return None
-    into = Role.MLP_IN if is_activated_alone(site) else Role.MATRIX
-    return role_by_shapes(site, ends.inputs | ends.outputs) or into
+    if role := role_by_shapes(site, ends.inputs | ends.outputs):
+        return role
+    if is_inside_attention(site) or is_ambiguous(site):  # what none of its names says is never one matrix
+        return None
+    return Role.MLP_IN if is_activated_alone(site) else Role.MATRIX
 
 
 def _is_router(site: Site, owner: str) -> bool:
@@ -65,9 +72,13 @@ def _is_router(site: Site, owner: str) -> bool:
         return True
     for module in site.ancestors[:2]:
         if type(module).__name__.lower().endswith("router"):
-            return [layer for layer in module.modules() if is_dense(layer)][-1:] == [site.module]  # behind an MLP
-    boxed = type(above[0]).__name__.endswith(("Gate", "Gating")) and hasattr(above[1], "experts")
-    named = site.path[-1:] in (("gate",), ("router",)) or site.path[-2:-1] == ("router",)
-    return boxed or (
-        isinstance(site.module, nn.Linear) and named and (hasattr(above[0], "experts") or "router" in site.path)
-    )
+            last = [layer for layer in module.modules() if is_dense(layer)][-1:]  # behind an MLP, or one of several
+            return any(shape_of(layer) == shape_of(site.module) for layer in last)
+    gates = ("Gate", "Gating")
+    boxed = type(above[0]).__name__.endswith(gates) and hasattr(above[1], "experts")
+    held = owner.endswith(gates) and hasattr(above[0], "experts")
+    experts = getattr(above[0], "experts", None)
+    named = site.path[-1:] in (("gate",), ("router",), ("gating",)) or site.path[-2:-1] == ("router",)
+    beside = named and (experts is not None or "router" in site.path)
+    scores = isinstance(experts, nn.ModuleList) and shape_of(site.module)[1] == len(experts) > 1
+    return boxed or held or (isinstance(site.module, nn.Linear) and (beside or scores))

@@ -1,6 +1,9 @@
 """How many heads an attention projection has and how wide they are, as its module or its config names them."""
 
+from torch import nn
+
 from symlm.roles.recognizers.attention import core_of, fused_order
+from symlm.roles.recognizers.layers import CONTAINERS
 from symlm.roles.role import Role, Site
 
 HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "d_head", "d_kv")
@@ -39,6 +42,8 @@ def head_dim(site: Site, role: Role) -> int:
     if width := _asked(site, (*HEAD_DIMS_BY_ROLE.get(role, ()), *HEAD_DIMS)):
         return width
     channels = site.shape[int((role is Role.ATTENTION_O) != site.transposed)]
+    if len(site.path) > 2 and isinstance(site.ancestors[1], nn.ModuleList) and "head" in site.path[-3].lower():
+        return channels  # a module a head
     count = _asked(site, HEAD_COUNTS)
     if role is Role.ATTENTION_QKV and count:  # of equal q, k and v each is as wide as the model
         cross = fused_order(site) == "k v"
@@ -87,11 +92,13 @@ def _heads_as_queries(site: Site, channels: int, count: int | None) -> int | Non
 
 def _asked(site: Site, names: tuple[str, ...]) -> int | None:
     """Return the first positive number with one of these names on the parent, the module, or one of their configs."""
-    owners = dict.fromkeys((site.parent, core_of(site), site.module))
+    around = site.ancestors[1:2] if isinstance(site.parent, CONTAINERS) else ()
+    owners = dict.fromkeys((site.parent, core_of(site), site.module, *around))
     configs = (getattr(owner, "config", None) for owner in owners)
     for owner in (*owners, *configs):
         for name in names:
             value = getattr(owner, name, None)
+            value = len(value) if isinstance(value, nn.ModuleList) else value  # a module a head
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None

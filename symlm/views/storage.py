@@ -2,32 +2,18 @@
 
 from symlm.roles.recognizers.attention import fused_order
 from symlm.roles.recognizers.channels import Blocks, blocks_of_outputs
-from symlm.roles.recognizers.leaves import is_convolution
+from symlm.roles.recognizers.layers import is_convolution
 from symlm.roles.role import Role, Site, whole_shape
 from symlm.views.heads import head_dim, kv_heads, shared_heads
 from symlm.views.matrix_view import MatrixView
 
 WHOLE = MatrixView("m n -> 1 m n")
-
-
 TRANSPOSED = MatrixView("n m -> 1 m n")
-
-
 VECTOR = MatrixView("n -> 1 1 n")
-
-
 STACK = MatrixView("b m n -> b m n")
-
-
 TRANSPOSED_STACK = MatrixView("b n m -> b m n")
-
-
 ATTENTION = (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_O)
-
-
 CHANNELS = (Role.MLP_IN, Role.MLP_OUT)
-
-
 STACKED = (Role.EXPERT_IN, Role.EXPERT_OUT, Role.MLP_IN, Role.MLP_OUT, Role.MATRIX)
 
 
@@ -93,7 +79,7 @@ def view_of(site: Site, role: Role, granularity: str, equal: bool = False) -> Ma
     """
     axes = len(site.shape)
     if axes > 2 and is_convolution(site.module) and role is not Role.VECTOR:
-        return _filters(site)
+        return _filters(site, role, granularity)
     if role in ATTENTION and axes == 3 and type(site.module).__name__.endswith("Experts"):
         return _heads_of_experts(site, role, granularity)
     if role in ATTENTION and axes == 3:
@@ -153,10 +139,14 @@ def _heads_of_experts(site: Site, role: Role, granularity: str) -> MatrixView:
     return MatrixView(f"b {'m (h n)' if columns else '(h m) n'} -> (b h) m n", {"h": (heads,)})
 
 
-def _filters(site: Site) -> MatrixView:
-    """Return the view of a convolution as one matrix a group, `outputs × (inputs · positions)`."""
+def _filters(site: Site, role: Role, granularity: str) -> MatrixView:
+    """Return the view of a convolution as one matrix a group or a head, `outputs × (inputs · positions)`."""
     places = [f"k{k}" for k in range(len(site.shape) - 2)]
     columns, groups = f"(c {' '.join(places)})", int(getattr(site.module, "groups", 1))
+    if role in (Role.ATTENTION_Q, Role.ATTENTION_K) and granularity in ("heads", "qk_heads"):
+        groups = max(site.shape[0] // head_dim(site, role), groups)
+    if granularity == "transposed":
+        return MatrixView(f"(g m) c {' '.join(places)} -> g {columns} m", {"g": (groups,)})
     if getattr(site.module, "transposed", False):
         return MatrixView(f"(g c) m {' '.join(places)} -> g m {columns}", {"g": (groups,)})
     return MatrixView(f"(g m) c {' '.join(places)} -> g m {columns}", {"g": (groups,)})

@@ -5,13 +5,23 @@ from itertools import chain
 import torch
 from numerics import LOSS_CHANGES, LOSS_STAYS
 
-from judge.channels import channel_moves, expert_moves, low_rank_moves, pair_moves, per_layer_moves, stream_moves
+from judge.channels import (
+    channel_moves,
+    expert_moves,
+    group_moves,
+    joined_head_moves,
+    low_rank_moves,
+    pair_moves,
+    per_layer_moves,
+    stream_moves,
+)
 from judge.heads import ATTENTION, attention_moves
 from judge.mixers import mixer_moves
 from judge.running import gradients, loss_of, loud, renamed_rows, replaced
 from judge.stream import TABLES, heads_axis, multiplies_the_stream, renamed_coordinates, rotating, sides
 from symlm.roles.assignment import place
-from symlm.roles.recognizers.leaves import is_convolution
+from symlm.roles.recognizers.channels import TOKENS_IN_COLUMNS
+from symlm.roles.recognizers.layers import is_convolution
 from symlm.roles.role import Role
 
 __all__ = ["Judge", "attention_moves", "judged", "loss_of", "loud", "replaced"]
@@ -76,6 +86,10 @@ class Judge:
             if len(p) == rows and (p.ndim == 1 or self.roles.get(name) is Role.EMBEDDING):
                 moved[name] = torch.empty_like(p.detach())
                 moved[name][order] = p.detach()
+        for other, its in self.sites:  # the part of a head that stores its tokens in columns
+            if its is Role.MLP_OUT and (type(other.parent).__name__, other.leaf) in TOKENS_IN_COLUMNS:
+                moved[other.name] = torch.empty_like(other.parameter.detach())
+                moved[other.name][:, order] = other.parameter.detach()
         alone = {key: value for key, value in moved.items() if key != site.name}
         return (
             self.change(moved, names=order, labels=order)
@@ -95,6 +109,8 @@ def judged(model):
         low_rank_moves(judge.sites, model),
         per_layer_moves(judge.sites),
         pair_moves(judge.sites),
+        group_moves(judge.sites),
+        joined_head_moves(judge.sites, model),
         stream_moves(judge.sites),
         mixer_moves(judge.sites, model),
     )

@@ -5,7 +5,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from symlm.roles.recognizers.channels import blocks_of_outputs, is_mixer
+from symlm.roles.recognizers.channels import TOKENS_IN_COLUMNS, blocks_of_outputs, is_mixer
+from symlm.roles.recognizers.layers import is_pointwise
 from symlm.roles.recognizers.shapes import is_gate_and_up, scope_of
 from symlm.roles.role import Role
 from symlm.views.storage import view_of
@@ -55,6 +56,36 @@ def channel_moves(sites, model):
             yield moved
 
 
+def joined_head_moves(sites, model):
+    """Permute what a layer writes for the second part of a head, of the channels that the tied embedding has not."""
+    parameters = dict(model.named_parameters())
+    for site, role in sites:
+        if role is not Role.MLP_OUT or (type(site.parent).__name__, site.leaf) not in TOKENS_IN_COLUMNS:
+            continue
+        above, rows = site.name.removesuffix("dense.weight") + "transform.", len(site.parameter)
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(2))
+        moved = {site.name: site.parameter.detach()[order]}
+        for name in (f"{above}{part}" for part in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias")):
+            value = parameters[name].detach()
+            moved[name] = torch.cat([value[:-rows], value[-rows:][order]])
+        yield moved
+
+
+def group_moves(sites):
+    """Permute the channels between two convolutions over single places, within the groups of the second."""
+    placed = {site.name: (site, role) for site, role in sites}
+    for site, role in sites:
+        before = placed.get(site.name.replace(".output.", ".intermediate."), (None, None))
+        if role is not Role.MLP_OUT or not is_pointwise(site.module) or before[1] is not Role.MLP_IN:
+            continue
+        length, groups = site.shape[1], site.module.groups
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(2))
+        index = torch.cat([order + k * length for k in range(groups)])
+        into, bias = before[0].name, before[0].name.removesuffix("weight") + "bias"
+        moved = {site.name: site.parameter.detach()[:, order], into: before[0].parameter.detach()[index]}
+        yield moved | {bias: before[0].module.bias.detach()[index]}
+
+
 def expert_moves(sites):
     """Permute the neurons of every expert, in gate, up and down together."""
     modules = defaultdict(list)
@@ -82,17 +113,23 @@ def expert_moves(sites):
         yield moved
 
 
+LATENTS = {  # into a latent: the layer out of it, and what the norm between them may be called
+    "q_a_proj": ("q_b_proj", "q_a_layernorm", "q_a_norm"),
+    "kv_a_proj_with_mqa": ("kv_b_proj", "kv_a_layernorm", "kv_a_norm"),
+    "wq_a": ("wq_b", "q_norm"),
+    "wkv_a": ("wkv_b", "kv_norm"),
+}
+
+
 def low_rank_moves(sites, model):
     """Permute the rank of latent attention's projections, with the gains between the two layers."""
     parameters = dict(model.named_parameters())
     for site, role in sites:
-        if role is not Role.MLP_IN or site.leaf not in ("q_a_proj", "kv_a_proj_with_mqa"):
+        if role is not Role.MLP_IN or site.leaf not in LATENTS:
             continue
-        above, stem = site.name.rpartition(f"{site.leaf}.weight")[0], site.leaf.split("_")[0]
-        norm = next(
-            (n for n in (f"{above}{stem}_a_layernorm", f"{above}{stem}_a_norm") if f"{n}.weight" in parameters), ""
-        )
-        gain, after = parameters.get(f"{norm}.weight"), parameters.get(f"{above}{stem}_b_proj.weight")
+        above, (after_leaf, *norms) = site.name.rpartition(f"{site.leaf}.weight")[0], LATENTS[site.leaf]
+        norm = next((f"{above}{n}" for n in norms if f"{above}{n}.weight" in parameters), "")
+        gain, after = parameters.get(f"{norm}.weight"), parameters.get(f"{above}{after_leaf}.weight")
         if gain is None or after is None or after.shape[1] != len(gain):
             continue
         order = torch.randperm(len(gain), generator=torch.Generator().manual_seed(2))
@@ -104,7 +141,7 @@ def low_rank_moves(sites, model):
                 [bias.detach()[order], bias.detach()[len(gain) :]]
             )
         moved[f"{norm}.weight"] = gain.detach()[order]
-        moved[f"{above}{stem}_b_proj.weight"] = after.detach()[:, order]
+        moved[f"{above}{after_leaf}.weight"] = after.detach()[:, order]
         yield moved
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from symlm.roles.recognizers.attention import core_of, fused_order
 from symlm.roles.recognizers.channels import is_mixer
+from symlm.roles.recognizers.layers import is_pointwise
 from symlm.roles.role import Role
 from symlm.views.heads import head_dim, kv_heads, shared_heads
 from symlm.views.storage import view_of
@@ -118,7 +119,7 @@ def inputs_axis(site, role):
     """Return the axis of a projection that is the stream."""
     if type(site.module).__name__.endswith("Experts"):
         return 2 - (role is Role.ATTENTION_O)
-    if len(site.shape) == 3:
+    if len(site.shape) == 3 and not is_pointwise(site.module):
         return 0
     return int((role is not Role.ATTENTION_O) != site.transposed)
 
@@ -135,7 +136,7 @@ def is_of_stream(site, members, norms):
 def groups_of(members):
     """Return the number of heads of k and v: groups of query heads share one."""
     for site, role in members:
-        if role in (Role.ATTENTION_K, Role.ATTENTION_V) and len(site.shape) == 3:
+        if role in (Role.ATTENTION_K, Role.ATTENTION_V) and len(site.shape) == 3 and not is_pointwise(site.module):
             return site.shape[1]
         if role in (Role.ATTENTION_K, Role.ATTENTION_V):
             return site.shape[int(site.transposed)] // head_dim(site, role)
@@ -155,7 +156,7 @@ def groups_of(members):
 def queries_of(members):
     """Return the number of query heads."""
     for site, role in members:
-        if role is Role.ATTENTION_O and len(site.shape) == 3:
+        if role is Role.ATTENTION_O and len(site.shape) == 3 and not is_pointwise(site.module):
             return site.shape[1]
         if role is Role.ATTENTION_O:
             return site.shape[int(not site.transposed)] // head_dim(site, role)
@@ -170,6 +171,8 @@ def rolled(x, groups):
 def moved_heads(site, role, groups, move_groups, blocks=1):
     """Return {name: moved} of one projection and its bias."""
     W = site.parameter.detach()
+    if is_pointwise(site.module):
+        W = W.flatten(1)
     if W.ndim == 3 and type(site.module).__name__.endswith("Experts"):
         axis = 1 + (role is Role.ATTENTION_O)
         return {site.name: move_groups(W.movedim(axis, 0), groups).movedim(0, axis).contiguous()}
@@ -181,7 +184,7 @@ def moved_heads(site, role, groups, move_groups, blocks=1):
     axis = int(rows == site.transposed)
     W = W.movedim(axis, 0)
     W = W.unflatten(0, (blocks, -1)) if blocks > 1 else W[None]  # of heads and of something else by heads
-    moved = {site.name: torch.cat([move(part) for part in W]).movedim(0, axis).contiguous()}
+    moved = {site.name: torch.cat([move(part) for part in W]).movedim(0, axis).reshape(site.shape)}
     if rows and isinstance(bias, nn.Parameter) and site.name.endswith("weight"):
         moved[site.name.removesuffix("weight") + "bias"] = move(bias.detach())
     return moved

@@ -10,7 +10,7 @@ from torch import nn
 from judge.heads import ATTENTION, OF_HEADS, core, cores
 from judge.running import gradients, reads_given_states, tensors_of
 from symlm.roles.recognizers.channels import is_mixer
-from symlm.roles.recognizers.leaves import is_convolution
+from symlm.roles.recognizers.layers import is_convolution
 from symlm.roles.role import Role
 from symlm.views.heads import head_dim
 
@@ -157,6 +157,9 @@ def renamed_coordinates(sites, model):
                 states = range(value.shape[axis] // width)
                 value = value.index_select(axis, torch.cat([order + k * width for k in states]))
             moved[name] = value
+        for name, p in model.named_parameters():  # in front of a head, the channels that a narrower embedding has
+            if "predictions.transform." in name and len(p) > width and name not in moved:
+                moved[name] = torch.cat([p.detach()[:width][order], p.detach()[width:]])
         yield moved
 
 

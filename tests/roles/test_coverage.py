@@ -7,6 +7,7 @@ import symlm
 from symlm.roles.assignment import UnplacedParameters
 
 LEAST = {"CAUSAL_LM": 0.98, "MASKED_LM": 0.95, "SEQ_TO_SEQ_CAUSAL_LM": 0.95, "IMAGE_TEXT_TO_TEXT": 0.95}
+LEAST |= {"AUDIO_CLASSIFICATION": 0.95, "CTC": 0.95, "IMAGE_CLASSIFICATION": 0.95}
 
 
 def swept(mapping):
@@ -27,5 +28,5 @@ def swept(mapping):
 def test_the_classes_of_a_mapping_are_placed(mapping):
     built, refused = swept(mapping)
     print(f"{mapping}: {built} built, {len(refused)} refused {sorted(refused)}")
-    assert built > 30
+    assert built > 10
     assert 1 - len(refused) / built >= LEAST[mapping], refused

@@ -26,6 +26,7 @@ QUICK = {
     "MASKED_LM": (
         *("BertForMaskedLM", "ModernBertForMaskedLM", "DebertaForMaskedLM", "MPNetForMaskedLM"),
         *("ConvBertForMaskedLM", "FunnelForMaskedLM", "MobileBertForMaskedLM", "AlbertForMaskedLM"),
+        "SqueezeBertForMaskedLM",
     ),
     "SEQ_TO_SEQ_CAUSAL_LM": (
         "T5ForConditionalGeneration",
@@ -37,7 +38,7 @@ WITHOUT_ATTENTION = (  # this small, or at all
     *("JetMoeForCausalLM", "MambaForCausalLM", "BambaForCausalLM", "Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM"),
     "RwkvForCausalLM",
 )
-LEAST = {"CAUSAL_LM": 0.98, "MASKED_LM": 0.97, "SEQ_TO_SEQ_CAUSAL_LM": 0.98}  # confirmed, of what the loss reaches
+LEAST = {"CAUSAL_LM": 0.98, "MASKED_LM": 0.98, "SEQ_TO_SEQ_CAUSAL_LM": 0.98}  # confirmed, of what the loss reaches
 LARGEST = 5e6  # parameters: a part whose config has other fields may be of billions
 
 
@@ -142,6 +143,21 @@ def roles_of(kind, name, part):
         ("roberta", "RobertaForMaskedLM", "lm_head.dense.weight", {"mlp_in"}),
         ("mobilebert", "MobileBertForMaskedLM", "output.bottleneck.dense.weight", {"matrix"}),
         ("squeezebert", "SqueezeBertForMaskedLM", "attention.query.weight", {"attention_q"}),
+        ("squeezebert", "SqueezeBertForMaskedLM", "post_attention.conv1d.weight", {"attention_o"}),
+        ("squeezebert", "SqueezeBertForMaskedLM", "intermediate.conv1d.weight", {"mlp_in"}),
+        ("squeezebert", "SqueezeBertForMaskedLM", "layers.0.output.conv1d.weight", {"mlp_out"}),
+        ("mobilebert", "MobileBertForMaskedLM", "cls.predictions.dense.weight", {"mlp_out"}),
+        ("convbert", "ConvBertForMaskedLM", "conv_out_layer.weight", {"attention_v"}),
+        ("convbert", "ConvBertForMaskedLM", "conv_kernel_layer.weight", {"mlp_out"}),
+        ("neomme", "NeoMMEForMaskedLM", "output_projection.gate_proj.weight", {"mlp_in"}),
+        ("neomme", "NeoMMEForMaskedLM", "output_projection.o_proj.weight", {"attention_o"}),
+        ("wav2vec2", "Wav2Vec2ForCTC", "pos_conv_embed.conv.parametrizations.weight.original1", {"matrix"}),
+        ("wav2vec2", "Wav2Vec2ForCTC", "lm_head.weight", {"lm_head"}),
+        ("vit", "ViTForImageClassification", "classifier.weight", {"lm_head"}),
+        ("hiera", "HieraModel", "qkv.weight", {"attention_qkv"}),
+        ("aria", "AriaForConditionalGeneration", "feed_forward.linear_out.weight", {"mlp_out"}),
+        ("evolla", "EvollaForProteinText2Text", "adapter.key_protein.weight", {"attention_k"}),
+        ("eomt", "EomtForUniversalSegmentation", "mask_head.fc3.weight", {"mlp_out"}),
         ("nystromformer", "NystromformerForMaskedLM", "attention.self.query.weight", {"attention_q"}),
         ("lfm3_vl", "Lfm3VlForConditionalGeneration", "conv.in_proj", {"mlp_in"}),
     ],

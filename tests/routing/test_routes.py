@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from models import tiny, train
 
 import symlm
@@ -35,6 +36,15 @@ def test_the_table_is_printed_and_is_data():
     assert "centered_row_norm" in text
     assert "b (p m) n -> (b p) m n, p=2" in text
     assert {row.name for row in routing} == {name for name, _ in tiny("qwen3_moe").named_parameters()}
+
+
+def test_the_table_of_a_hybrid_of_sixty_layers_is_one_screen():
+    layers = (["linear_attention"] * 3 + ["full_attention"]) * 15
+    with torch.device("meta"):
+        model = tiny("qwen3_next", layer_types=layers, num_hidden_layers=60)
+    lines = str(symlm.describe_routing(model)).splitlines()
+    assert len(lines) <= 24
+    assert sum(line.startswith("attention_q ") for line in lines) == 1
 
 
 def test_what_is_told_of_overrides_is_what_is_done():

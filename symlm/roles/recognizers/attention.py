@@ -4,67 +4,39 @@ import re
 
 from torch import nn
 
-from symlm.roles.role import Role, Site
-from symlm.roles.wrappers import inner_module
+from symlm.roles.recognizers.layers import CONTAINERS, dense_children, is_alone, shape_of
+from symlm.roles.recognizers.names import QKV, is_fused, is_gate, parts_of, projection
+from symlm.roles.role import Role, Site, whole_shape
 
-TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query`, `q_lin` or `query_global` have them
-    Role.ATTENTION_Q: {"q", "qs", "query", "queries", "wq"},
-    Role.ATTENTION_K: {"k", "ks", "key", "keys", "wk"},
-    Role.ATTENTION_V: {"v", "vs", "value", "values", "wv"},
-    Role.ATTENTION_O: {"o", "out", "output", "dense", "wo"},
-}
-FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "layer", "global"}
-FILLERS |= {"attention", "w2e", "e2w", "e2e", "projection", "head"}
-OUTPUTS = ("c_proj", "proj")
-FUSED_TOKENS = {
-    *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
-    *("wqkv", "wkv", "wqk", "wpack"),
-}
-FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
-NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj", "index_qk_proj")  # low ranks; what only chooses keys
+OF_LATENTS = ("kv_b_proj", "wkv_b")
 FUSED_ORDERS = (
     # The order of the outputs of fused projections by the class of the attention, which alone knows it. A new model is
     # one line here, and a case of tests/roles/test_loss.py, which moves the blocks and looks at the loss.
     (r"Phi3Attention|Phi4MultimodalAttention", "qkv_proj", "q k v"),
-    (r"GPT2Attention|OpenAIGPTAttention|CausalSelfAttention|GPTBigCodeAttention", "c_attn", "q k v"),
+    (r"(GPT2|OpenAIGPT|GPTBigCode|ImageGPT)Attention|CausalSelfAttention", "c_attn", "q k v"),
     (r"MptAttention|ModernBert\w*Attention", "Wqkv", "q k v"),
     (r"CausalSelfAttention", "qkv", "q k v"),  # litgpt
     (r"\w*(Vision|Sam|Blip|Window|Channel)\w*Attention", "qkv", "q k v"),
-    (r"Blip2Attention|InstructBlip(Video)?Attention", "qkv", "q k v"),
+    (r"(Blip2|InstructBlip|InstructBlipVideo|VitDet|HieraMaskUnit|TimesformerSelf)Attention", "qkv", "q k v"),
     (r"MultiheadAttention", "in_proj_weight", "q k v"),
     (r"JetMoeAttention", "kv_proj", "k v"),
     (r"(Granite|Evolla)\w+Attention", "to_kv", "k v"),
-    (
-        r"GPTNeoX(Japanese)?Attention|BloomAttention|PersimmonAttention|FalconAttention",
-        "query_key_value",
-        "heads of q k v",
-    ),
+    (r"(GPTNeoX|GPTNeoXJapanese|Bloom|Persimmon|Falcon)Attention", "query_key_value", "heads of q k v"),
     (r"DisentangledSelfAttention", "in_proj", "heads of q k v"),
     (r"CodeGenAttention", "qkv_proj", "four of q v k"),
 )
 ONE_HEAD = (r"DeepseekV4\w+", "kv_proj")  # which is k and v at once
 BESIDE_FUSED = {
-    **dict.fromkeys(("q_proj", "q_b_proj", "q_attn", "q", "to_q", "query", "pos_q_proj"), Role.ATTENTION_Q),
-    **dict.fromkeys(("k_proj", "pos_proj"), Role.ATTENTION_K),
-    "v_proj": Role.ATTENTION_V,
     **dict.fromkeys(
-        (
-            "o_proj",
-            "out_proj",
-            "c_proj",
-            "dense",
-            "proj",
-            "projection",
-            "projection_layer",
-            "to_out",
-            "Wo",
-            "output",
-            "post_proj",
-        ),
-        Role.ATTENTION_O,
+        ("q_proj", "q_b_proj", "wq_b", "q_attn", "q", "to_q", "query", "pos_q_proj", "vision_proj"), Role.ATTENTION_Q
     ),
+    **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj", "linear_pos", "text_proj"), Role.ATTENTION_K),
+    **dict.fromkeys(("v_proj", "conv_out_layer"), Role.ATTENTION_V),
+    **dict.fromkeys(("o_proj", "out_proj", "output_proj", "post_proj", "c_proj", "proj"), Role.ATTENTION_O),
+    **dict.fromkeys(("to_out", "Wo", "output", "dense", "projection", "projection_layer"), Role.ATTENTION_O),
 }
-QKV = {Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V}
+ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
+ATTENDS = re.compile(r"attention|attn|multi_?head|mha\b|mla\b", re.IGNORECASE)
 
 
 def attention_role(site: Site) -> Role | None:
@@ -73,25 +45,31 @@ def attention_role(site: Site) -> Role | None:
     Args:
         site: The site of a dense layer.
     """
-    if fused_order(site):
+    if is_fused(site.leaf) and fused_order(site):
         return Role.ATTENTION_QKV
+    if isinstance(site.module, nn.MultiheadAttention):  # with keys or values of other widths
+        return projection(site.leaf)
     parent = site.parent
     if is_value_too(site):
         return Role.ATTENTION_K
     if parent is None or is_fused(site.leaf):
         return None
     role = projection(site.leaf)
-    if role and _has_qkv(parent):
+    if role and has_qkv(parent):
         return role
-    if len(site.ancestors) > 1 and is_alone(parent):  # a layer in a box of its own: what the box is called counts
+    if _is_lone_output(site, parent):
+        return Role.ATTENTION_O
+    if len(site.ancestors) > 1 and _is_boxed(site, parent):  # a layer in a box of its own: the box's name counts
         box = projection(site.path[-2])
-        if box and _has_qkv(site.ancestors[1]):
-            return box
+        if box and has_qkv(site.ancestors[1]):
+            return box if is_alone(parent) else BESIDE_FUSED.get(site.leaf)
         cores = (child for _, child in site.ancestors[1].named_children() if child is not parent)
-        if site.leaf in BESIDE_FUSED and any(_has_qkv(core) or _fuses(core) for core in cores):
+        if site.leaf in BESIDE_FUSED and any(has_qkv(core) or fuses(core) for core in cores):
             return Role.ATTENTION_O
-    named = any(word in type(parent).__name__.lower() for word in ("attention", "mla")) or _fuses(parent)
-    return BESIDE_FUSED.get(site.leaf) if named else None
+    if not (ATTENDS.search(type(parent).__name__) or fuses(parent, square=False)):
+        return None
+    low_rank = {"a", "b"} & set(parts_of(site.leaf))
+    return BESIDE_FUSED.get(site.leaf) or (role if role is Role.ATTENTION_O and not low_rank else None)
 
 
 def is_value_too(site: Site) -> bool:
@@ -111,52 +89,33 @@ def core_of(site: Site) -> nn.Module | None:
     """
     around = site.ancestors[1] if len(site.ancestors) > 1 else None
     beside = [child for module in (site.parent, around) if module is not None for _, child in module.named_children()]
-    cores = (core for core in (site.parent, around, *beside) if core is not None and (_has_qkv(core) or _fuses(core)))
+    cores = (core for core in (site.parent, around, *beside) if core is not None and (has_qkv(core) or fuses(core)))
     return next(cores, site.parent)
 
 
-def is_alone(module: nn.Module) -> bool:
-    """Tell whether a module holds one dense layer and nothing else that has a matrix, as BERT's output layers do.
-
-    Args:
-        module: A module around a dense layer.
-    """
-    dense = [child for _, child in module.named_children() if is_dense(inner_module(child))]
-    return len(dense) == 1
-
-
-def is_dense(module: nn.Module | None) -> bool:
-    """Tell whether a module is a dense layer, by its class, a subclass's name, or what a parametrization holds.
+def is_attention(module: nn.Module | None) -> bool:
+    """Tell whether a module is an attention: by its class's name, or by what stands in it; a block around one is none.
 
     Args:
         module: A module.
     """
-    name = type(module).__name__
-    return isinstance(module, nn.Linear) or name.endswith("Linear") or name in ("Conv1D", "ParametrizationList")
+    if module is None:
+        return False
+    named = bool(ATTENDS.search(type(module).__name__)) or has_qkv(module) or fuses(module, square=False)
+    return named and not _holds_attention(module)
 
 
-def projection(leaf: str) -> Role | None:
-    """Return which projection of an attention a name is for, if any; it counts where q, k and v stand together.
-
-    Args:
-        leaf: The name of the projection.
-    """
-    tokens = set(_parts(leaf)) - FILLERS
-    roles = [role for role, names in TOKENS.items() if tokens and tokens <= names]
-    return roles[0] if roles else Role.ATTENTION_O if leaf in OUTPUTS else None
-
-
-def is_fused(leaf: str) -> bool:
-    """Tell whether a projection's name says that it fuses several, in an order that only the module's code shows.
+def is_inside_attention(site: Site) -> bool:
+    """Tell whether the nearest module around a layer that is more than a list is an attention.
 
     Args:
-        leaf: The name of the projection.
+        site: The site of a dense layer.
     """
-    return leaf not in NOT_FUSED and (leaf.lower() in FUSED_NAMES or bool(FUSED_TOKENS & set(_parts(leaf))))
+    return is_attention(next((module for module in site.ancestors if not isinstance(module, CONTAINERS)), None))
 
 
 def fused_order(site: Site) -> str | None:
-    """Return the order of a fused projection's outputs, if the structure or the class shows it.
+    """Return the order of a fused projection's outputs, if its module's `fused_order`, structure or class shows it.
 
     Args:
         site: The site of the projection.
@@ -165,9 +124,16 @@ def fused_order(site: Site) -> str | None:
         "q k v" one after the other, "k v", "heads of q k v", "groups of q k v" (query heads, then the k and v that they
         share), "four of q v k" (four blocks, each with all three), or "heads of k v" (of latent attention); None for
         any other layer.
+
+    Raises:
+        ValueError: The module's `fused_order` is none of these.
     """
     owner = site.module if isinstance(getattr(site.module, site.leaf, None), nn.Parameter) else site.parent
-    if site.leaf == "kv_b_proj" and hasattr(owner, "qk_nope_head_dim") and hasattr(owner, "v_head_dim"):
+    if stated := getattr(owner, "fused_order", None):
+        if stated not in ORDERS:
+            raise ValueError(f"{site}: the fused_order of {type(owner).__name__} is {stated!r}, choose one of {ORDERS}")
+        return str(stated)
+    if site.leaf in OF_LATENTS and hasattr(owner, "qk_nope_head_dim") and hasattr(owner, "v_head_dim"):
         return "heads of k v"
     name = type(owner).__name__
     if name == "Attention" and "openai" in type(owner).__module__:
@@ -184,16 +150,46 @@ def fused_order(site: Site) -> str | None:
     return "q k v" if getattr(owner, "multi_query", True) else "heads of q k v"
 
 
-def _fuses(module: nn.Module) -> bool:
-    """Tell whether a module holds a fused projection."""
-    return any(is_fused(name) for name, child in module.named_children() if is_dense(inner_module(child)))
+def fuses(module: nn.Module, square: bool = True) -> bool:
+    """Tell whether a module holds a fused projection.
+
+    Args:
+        module: A module.
+        square: Whether one with as many outputs as inputs is one: `in_proj` may be the first layer of an MLP.
+    """
+    fused = [shape_of(layer) for name, layer in dense_children(module).items() if is_fused(name)]
+    return any(square or inputs != outputs for inputs, outputs in fused)
 
 
-def _has_qkv(module: nn.Module) -> bool:
-    """Tell whether q, k and v stand side by side in a module."""
+def has_qkv(module: nn.Module) -> bool:
+    """Tell whether q, k and v stand side by side in a module.
+
+    Args:
+        module: A module.
+    """
     return {projection(name) for name, _ in module.named_children()} >= QKV
 
 
-def _parts(leaf: str) -> list[str]:
-    """Cut a name at underscores, at numbers behind it, and where a capital follows a small letter."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])|\d+$", "_", leaf).lower().strip("_").split("_")
+def _holds_attention(module: nn.Module) -> bool:
+    """Tell whether an attention with matrices of its own is inside a module."""
+    inside = (other for other in module.modules() if other is not module and ATTENDS.search(type(other).__name__))
+    return any(len(whole_shape(p)) > 1 for other in inside for p in other.parameters())
+
+
+def _is_boxed(site: Site, box: nn.Module) -> bool:
+    """Tell whether a layer is alone in a box, or with gates of what it reads."""
+    return all(name == site.leaf or is_gate(name) for name in dense_children(box)) and not is_gate(site.leaf)
+
+
+def _is_lone_output(site: Site, core: nn.Module) -> bool:
+    """Tell whether a layer is the only one beside q, k and v that has no name of theirs, and reads what they write."""
+    layers = dense_children(core)
+    roles = {name: projection(name) for name in layers}
+    if (
+        _holds_attention(core)
+        or not has_qkv(core)
+        or [name for name, role in roles.items() if role not in QKV] != [site.leaf]
+    ):
+        return False
+    widths = {shape_of(layers[name])[1] for name, role in roles.items() if role in QKV}
+    return shape_of(layers[site.leaf])[0] in widths and not is_gate(site.leaf) and "skip" not in site.leaf

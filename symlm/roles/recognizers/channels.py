@@ -3,29 +3,43 @@
 A channel may change its place among the others, in all layers that read into it or out of it together.
 """
 
+import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from symlm.roles.recognizers.attention import is_fused
-from symlm.roles.recognizers.leaves import is_convolution
-from symlm.roles.recognizers.shapes import dense_layers, role_by_shapes, scope_of, shape_of
+from symlm.roles.recognizers.attention import is_attention
+from symlm.roles.recognizers.layers import dense_children, is_convolution, shape_of
+from symlm.roles.recognizers.names import is_fused, is_gate
+from symlm.roles.recognizers.shapes import activates, dense_layers, role_by_shapes, scope_of
 from symlm.roles.role import Role, Site, whole_shape
 
 INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
 OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_out")
 BY_NAME = {**dict.fromkeys(INTO, Role.MLP_IN), **dict.fromkeys(OUT_OF, Role.MLP_OUT)}
+SQUARE = {  # last words that decide only where the shapes do not: an adapter goes down before it goes up
+    **dict.fromkeys(("gate", "up", "in", "wi", "expand"), Role.MLP_IN),
+    **dict.fromkeys(("down", "out", "wo", "contract"), Role.MLP_OUT),
+}
 ALONE = {  # where no layer stands beside that reads the channels
-    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj"), Role.MLP_IN),
+    **dict.fromkeys(("q_a_proj", "wq_a", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a"), Role.MLP_IN),
     **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
-    "per_layer_projection": Role.MLP_OUT,
+    **dict.fromkeys(("per_layer_projection", "conv_kernel_layer"), Role.MLP_OUT),
     **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
-    **{"vocab_transform": Role.MLP_IN},
+    **dict.fromkeys(("vocab_transform", "sampling_offsets", "attention_weights"), Role.MLP_IN),
     **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT},
     **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
+POINTWISE = {  # convolutions over single places, by the classes and the names of their boxes
+    ("ConvDropoutLayerNorm", "post_attention"): Role.ATTENTION_O,
+    ("ConvActivation", "intermediate"): Role.MLP_IN,
+    ("ConvDropoutLayerNorm", "output"): Role.MLP_OUT,
+}
+TOKENS_IN_COLUMNS = (("MobileBertLMPredictionHead", "dense"),)  # the head of the channels that an embedding has not
 ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
+NUMBERED = re.compile(r"(fc|lin|linear|layer|dense)_?\d")
 GATES = (
     "gate_proj",
     "q_gate_proj",
@@ -37,6 +51,7 @@ GATES = (
     "b_proj",
     "dt_proj",
     "r_proj",
+    "gru_rel_pos_linear",
     "relative_pos_embeddings",
 )
 
@@ -70,14 +85,39 @@ def channel_role(site: Site) -> Role | None:
         return None
     if site.leaf in ALONE:
         return ALONE[site.leaf]
+    if (type(parent).__name__, site.leaf) in TOKENS_IN_COLUMNS:
+        return Role.MLP_OUT
     if any(part.startswith("gate_up_proj_adapter") for part in site.path[:-1]) and site.leaf != "0":
         return Role.MLP_IN  # the second factor of what is added to the neurons
     if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ATTENDING):
         return Role.MLP_IN
-    children = {name for name, _ in parent.named_children()}
-    if site.leaf in BY_NAME and {BY_NAME.get(name) for name in children} >= {Role.MLP_IN, Role.MLP_OUT}:
-        return BY_NAME[site.leaf]
-    return None
+    if is_gate(site.leaf) and any(is_attention(module) for module in site.ancestors[:2]):
+        return Role.MLP_IN
+    if isinstance(parent, nn.Sequential) and is_gate("".join(site.path[-2:-1])) and is_attention(site.ancestors[1]):
+        return Role.MLP_IN if [*dense_children(parent).values()][-1] is site.module else Role.MATRIX  # a low rank
+    square = len(set(site.shape)) == 1 and activates(parent)
+    if deep := _deep(site):
+        return Role.MLP_OUT if site.module is deep[-1] else Role.MLP_IN if site.module in deep else None
+    names = [name for name, _ in parent.named_children()]
+    roles = {name: BY_NAME.get(name) or (_by_last_word(name) if square else None) for name in names}
+    return roles.get(site.leaf) if {*roles.values()} >= {Role.MLP_IN, Role.MLP_OUT} else None
+
+
+def _deep(site: Site) -> list[nn.Module]:
+    """Return three or more layers in a list or with numbers, each reading what the one before writes: a deep MLP."""
+    parent = site.ancestors[0]
+    listed = isinstance(parent, nn.ModuleList) and len(site.ancestors) > 1
+    around = site.ancestors[1] if listed else parent
+    layers = [layer for name, layer in dense_children(parent).items() if listed or NUMBERED.fullmatch(name)]
+    shapes = [shape_of(layer) for layer in layers]
+    chained = all(before[1] == after[0] for before, after in pairwise(shapes))
+    parallel = listed and len(set(shapes)) == 1 and "mlp" not in type(around).__name__.lower()  # equal squares may be
+    return layers if len(layers) > 2 and chained and not parallel and activates(around) else []
+
+
+def _by_last_word(name: str) -> Role | None:
+    """Return what a name's last word says, numbers left out."""
+    return SQUARE.get(name.rstrip("_0123456789").rpartition("_")[2])
 
 
 def is_mixer(module: nn.Module) -> bool:
@@ -106,8 +146,10 @@ def blocks_of_outputs(site: Site) -> Blocks | None:
         The blocks; None for outputs of one kind.
     """
     owner, rows = site.parent, site.shape[int(site.transposed)]
-    if site.leaf == "kv_a_proj_with_mqa":
+    if site.leaf in ("kv_a_proj_with_mqa", "wkv_a"):
         return Blocks("m", {"m": (_size(owner, "kv_lora_rank"), _size(owner, "qk_rope_head_dim"))})
+    if isinstance(site.module, nn.RNNBase | nn.RNNCellBase) and site.leaf.startswith(("weight_ih", "weight_hh")):
+        return Blocks("(p m)", {"p": (rows // int(site.module.hidden_size),)})  # the gates of every unit
     if owner is not None and is_mixer(owner):
         return _blocks_of_mixer(site.leaf, owner, rows)
     return Blocks("(p m)", {"p": (2,)}) if site.leaf == "gate_up_proj" or _is_doubled(site) else None
@@ -126,7 +168,7 @@ def _blocks_of_mixer(leaf: str, owner: nn.Module, rows: int) -> Blocks | None:
     if leaf == "in_proj_qkv":
         return Blocks("m", {"m": (_size(owner, "key_dim"), _size(owner, "key_dim"), _size(owner, "value_dim"))})
     if leaf == "x_proj":
-        state = (rows - _size(owner, "time_step_rank")) // 2
+        state = (rows - _size(owner, "time_step_rank", "dt_rank")) // 2
         return Blocks("m", {"m": (rows - 2 * state, state, state)}) if 0 < 2 * state < rows else None
     convolved = next((child for name, child in owner.named_children() if _is_depthwise(child)), None)
     if leaf != "in_proj" or convolved is None:
@@ -135,8 +177,8 @@ def _blocks_of_mixer(leaf: str, owner: nn.Module, rows: int) -> Blocks | None:
     if rows in (2 * channels, 3 * channels):  # a state space and its gate; a convolution between two gates
         interleaved = rows == 2 * channels and _size(owner, "n_mamba_heads")
         return Blocks("(m p)" if interleaved else "(p m)", {"p": (rows // channels,)})
-    states = _size(owner, "n_groups") * _size(owner, "ssm_state_size")
-    inner, heads = channels - 2 * states, _size(owner, "num_heads")
+    states = _size(owner, "n_groups", "ngroups") * _size(owner, "ssm_state_size", "d_state")
+    inner, heads = channels - 2 * states, _size(owner, "num_heads", "nheads")
     rest = rows - inner - channels - heads  # of an MLP beside the state space
     if min(states, inner, heads) <= 0 or rest < 0 or rest % 2:
         return None
@@ -159,7 +201,7 @@ def _is_depthwise(module: nn.Module) -> bool:
     return len(shape) in (3, 4) and shape[1] == 1 and shape[0] > 1 and (len(shape) == 3 or is_convolution(module))
 
 
-def _size(owner: nn.Module | None, name: str) -> int:
-    """Return a size that a module has as an attribute; 0 without one."""
-    value = getattr(owner, name, 0)
-    return int(value) if isinstance(value, int) else 0
+def _size(owner: nn.Module | None, *names: str) -> int:
+    """Return a size that a module has as an attribute of one of these names; 0 without one."""
+    values = (getattr(owner, name, 0) for name in names)
+    return next((int(value) for value in values if isinstance(value, int) and value), 0)

@@ -4,11 +4,15 @@ import re
 
 from torch import nn
 
-from symlm.roles.role import Role, Site
+from symlm.roles.recognizers.channels import BY_NAME
+from symlm.roles.recognizers.layers import is_convolution, is_pointwise
+from symlm.roles.recognizers.names import QKV, is_fused, projection
+from symlm.roles.role import Role, Site, whole_shape
 
 TABLES = {"pos", "position", "positions", "positional", "embedding", "embeddings", "embed", "emb", "token", "tokens"}
 TABLES |= {"latent", "latents", "query", "queries", "probe", "cls", "mask", "register", "prompt", "ape", "feature"}
-ELEMENTS = {"a_log", "d", "dt_bias", "scale", "decay", "gamma", "beta", "alpha", "b1", "b2", "bias"}
+TABLES |= {"codevectors"}
+ELEMENTS = {"a_log", "d", "dt_bias", "scale", "decay", "gamma", "beta", "alpha", "b1", "b2", "bias", "biases"}
 PROJECTIONS = {  # stored [d, heads, head_dim]
     **{"q": Role.ATTENTION_Q, "k": Role.ATTENTION_K, "v": Role.ATTENTION_V, "o": Role.ATTENTION_O},
     **dict.fromkeys(("r", "r_kernel"), Role.ATTENTION_K),  # keys of relative positions
@@ -31,6 +35,10 @@ def leaf_role(site: Site) -> Role | None:
     shape, name = site.shape, site.leaf.lower()
     if sum(length > 1 for length in shape) <= 1:
         return Role.VECTOR
+    if isinstance(site.module, nn.RNNBase | nn.RNNCellBase):
+        return Role.MLP_OUT if name.startswith("weight_hr") else Role.MLP_IN
+    if _is_of_one_block(site) or (is_pointwise(site.module) and is_fused(site.leaf)):
+        return None  # stored as x @ W or as W @ x, or in an order that only the code shows
     if is_convolution(site.module):
         return Role.VECTOR if shape[1] == 1 and _groups(site.module) > 1 else Role.MATRIX
     words = set(re.sub(r"\d+$", "", name).split("_")) | {name}
@@ -50,22 +58,12 @@ def leaf_role(site: Site) -> Role | None:
     return None
 
 
-def is_convolution(module: nn.Module) -> bool:
-    """Tell whether a module is a convolution, of torch or of a name that says so.
-
-    Args:
-        module: The module that holds the parameter.
-    """
-    return isinstance(module, nn.modules.conv._ConvNd)
-
-
-def is_pointwise(module: nn.Module) -> bool:
-    """Tell whether a module is a convolution over single places: a dense layer of every place.
-
-    Args:
-        module: The module that holds the parameter.
-    """
-    return isinstance(module, nn.modules.conv._ConvNd) and set(module.kernel_size) == {1}
+def _is_of_one_block(site: Site) -> bool:
+    """Tell whether a matrix that no layer holds is a projection of an attention or of an MLP, by those beside it."""
+    names = [name for name, p in site.module.named_parameters(recurse=False) if len(whole_shape(p)) == 2]
+    roles, blocks = {projection(name) for name in names}, {BY_NAME.get(name) for name in names}
+    of_block = site.leaf in BY_NAME and blocks >= {Role.MLP_IN, Role.MLP_OUT}
+    return site.leaf in names and (of_block or (projection(site.leaf) is not None and roles >= QKV))
 
 
 def _groups(module: nn.Module) -> int:

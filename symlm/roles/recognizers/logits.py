@@ -23,7 +23,7 @@ def ignores_a_shift(site: Site) -> bool:
     Args:
         site: The site of a router.
     """
-    if type(site.module).__name__ in NOT_INVARIANT:
+    if type(site.module).__name__ in NOT_INVARIANT or "noise" in site.leaf:
         return False
     for module in (site.module, *site.ancestors[:2]):
         scoring = [type(child).__name__.lower() for name, child in module.named_children() if name.startswith("scor")]

@@ -3,14 +3,19 @@
 import re
 from collections.abc import Collection
 
-from torch import Tensor, nn
+from torch import nn
 
-from symlm.roles.recognizers.attention import is_alone, is_dense
+from symlm.roles.recognizers.attention import BESIDE_FUSED, fuses, has_qkv, is_attention
+from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, shape_of
 from symlm.roles.recognizers.logits import HEADS, functions_called
-from symlm.roles.role import Role, Site, whole_shape
+from symlm.roles.recognizers.names import is_fused, projection
+from symlm.roles.role import Role, Site
 from symlm.roles.wrappers import inner_module
 
 ACTIVATION = re.compile(r"(^|_)act|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
+
+
+INERT = re.compile(r"drop|identity|flatten|norm|rearrange|permute|transpose|reshape|pool")
 
 
 def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
@@ -34,14 +39,29 @@ def is_activated_alone(site: Site) -> bool:
         site: The site of a dense layer.
     """
     parent = site.parent
-    if parent is None or len(site.shape) != 2 or not _activates(parent):
+    if parent is None or len(site.shape) != 2 or not activates(parent):
         return False
     children = dict(parent.named_children())
+    if isinstance(parent, nn.Sequential) and [*children][-1:] == [site.leaf]:
+        return False  # the activation is before it
     layers = {name for name, child in children.items() if is_dense(inner_module(child))}
     others = [child for name, child in children.items() if name not in layers]
     return layers - {*HEADS, "decoder"} == {site.leaf} and all(
         p.ndim < 2 for child in others for p in child.parameters()
     )
+
+
+def is_ambiguous(site: Site) -> bool:
+    """Tell whether a layer is one of two or three equal squares around an activation; no name says which is last.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    if site.parent is None or not activates(site.parent):
+        return False
+    layers = dense_layers(site.parent)
+    widths = {width for _, *both in layers for width in both}
+    return 2 <= len(layers) == len(dense_children(site.parent)) <= 3 and len(widths) == 1
 
 
 def scope_of(site: Site) -> nn.Module | None:
@@ -51,6 +71,8 @@ def scope_of(site: Site) -> nn.Module | None:
         site: The site of a dense layer.
     """
     parent = site.parent
+    if isinstance(parent, nn.Sequential | nn.ModuleList) and len(dense_layers(parent)) > 1:
+        return parent
     if parent is not None and is_alone(parent) and not any(is_gate_and_up(child) for child in parent.children()):
         around = site.ancestors[1] if len(site.ancestors) > 1 else None
         return around if around is not None and len(dense_layers(around)) > 1 else None
@@ -62,14 +84,18 @@ def is_gate_and_up(module: nn.Module | None) -> bool:
     if module is None:
         return False
     layers = dense_layers(module)
-    return len(layers) == 2 and layers[0][1:] == layers[1][1:] and _activates(module)
+    return len(layers) == 2 and layers[0][1:] == layers[1][1:] and activates(module)
 
 
 def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role | None:
     """Return the role of a layer in one block."""
-    if scope is None or (isinstance(scope, nn.Sequential) and not _is_activated(scope)):
+    if scope is None:
         return None
-    if site.leaf in HEADS and not _activates(scope):
+    if isinstance(scope, nn.Sequential | nn.ModuleList) and (role := _role_in_sequence(scope, site, ends)):
+        return role
+    if isinstance(scope, nn.Sequential):
+        return None
+    if site.leaf in HEADS and not activates(scope):
         return None
     if _is_linear(scope):
         return None
@@ -90,14 +116,18 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
         others = [layer for place, layer in enumerate(layers) if place != last]
         fits = all(outputs in (width, 2 * width) for _, _, outputs in others)
         alike = len({inputs for _, inputs, _ in others}) == 1
-        numbered = len(layers) == 2 and last == 1 and (isinstance(scope, nn.Sequential) or _are_numbered(scope))
+        numbered = len(layers) == 2 and last == 1 and _are_numbered(scope, [layer for layer, _, _ in layers])
         if fits and alike and (layers[last][2] != width or numbered):
             return Role.MLP_OUT if places[0] == last else Role.MLP_IN
     return None
 
 
-def _activates(module: nn.Module) -> bool:
-    """Tell whether the code of a module names an activation, or a child is one."""
+def activates(module: nn.Module) -> bool:
+    """Tell whether the code of a module names an activation, or a child is one.
+
+    Args:
+        module: A module around dense layers.
+    """
     kinds = [type(child) for child in module.children() if not isinstance(child, nn.MultiheadAttention)]
     if any(kind.__module__ == "torch.nn.modules.activation" for kind in kinds):
         return True
@@ -108,43 +138,59 @@ def _is_linear(scope: nn.Module) -> bool:
     """Tell whether the layers of a block have norms between them and no activation, as MobileBERT's bottleneck."""
     inside = (scope, *scope.children())
     norms = any("norm" in type(child).__name__.lower() for child in scope.children())
-    return (
-        norms and not type(scope).__module__.startswith("torch.") and not any(_activates(module) for module in inside)
-    )
+    return norms and not type(scope).__module__.startswith("torch.") and not any(activates(module) for module in inside)
 
 
-def _is_activated(sequence: nn.Sequential) -> bool:
-    """Tell whether a sequence is a layer, something without weights, and a layer."""
-    dense = [is_dense(inner_module(child)) for child in sequence]
-    between = [child for child, is_layer in zip(sequence, dense, strict=True) if not is_layer]
-    plain = all(not list(child.parameters()) and not isinstance(child, nn.Dropout | nn.Identity) for child in between)
-    return dense[:1] == dense[-1:] == [True] and sum(dense) == 2 and bool(between) and plain
+def _role_in_sequence(scope: nn.Module, site: Site, ends: Collection[int]) -> Role | None:
+    """Return the role of a layer among several with an activation between each two: the last reads neurons out."""
+    layers: list[nn.Module] = []
+    active = False
+    if isinstance(scope, nn.ModuleList) and not dense_children(scope):  # boxes side by side
+        return None
+    for child in scope.children():
+        inner = inner_module(child) or child
+        dense = [inner] if is_dense(inner) else list(dense_children(inner).values())
+        if len(dense) == 1 and not (layers and not active):
+            layers += dense
+            active = dense[0] is not inner and activates(inner)
+        elif dense or any(p.ndim > 1 for p in inner.parameters()):
+            return None
+        else:
+            active |= not INERT.search(type(inner).__name__.lower())
+    layers = [layer for layer in layers if id(getattr(layer, "weight", None)) not in ends]
+    if len(layers) < 2 or all(layer is not site.module for layer in layers):
+        return None
+    return Role.MLP_OUT if layers[-1] is site.module else Role.MLP_IN
 
 
-def _are_numbered(scope: nn.Module) -> bool:
-    """Tell whether the layers of a block have one name and numbers, as `linear_1` and `linear_2`."""
-    names = [name for name, child in scope.named_children() if is_dense(inner_module(child))]
+def _are_numbered(scope: nn.Module, layers: list[nn.Module]) -> bool:
+    """Tell whether two layers have one name and numbers, as `linear_1` and `linear_2`."""
+    names = [name for name, child in scope.named_children() if inner_module(child) in layers]
     return len(names) == 2 and len({name.rstrip("0123456789") for name in names}) == 1 and names[0][-1:].isdigit()
 
 
 def dense_layers(scope: nn.Module) -> list[tuple[nn.Module, int, int]]:
-    """Return the layers of a block with their inputs and outputs, of boxes of one or two layers too."""
+    """Return the layers of a block with their inputs and outputs, of boxes of one or two layers too.
+
+    Those of an attention are left out, whether it is in a box or beside the others.
+
+    Args:
+        scope: The block.
+    """
+    if is_attention(scope) and not (has_qkv(scope) or fuses(scope)):  # of names that say nothing
+        return []
     found = []
-    for _, child in scope.named_children():
+    for name, child in scope.named_children():
         inner = inner_module(child)
         if is_dense(inner):
-            found.append(inner)
-        elif inner is not None:
-            inside = [inner_module(layer) for _, layer in inner.named_children() if is_dense(inner_module(layer))]
+            found += [] if is_attention(scope) and _is_projection(name) else [inner]
+        elif inner is not None and not is_attention(inner):
+            inside = list(dense_children(inner).values())
             other = any(word in type(inner).__name__ for word in ("Embedding", "Pooler"))
             found += inside if len(inside) <= 2 and not other else []
     return [(layer, *shape_of(layer)) for layer in found if layer is not None and shape_of(layer) != (0, 0)]
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """Return (inputs, outputs) of a dense layer."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
-        return 0, 0
-    rows, columns = whole_shape(weight)
-    return (rows, columns) if type(layer).__name__ == "Conv1D" else (columns, rows)
+def _is_projection(name: str) -> bool:
+    """Tell whether a name is one of an attention's projections."""
+    return bool(projection(name)) or is_fused(name) or name in BESIDE_FUSED

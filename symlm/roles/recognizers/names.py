@@ -1,0 +1,67 @@
+"""What the names of layers say: projections of attention, fused ones and gates."""
+
+import re
+
+from symlm.roles.role import Role
+
+TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query`, `q_lin` or `query_global` have them
+    Role.ATTENTION_Q: {"q", "qs", "query", "queries", "wq", "qproj", "toqueries"},
+    Role.ATTENTION_K: {"k", "ks", "key", "keys", "wk", "kproj", "tokeys"},
+    Role.ATTENTION_V: {"v", "vs", "value", "values", "wv", "vproj", "tovalues"},
+    Role.ATTENTION_O: {"o", "out", "output", "dense", "wo", "oproj"},
+}
+FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "global"}
+FILLERS |= {"attention", "w2e", "e2w", "e2e", "projection", "head", "heads", "layer", "mat", "map", "matrix"}
+FILLERS |= {"att", "weight", "weights", "transform", "mha", "sa", "in"}
+FILLERS |= {"protein", "structure", "msa", "layout", "vision", "text"}  # what a projection reads
+OUTPUTS = ("c_proj", "proj")
+FUSED_TOKENS = {
+    *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
+    *("wqkv", "wkv", "wqk", "wpack", "qkvw", "toqkv", "toqk", "tokv"),
+}
+FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
+NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "index_qk_proj")  # low ranks; what only chooses keys
+QKV = {Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V}
+
+
+def is_gate(leaf: str) -> bool:
+    """Tell whether a name is that of a gate, which multiplies what an attention puts out.
+
+    Args:
+        leaf: The name of the layer.
+    """
+    return bool(set(parts_of(leaf)) & {"gate", "gating", "g", "gk", "wg"}) and not is_fused(leaf)
+
+
+def projection(leaf: str) -> Role | None:
+    """Return which projection of an attention a name is for, if any; it counts where q, k and v stand together.
+
+    Args:
+        leaf: The name of the projection.
+    """
+    words = set(parts_of(leaf)) - FILLERS
+    known = [role for role, names in TOKENS.items() if words & names]
+    if not known or not words <= set.union(*(TOKENS[role] for role in known)):
+        return Role.ATTENTION_O if leaf in OUTPUTS else None
+    others = [role for role in known if role is not Role.ATTENTION_O]  # of `query_dense`
+    return (others or known)[0] if len(others) < 2 else None
+
+
+def is_fused(leaf: str) -> bool:
+    """Tell whether a projection's name says that it fuses several, in an order that only the module's code shows.
+
+    Args:
+        leaf: The name of the projection.
+    """
+    words = set(parts_of(leaf))
+    several = sum(bool(words & TOKENS[role]) for role in QKV) > 1
+    return leaf not in NOT_FUSED and (leaf.lower() in FUSED_NAMES or several or bool(FUSED_TOKENS & words))
+
+
+def parts_of(leaf: str) -> list[str]:
+    """Cut a name at underscores, at numbers behind it, and where a capital follows a small letter.
+
+    Args:
+        leaf: The name.
+    """
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])|\d+$", "_", leaf).lower().strip("_").split("_")
