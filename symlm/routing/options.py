@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from symlm.roles.role import whole_shape
-from symlm.routing.fitting import check_constraint
+from symlm.routing.fitting import check_constraint, check_momentum
 from symlm.routing.values import check_options
 from symlm.rules import get_rule
 from symlm.views.matrix_view import MatrixView
