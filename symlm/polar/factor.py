@@ -12,7 +12,7 @@ from torch import Tensor
 from symlm.polar.counting import gram_is_cheaper
 from symlm.polar.exact import qdwh_polar, svd_polar
 from symlm.polar.newton_schulz import gram_newton_schulz, newton_schulz
-from symlm.polar.precision import accumulation_dtype, resolve_dtype
+from symlm.polar.precision import accumulation_dtype, refuse_gram_iteration, resolve_dtype
 from symlm.polar.schedules import Triple, get_schedule
 
 CPU_STACK = 2**20  # entries; a larger stack's temporaries leave a CPU's cache
@@ -49,7 +49,8 @@ def polar(
         isometry ("svd") or a direction of bounded spectral norm (the iterations).
 
     Raises:
-        ValueError: An unknown method, schedule, side or dtype, steps < 1, or M with fewer than two axes.
+        ValueError: An unknown method, schedule, side or dtype, steps < 1, M with fewer than two axes, or the Gram
+            iteration in bf16.
         TypeError: M is complex or of integers.
         RuntimeError: Triton is asked for and cannot run here.
 
@@ -137,6 +138,7 @@ def choose_iteration(
         method == "auto" and gram_is_cheaper(X, resolve_dtype(X, compute_dtype, gram=True), steps, kernels)
     )
     dtype = resolve_dtype(X, compute_dtype, use_gram)
+    refuse_gram_iteration(method, dtype)
     products = select_products(X.device.type, dtype, X.shape[-2], kernels)
     return Iteration(
         gram_newton_schulz if use_gram else newton_schulz, table.steps(steps), products, table.bound, dtype

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from symlm.polar.factor import METHODS
-from symlm.polar.precision import resolve_dtype
+from symlm.polar.precision import refuse_gram_iteration, resolve_dtype
 from symlm.polar.schedules import get_schedule
 from symlm.roles.role import whole_shape
 from symlm.rules import Rule, get_rule
@@ -103,7 +103,7 @@ def check_group(group: dict[str, Any]) -> None:
     for key, allowed in choices.items():
         if group[key] not in allowed:
             raise ValueError(f"group {role}: unknown {key} {group[key]!r}; choose one of {allowed}")
-    resolve_dtype(torch.empty(0), group["compute_dtype"])
+    refuse_gram_iteration(group["polar_method"], resolve_dtype(torch.empty(0), group["compute_dtype"]))
     for name, p in named_parameters(group):
         view.shape(whole_shape(p))
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
