@@ -5,18 +5,18 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from symlm_kernels.reference import normal
+from symlm_kernels.reference import is_plain, normal
 from symlm_kernels.selection import select_products
 from torch import Tensor
 
 from symlm.polar.counting import gram_is_cheaper
 from symlm.polar.exact import qdwh_polar, svd_polar
 from symlm.polar.newton_schulz import gram_newton_schulz, newton_schulz
-from symlm.polar.precision import accumulation_dtype, resolve_dtype
+from symlm.polar.precision import accumulation_dtype, refuse_gram_iteration, resolve_dtype
 from symlm.polar.schedules import Triple, get_schedule
 
 CPU_STACK = 2**20  # entries; a larger stack's temporaries leave a CPU's cache
-CPU_PART = 2**17  # half a megabyte in fp32, the best of 2¹⁵ to 2²⁰: 0.68 to 0.85 of a whole stack's time
+CPU_PART = 2**16  # a quarter of a megabyte in fp32; of sides of 256 0.92 to 0.96 of the time that 2¹⁷ take
 METHODS = ("svd", "qdwh", "newton_schulz", "gram_newton_schulz", "auto")
 
 
@@ -49,7 +49,8 @@ def polar(
         isometry ("svd") or a direction of bounded spectral norm (the iterations).
 
     Raises:
-        ValueError: An unknown method, schedule, side or dtype, steps < 1, or M with fewer than two axes.
+        ValueError: An unknown method, schedule, side or dtype, steps < 1, M with fewer than two axes, or the Gram
+            iteration in bf16.
         TypeError: M is complex or of integers.
         RuntimeError: Triton is asked for and cannot run here.
 
@@ -84,9 +85,10 @@ def polar(
 
 def _parts(X: Tensor) -> Sequence[Tensor]:
     """Return the parts of a stack that are iterated one after the other: on a CPU what its cache holds."""
-    if X.device.type != "cpu" or X.numel() <= CPU_STACK:
+    size = X.shape[-2] * X.shape[-1]
+    if X.device.type != "cpu" or (X.numel() <= CPU_STACK and size < CPU_PART):
         return (X,)
-    return X.split(max(1, CPU_PART // (X.shape[-2] * X.shape[-1])))
+    return X.split(max(1, CPU_PART // size))
 
 
 class Iteration(NamedTuple):
@@ -136,6 +138,7 @@ def choose_iteration(
         method == "auto" and gram_is_cheaper(X, resolve_dtype(X, compute_dtype, gram=True), steps, kernels)
     )
     dtype = resolve_dtype(X, compute_dtype, use_gram)
+    refuse_gram_iteration(method, dtype)
     products = select_products(X.device.type, dtype, X.shape[-2], kernels)
     return Iteration(
         gram_newton_schulz if use_gram else newton_schulz, table.steps(steps), products, table.bound, dtype
@@ -143,15 +146,19 @@ def choose_iteration(
 
 
 def _normalize(X: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
-    """Scale each matrix to `X / (bound·‖X‖_F)`, by its largest entry first so that no square overflows.
+    """Scale each matrix to `X / (bound·‖X‖_F)`, by its largest entry first so that no square overflows or vanishes.
 
-    On a CPU the result is contiguous, so that the products' roundings do not depend on how a matrix was stored.
+    On a CPU, where reading costs nothing, only matrices of such squares are divided by their largest entry. The result
+    is contiguous there, so that the products' roundings do not depend on how a matrix was stored.
     """
     wide = X.to(torch.promote_types(accumulation_dtype(X.dtype), dtype))
-    axes = (-2, -1)
-    largest = torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True))
-    out = torch.empty(wide.shape, dtype=wide.dtype) if wide.device.type == "cpu" else None
-    Y = torch.div(wide, normal(largest), out=out)
-    norm = torch.linalg.vector_norm(Y, dim=axes, keepdim=True)
+    axes, on_cpu = (-2, -1), wide.device.type == "cpu"
+    norm = torch.linalg.vector_norm(wide, dim=axes, keepdim=True) if on_cpu else None
+    if norm is None or not (plain := is_plain(norm)).all():
+        largest = normal(torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True)))
+        wide = wide / (largest if norm is None else torch.where(plain, 1.0, largest))
+        norm = torch.linalg.vector_norm(wide, dim=axes, keepdim=True)
     size = normal(norm) * bound
-    return Y.div_(size) if dtype == Y.dtype else torch.div(Y, size, out=torch.empty_like(Y, dtype=dtype))
+    if on_cpu:
+        return torch.div(wide, size, out=torch.empty(wide.shape, dtype=dtype))
+    return wide.div_(size) if dtype == wide.dtype else torch.div(wide, size, out=torch.empty_like(wide, dtype=dtype))

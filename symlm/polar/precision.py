@@ -53,6 +53,23 @@ def resolve_dtype(M: Tensor, compute_dtype: str | torch.dtype, gram: bool = Fals
     return dtype
 
 
+def refuse_gram_iteration(method: str, dtype: torch.dtype) -> None:
+    """Refuse the Gram iteration in a dtype in which its singular values leave their bound.
+
+    Args:
+        method: The method of `symlm.polar.polar`.
+        dtype: The dtype of its products.
+
+    Raises:
+        ValueError: The method is "gram_newton_schulz" and the dtype bf16.
+    """
+    if method == "gram_newton_schulz" and dtype == torch.bfloat16:
+        raise ValueError(
+            "gram_newton_schulz squares the condition, for which bfloat16's eight bits are too few: take "
+            "compute_dtype='float16' or 'float32', or method 'newton_schulz' or 'auto'"
+        )
+
+
 @cache
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return fp32, or the dtype if it is wider.

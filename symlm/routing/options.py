@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from symlm.polar.precision import refuse_gram_iteration, resolve_dtype
 from symlm.roles.role import whole_shape
 from symlm.routing.fitting import check_constraint, check_momentum
 from symlm.routing.values import check_options
@@ -86,6 +87,7 @@ def check_group(group: dict[str, Any]) -> None:
         )
     check_constraint(role, rule, group["constraint"])
     check_momentum(role, rule, group)
+    refuse_gram_iteration(group["polar_method"], resolve_dtype(torch.empty(0), group["compute_dtype"]))
     for name, p in named_parameters(group):
         view.shape(whole_shape(p))
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16):

@@ -2,26 +2,25 @@
 
 from math import sqrt
 
-from symlm_kernels.reference import center, mean_norms, normal, over_rms, row_norms, unit_rows
+from symlm_kernels.reference import center, mean_norms, normal, over_rms, rms_divisors, row_norms, unit_rows
 from torch import Tensor
 
 from symlm.polar.inverse_roots import inverse_root
 from symlm.rules.rule import A_GRAM_MATRIX, A_NUMBER_A_ROW, CENTERED_ROWS, ROWS, rule
 
-Rows = tuple[Tensor, dict[str, Tensor]]
+Divisors = tuple[Tensor, dict[str, Tensor]]
 
 
-def over_norm(X: Tensor, norm: Tensor) -> Rows:
+def over_norm(norm: Tensor) -> Divisors:
     """Divide rows by their norms, `X_i/|X_i|`.
 
     Args:
-        X: Rows, (..., m, n).
-        norm: Their norms, (..., m, 1).
+        norm: The norms of rows, (..., m, 1).
 
     Returns:
-        The directions, same shape as X, zero rows staying zero; and no state.
+        The divisors of the rows, same shape, infinity for a zero row; and no state.
     """
-    return X / normal(norm), {}
+    return normal(norm), {}
 
 
 def _bias(beta2: float, step: Tensor | int, X: Tensor) -> Tensor | float:
@@ -29,21 +28,20 @@ def _bias(beta2: float, step: Tensor | int, X: Tensor) -> Tensor | float:
     return 1 - beta2 ** (step.to(X.dtype) if isinstance(step, Tensor) else step)
 
 
-def over_mean(X: Tensor, norm: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Rows:
+def over_mean(norm: Tensor, row_rms: Tensor, step: Tensor | int, beta2: float) -> Divisors:
     """Divide rows by their norms in the mean of steps, `X_i·√(1−β₂^t)/r_i`, `r² <- β₂r² + (1−β₂)|X_i|²`.
 
     Args:
-        X: Rows, (..., m, n).
-        norm: Their norms, (..., m, 1).
-        row_rms: The mean norms r before this step, (..., m, 1).
+        norm: The norms of rows, (..., m, 1).
+        row_rms: The mean norms r before this step, same shape.
         step: The step t, from 1.
         beta2: The decay β₂ of the mean.
 
     Returns:
-        The directions, same shape as X; and the state with r refreshed.
+        The divisors of the rows, same shape; and the state with r refreshed.
     """
     refreshed = mean_norms(norm, row_rms, beta2)
-    return over_rms(X, refreshed, _bias(beta2, step, X)), {"row_rms": refreshed}
+    return rms_divisors(refreshed, _bias(beta2, step, norm)), {"row_rms": refreshed}
 
 
 @rule(ROWS, row_map=over_norm, fused=True)
@@ -143,7 +141,8 @@ def whitener(gram: Tensor, rows: int) -> Tensor:
 
 def _spread(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> dict[str, Tensor]:
     """Return the refreshed state of a whitened rule: mean norms, and the mean Gram matrix of the rows over these."""
-    D, mean_state = over_mean(X, row_norms(X), row_rms, step, beta2)
+    divisors, mean_state = over_mean(row_norms(X), row_rms, step, beta2)
+    D = X / divisors
     return {**mean_state, "gram": gram.lerp(D.mT @ D / X.shape[-2], 1 - beta2)}
 
 

@@ -66,8 +66,8 @@ class Rule:
         refresh: Maps M and the state to the next state.
         pull: Maps M and the state to the matrix that the next rotation is the orthogonal factor of; None for a rule
             without a rotation.
-        row_map: Maps rows and their norms to directions, the part of the rule between its centerings; None where rows
-            mix.
+        row_map: Maps the norms of rows to what divides the rows, the part of the rule between its centerings, and the
+            next state of the rows; None where rows mix.
         fused: Whether Triton kernels do the whole step: of a row rule, or of one whose direction is the polar factor.
         elementwise: Whether the optimizer runs torch's AdamW in the rule's place, on a tensor of any shape.
         own_mean: Whether M is the gradient, of which the rule stores a mean itself: the group's momentum is 0.

@@ -14,7 +14,7 @@ from symlm.rules import get_rule
 from symlm.step import stacks
 from symlm.step.directions import POLAR_OPTIONS, cost_of, polar_factors, rule_state, scale_of, whole_directions, wide
 from symlm.step.member import BATCH_ELEMENTS, Member, batches
-from symlm.step.momentum import rule_input_of_block, rule_inputs, update_momentum
+from symlm.step.momentum import BlockInputs, rule_inputs
 from symlm.step.rows import fused
 from symlm.step.rows.blocks import ALL, Block
 from symlm.step.rows.row_step import RowStep, gram_weight
@@ -23,6 +23,7 @@ from symlm.views.storage import WHOLE
 
 JOINED_ELEMENTS = 2**20  # a larger bucket's launches cost little beside its products
 CPU_BLOCK_ELEMENTS = 2**20  # rows that do not mix are updated in blocks that fit a CPU's cache
+CPU_PART_ELEMENTS = 2**18  # of a larger bucket, matrices that run through all phases while they are in the cache
 
 
 class Bucket:
@@ -53,6 +54,7 @@ class Bucket:
         split = not layout.whole and not self.by_rows and not self.everywhere and self.local_view is None
         self.exchange = Exchange(layout, len(batch), loads, cost_of(group, layout)) if shared or split else None
         self.fused = self._fusible(view)
+        self.parts = self._parts()
         self.momenta = torch.empty(0)  # the rule's inputs, (members, *shape), between `start` and `release`
         self.squared: list[Tensor] = []
         self.factors: Tensor | None = None  # the polar factors, if `join` has computed them
@@ -63,10 +65,8 @@ class Bucket:
         if self.fused or self.started:
             return
         self.started = True
-        if not self.by_rows:
+        if not self.by_rows and len(self.parts) == 1:  # others' momentum is updated when it is used
             self.momenta = rule_inputs(self.group, self.batch, self.finite)
-        for member in self.batch if self.by_rows else ():
-            update_momentum(self.group, member, self.finite)
         if self.exchange:
             self.exchange.send(self.momenta.flatten(1))
 
@@ -96,13 +96,30 @@ class Bucket:
         elif self.everywhere:
             for member, M in zip(self.batch, self.momenta, strict=True):
                 yield [member], ALL, [_direction_everywhere(self.group, member, M, self.finite)]
-        elif self.momenta.numel():
-            states = [rule_state(self.group, member.state) for member in self.batch]
-            wholes = (self.group, self.momenta, self.local_view, states)
+        else:
+            yield from self._directions_of_matrices()
+
+    def _directions_of_matrices(self) -> Iterator[tuple[list[Member], Block, list[Tensor]]]:
+        """Yield the `s·U` of whole matrices, part by part; the rule's next state is stored."""
+        for part in self.parts:
+            momenta = self.momenta if len(self.parts) == 1 else rule_inputs(self.group, part, self.finite)
+            if not momenta.numel():
+                continue
+            states = [rule_state(self.group, member.state) for member in part]
+            wholes = (self.group, momenta, self.local_view, states)
             directions, states = whole_directions(*wholes, factors=self.factors)
-            for member, state in zip(self.batch, states, strict=True):
+            for member, state in zip(part, states, strict=True):
                 member.store_state(state, self.finite)
-            yield self.batch, ALL, list(directions)
+            yield part, ALL, list(directions)
+
+    def _parts(self) -> list[list[Member]]:
+        """Divide the members into those that run through all phases together: all, or what a CPU's cache holds."""
+        size = prod(self.layout.shape)
+        together = self.by_rows or self.exchange or self.everywhere or size * len(self.batch) <= JOINED_ELEMENTS
+        if together or self.batch[0].parameter.device.type != "cpu":
+            return [self.batch]
+        count = max(1, CPU_PART_ELEMENTS // size)
+        return [self.batch[k : k + count] for k in range(0, len(self.batch), count)]
 
     def _fusible(self, view: MatrixView) -> bool:
         """Return whether kernels run all three phases. A plan's members are on the meta device, without momenta."""
@@ -215,16 +232,13 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
     state = rule_state(group, member.state)
     settings = {"step": state.pop("step"), "beta2": group["betas"][1]} if state else {}
     elements = CPU_BLOCK_ELEMENTS if member.parameter.device.type == "cpu" else BATCH_ELEMENTS
-
-    def input_of(block: Block) -> Tensor:
-        return rule_input_of_block(group, member, finite, block)
-
+    inputs = BlockInputs(group, member, finite)
     rule, dtype = get_rule(group["rule"]), group["compute_dtype"]
-    rows = RowStep(rule, member.layout, member.momentum, input_of, state, settings, gram_weight(group), dtype)
+    rows = RowStep(rule, member.layout, member.momentum, inputs, state, settings, gram_weight(group), dtype)
     size = scale_of(group, WHOLE, member.layout.shape)
     for block, U, row_state in rows.directions(elements):
         member.store_state(row_state, finite, block.rows)
-        yield block, U.mul_(size)
+        yield block, U if size == 1 else U.mul_(size)
     member.store_state(rows.matrix_state, finite)
 
 

@@ -11,18 +11,20 @@ from symlm.step.member import Member
 from symlm.step.rows.blocks import ALL, Block
 
 
-def update_momentum(group: dict[str, Any], member: Member, finite: Tensor) -> Tensor:
+def update_momentum(group: dict[str, Any], member: Member, finite: Tensor, block: Block = ALL) -> Tensor:
     """Update the momentum, `M <- βM + (1−β)G`; one of directions is updated in phase 3 instead.
 
     Args:
         group: The parameter group.
         member: The parameter.
         finite: Whether the step happens, a bool of one element.
+        block: The rows, all by default.
 
     Returns:
         G in M's dtype; on a device whose step does not happen M, so that M stays as it was.
     """
-    M, G = member.momentum, masked(member.gradient, member.momentum, finite)
+    M = block.of(member.momentum)
+    G = masked(block.of(member.gradient), M, finite)
     if group["momentum_of"] == "gradients":
         M.lerp_(G, 1 - group["momentum"])
     return G
@@ -59,20 +61,33 @@ def rule_inputs(group: dict[str, Any], members: list[Member], finite: Tensor) ->
     return X
 
 
-def rule_input_of_block(group: dict[str, Any], member: Member, finite: Tensor, block: Block = ALL) -> Tensor:
-    """Return the rule's input for a block of an updated momentum.
+class BlockInputs:
+    """Return the rule's input for blocks of a momentum, each of which is updated before its first use.
+
+    A pass over a vocabulary reads momentum and gradient, and the momentum's own would be one more.
 
     Args:
         group: The parameter group.
         member: The parameter.
         finite: Whether the step happens, a bool of one element.
-        block: The rows, all by default.
-
-    Returns:
-        `rule_input` of the block.
     """
-    M = block.of(member.momentum)
-    return rule_input(group, M, masked(block.of(member.gradient), M, finite))
+
+    def __init__(self, group: dict[str, Any], member: Member, finite: Tensor) -> None:
+        self.group, self.member, self.finite = group, member, finite
+        self.updated: set[int] = set()  # the first rows of the blocks
+
+    def __call__(self, block: Block, out: Tensor) -> Tensor:
+        """Return `rule_input` of the block.
+
+        Args:
+            block: The rows, of a division that is the same in every call.
+            out: Where the result is written, of the block's shape.
+        """
+        M = block.of(self.member.momentum)
+        if block.rows.start in self.updated:
+            return rule_input(self.group, M, masked(block.of(self.member.gradient), M, self.finite), out)
+        self.updated.add(block.rows.start)
+        return rule_input(self.group, M, update_momentum(self.group, self.member, self.finite, block), out)
 
 
 def rule_input(group: dict[str, Any], M: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from numerics import EXACT, EXACT_POLAR_FP32, relative
+from symlm_kernels import reference
+from torch import nn
 
+from symlm import SymOptimizer
 from symlm.polar import SCHEDULES, operations
 from symlm.polar.factor import METHODS, polar
 from symlm.polar.inverse_roots import CUTOFF, inverse_root
+from symlm.polar.newton_schulz import gram_newton_schulz
 from symlm.polar.precision import fastest_dtype, full_precision
 
 
@@ -110,7 +114,8 @@ def halves_out_of_range(dtype, monkeypatch=None, restart=2):
     if monkeypatch:
         monkeypatch.setattr("symlm.polar.newton_schulz.RESTART", restart)
     M, _ = spectrum(64, 128, 1e-2)
-    S = torch.linalg.svdvals(polar(M.float(), "gram_newton_schulz", compute_dtype=dtype).double())
+    X, table = (M.float() / (1.02 * M.norm().float())).to(dtype), SCHEDULES["polar_express"]
+    S = torch.linalg.svdvals(gram_newton_schulz(X[None], table.steps(5), reference)[0].double())
     return max(S.max().item() - 1.141, 0.859 - S.min().item())
 
 
@@ -119,6 +124,15 @@ def test_the_gram_iteration_is_for_fp16_and_not_for_bf16(monkeypatch):
     assert halves_out_of_range(torch.bfloat16) > 0.05
     assert halves_out_of_range(torch.float16, monkeypatch, restart=5) > 0.05
     assert fastest_dtype("cuda", gram=True) == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_gram_iteration_is_refused_in_bf16(dtype):
+    chosen = {"compute_dtype": dtype}
+    with pytest.raises(ValueError, match="take compute_dtype='float16'"):
+        polar(torch.eye(4).bfloat16(), "gram_newton_schulz", **chosen)
+    with pytest.raises(ValueError, match="take compute_dtype='float16'"):
+        SymOptimizer(nn.Linear(4, 4), polar_method="gram_newton_schulz", roles={"weight": "matrix"}, **chosen)
 
 
 @pytest.mark.parametrize("method", ["newton_schulz", "gram_newton_schulz"])

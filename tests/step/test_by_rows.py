@@ -35,8 +35,8 @@ def test_blocks_of_rows_are_the_rule(rule, elements):
     M, layout = matrix(), Layout(SHAPE, ((0, 84),))
     state = rule.refreshed(M, first_state(rule), step=3)
     U = rule.direction(M, state, step=3)
-    rows = RowStep(rule, layout, M, lambda block: block.of(M), first_state(rule), settings(rule), 0.05)
-    found = list(rows.directions(elements))
+    rows = RowStep(rule, layout, M, lambda block, out: out.copy_(block.of(M)), first_state(rule), settings(rule), 0.05)
+    found = [(block, part.clone(), own) for block, part, own in rows.directions(elements)]
     assert len(found) == {1: 12, 40: 3, 10**6: 1}[elements]
     for block, part, own in found:
         assert relative(part, block.of(U)) < EXACT

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from symlm_kernels.reference.triangles import add_lower_product, is_halved, mirrored
+
 
 def gram(X: Tensor) -> Tensor:
     """Compute `A = X Xᵀ`.
@@ -13,7 +15,10 @@ def gram(X: Tensor) -> Tensor:
     Returns:
         The Gram matrices, (b, m, m).
     """
-    return torch.bmm(X, X.mT)
+    if not is_halved(X, X.shape[-2]):
+        return torch.bmm(X, X.mT)
+    A = X.new_empty(len(X), X.shape[-2], X.shape[-2])
+    return mirrored(add_lower_product(X, X.mT, A, alpha=1.0, beta=0.0, out=A))
 
 
 def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float) -> Tensor:
@@ -29,7 +34,9 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor, alpha: float, beta: float
     Returns:
         The matrices, (b, m, m).
     """
-    return torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
+    if not is_halved(A, A.shape[-1]):
+        return torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
+    return mirrored(add_lower_product(A, B, C, alpha, beta, out=torch.empty_like(C)))
 
 
 def apply_polynomial(B: Tensor, X: Tensor, a: float) -> Tensor:

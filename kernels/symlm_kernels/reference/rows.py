@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SMALLEST_PLAIN = 1e-16  # of longer rows, squares that vanish in fp32 are beyond its precision
+
 
 class MeanNorms(NamedTuple):
     """Store the norms of rows in the mean of steps, `r² <- β₂r² + (1−β₂)|X_i|²`.
@@ -108,7 +110,20 @@ def over_rms(X: Tensor, row_rms: Tensor, bias: Tensor | float) -> Tensor:
     Returns:
         The divided rows, same shape as X; zero rows stay zero.
     """
-    return X / normal(row_rms / bias**0.5)
+    return X / rms_divisors(row_rms, bias)
+
+
+def rms_divisors(row_rms: Tensor, bias: Tensor | float) -> Tensor:
+    """Compute what divides rows by their mean norms, `r_i/√bias`, and infinity for a mean norm of zero.
+
+    Args:
+        row_rms: The mean norms r, (..., m, 1).
+        bias: `1 − β₂^t` at step t.
+
+    Returns:
+        The divisors, (..., m, 1).
+    """
+    return normal(row_rms / bias**0.5)
 
 
 def normal(size: Tensor) -> Tensor:
@@ -126,7 +141,9 @@ def normal(size: Tensor) -> Tensor:
 
 
 def row_norms(M: Tensor) -> Tensor:
-    """Compute the norms of rows, `|M_i|`, after division by each row's largest entry, so that no square overflows.
+    """Compute the norms of rows, `|M_i|`, without a square that overflows or vanishes.
+
+    On a CPU, where reading costs nothing, only rows of such squares are divided by their largest entry before.
 
     Args:
         M: Rows, (..., m, n).
@@ -134,6 +151,29 @@ def row_norms(M: Tensor) -> Tensor:
     Returns:
         The norms, (..., m, 1).
     """
+    if M.device.type != "cpu":
+        return _scaled_row_norms(M)
+    norms = torch.linalg.vector_norm(M, dim=-1, keepdim=True)
+    plain = is_plain(norms).squeeze(-1)
+    if not plain.all():
+        norms[~plain] = _scaled_row_norms(M[~plain])
+    return norms
+
+
+def is_plain(norms: Tensor) -> Tensor:
+    """Return whether norms are of entries whose squares neither overflow nor vanish.
+
+    Args:
+        norms: Euclidean norms, any shape.
+
+    Returns:
+        Bools, same shape; False also for a norm of zero or NaN.
+    """
+    return (norms > SMALLEST_PLAIN) & (norms < 1 / SMALLEST_PLAIN)
+
+
+def _scaled_row_norms(M: Tensor) -> Tensor:
+    """Return the norms of rows after division by each row's largest entry."""
     largest = M.abs().amax(dim=-1, keepdim=True)
     scaled = M / normal(largest)
     return largest * torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from symlm_kernels.reference import row_norms
+from symlm_kernels.reference.triangles import add_lower_product, is_halved, mirrored
 from torch import Tensor
 
 from symlm.distributed.collectives import summed
@@ -68,7 +69,7 @@ class RowStep:
         rule: The row rule.
         layout: The parameter's layout.
         part: This rank's part of the momentum, of which the dtype and device are used.
-        rule_input: Maps a block to the rule's input.
+        rule_input: Maps a block, and a tensor to write to, to the rule's input.
         state: The rule's state of this rank's rows, and of the whole.
         settings: Further arguments of the row map.
         gram_weight: The weight of this step's Gram matrix in its mean; 0 in a step without one.
@@ -78,7 +79,7 @@ class RowStep:
     rule: Rule
     layout: Layout
     part: Tensor
-    rule_input: Callable[[Block], Tensor]
+    rule_input: Callable[[Block, Tensor], Tensor]
     state: dict[str, Tensor]
     settings: dict[str, Any]
     gram_weight: float
@@ -94,10 +95,12 @@ class RowStep:
             elements: The size of a block, in elements.
 
         Yields:
-            The block, its directions, and the next state of its rows.
+            The block, its directions, which the next one overwrites, and the next state of its rows.
         """
         blocks = blocks_of(self.layout, elements)
         self.matrix_state: dict[str, Tensor] = {}
+        self.divisors: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self.buffer = self._empty(max((block.rows.stop - block.rows.start for block in blocks), default=0))
         self.cut_rows = self._cut_rows(blocks) if cut_rows(self.layout) else {}
         centered, whitened = self.rule.symmetry.shift, self.rule.whitens
         self.shift = self._means(blocks, self._input)[-1] if centered else None
@@ -116,16 +119,22 @@ class RowStep:
             yield block, (U if mean is None else U.sub_(mean))[:, block.columns], state
 
     def _mapped(self, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the row map's directions of a block, and the next state of its rows."""
-        assert self.rule.row_map is not None
-        X = self._input(block) if self.shift is None else self._input(block) - self.shift
-        row_state = {key: value[block.rows] for key, value in self.state.items() if key in self.rule.row_state_keys}
-        return self.rule.row_map(X, row_norms(X), **row_state, **self.settings)
+        """Return the divided rows of a block, in the buffer, and the next state of the rows."""
+        X = self._input(block)
+        out, first = self.buffer[: len(X)], block.rows.start
+        if self.shift is not None:
+            X = torch.sub(X, self.shift, out=out)
+        if first not in self.divisors:
+            assert self.rule.row_map is not None
+            row_state = {key: value[block.rows] for key, value in self.state.items() if key in self.rule.row_state_keys}
+            self.divisors[first] = self.rule.row_map(row_norms(X), **row_state, **self.settings)
+        divisors, state = self.divisors[first]
+        return torch.div(X, divisors, out=out), state
 
     def _input(self, block: Block) -> Tensor:
         """Return the rule's input for a block; for a piece of a row, that of the whole row."""
         row = self.cut_rows.get(block.rows.start)
-        return self.rule_input(block) if row is None else row
+        return self.rule_input(block, self.buffer[: block.rows.stop - block.rows.start]) if row is None else row
 
     def _means(self, blocks: list[Block], rows: Callable[[Block], Tensor], square: bool = False) -> Tensor:
         """Return the mean row, below `XᵀX/m` if `square`, reduced over the shards at once."""
@@ -137,8 +146,19 @@ class RowStep:
             X = rows(block)
             total[-1].add_(X.sum(dim=0))
             if square:
-                total[:-1].add_(self._product(X.mT, X))
+                self._add_gram(total[:-1], X)
+        if square and is_halved(total, n):
+            mirrored(total[:-1])
         return summed(total, self.layout) / m
+
+    def _add_gram(self, K: Tensor, X: Tensor) -> None:
+        """Add `XᵀX` to K, on a CPU the lower triangle of a large one."""
+        if X.device.type != "cpu":
+            K.add_(self._product(X.mT, X))
+        elif is_halved(X, len(K)):
+            add_lower_product(X.mT[None], X[None], K[None], alpha=1.0, beta=1.0, out=K[None])
+        else:
+            K.addmm_(X.mT, X)
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
         """Return `A B` in the compute dtype."""
@@ -156,9 +176,15 @@ class RowStep:
         pieces = [(block, rows.index(first + block.rows.start)) for block in blocks if first + block.rows.start in rows]
         whole = self._zeros(len(rows), self.layout.shape[-1])
         for block, place in pieces:
-            whole[place, block.columns] = self.rule_input(block)[0]
+            columns = block.columns
+            whole[place, columns] = self.rule_input(block, self.buffer[:1, columns])[0]
         summed(whole, self.layout)
         return {block.rows.start: whole[place : place + 1] for block, place in pieces}
+
+    def _empty(self, rows: int) -> Tensor:
+        """Return uninitialized rows in the accumulation dtype, on the part's device."""
+        dtype = accumulation_dtype(self.part.dtype)
+        return torch.empty(rows, self.layout.shape[-1], dtype=dtype, device=self.part.device)
 
     def _zeros(self, *shape: int) -> Tensor:
         """Return zeros in the accumulation dtype, on the part's device."""
