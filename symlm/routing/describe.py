@@ -1,6 +1,6 @@
 """A description of the routing: which update each parameter gets, and why."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from symlm.polar.precision import fastest_dtype
 from symlm.roles.assignment import place
 from symlm.roles.role import Role, Site
+from symlm.routing.costs import least_bytes, products_of
 from symlm.routing.param_groups import check_overrides, overridden
 from symlm.routing.presets import get_preset
 from symlm.routing.table import Route
@@ -35,6 +36,8 @@ class RoutedParameter:
         products: Whose matrix products or fused rows its update takes, "torch", "triton" or "triton, fused"; "" for
             neither.
         why: The reason for the route.
+        operations: Those of the matrix products of a step, see `symlm.routing.costs`.
+        bytes: The least that a step reads and writes, of fp32.
     """
 
     name: str
@@ -47,30 +50,62 @@ class RoutedParameter:
     lr_multiplier: float
     products: str
     why: str
+    operations: int
+    bytes: int
 
 
 class Routing(list[RoutedParameter]):
-    """List the routed parameters; `str` is a table with one line for each role and view."""
+    """List the routed parameters; `str` is a table with one line for each role and view.
+
+    Args:
+        rows: The parameters.
+        costs: Whether the table has what a step costs.
+    """
+
+    def __init__(self, rows: Iterable[RoutedParameter] = (), costs: bool = False) -> None:
+        super().__init__(rows)
+        self.costs = costs
 
     def __str__(self) -> str:
-        lines: dict[tuple[str, ...], list[int]] = {}
+        lines: dict[tuple[str, ...], list[RoutedParameter]] = {}
         for row in self:
             multiplier = f"{row.lr_multiplier:g}"
             key = (row.role, row.view, row.rule, row.scale, row.constraint, multiplier, row.products, row.why)
-            count = lines.setdefault(key, [0, 0])
-            count[0] += 1
-            count[1] += prod(row.shape)
-        head = ("role", "tensors", "parameters", "view", "rule", "scale", "constraint", "lr ×", "products", "why")
-        body = [(key[0], str(tensors), f"{count:,}", *key[1:]) for key, (tensors, count) in lines.items()]
+            lines.setdefault(key, []).append(row)
+        costs = ("GFLOP", "MB") if self.costs else ()
+        head = [
+            "role",
+            "tensors",
+            "parameters",
+            *costs,
+            "view",
+            "rule",
+            "scale",
+            "constraint",
+            "lr ×",
+            "products",
+            "why",
+        ]
+        body = [[key[0], *_sizes(rows)[: 2 + len(costs)], *key[1:]] for key, rows in lines.items()]
         widths = [max(len(cells[k]) for cells in (head, *body)) for k in range(len(head))]
-        right = (1, 2, 7)
         return "\n".join(
             "  ".join(
-                cell.rjust(width) if k in right else cell.ljust(width)
-                for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+                cell.rjust(width) if title in NUMBERS else cell.ljust(width)
+                for title, cell, width in zip(head, cells, widths, strict=True)
             ).rstrip()
-            for cells in (head, tuple("-" * width for width in widths), *body)
+            for cells in (head, ["-" * width for width in widths], *body)
         )
+
+
+NUMBERS = ("tensors", "parameters", "GFLOP", "MB", "lr ×")
+
+
+def _sizes(rows: list[RoutedParameter]) -> tuple[str, ...]:
+    """Return the cells of a line: tensors, parameters, billions of operations and millions of bytes."""
+    entries, operations, moved = (
+        sum(values) for values in zip(*((prod(row.shape), row.operations, row.bytes) for row in rows), strict=True)
+    )
+    return str(len(rows)), f"{entries:,}", f"{operations / 1e9:,.1f}", f"{moved / 1e6:,.1f}"
 
 
 def describe_routing(
@@ -80,6 +115,7 @@ def describe_routing(
     kernels: str = "auto",
     lr: float = 0.02,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    costs: bool = False,
 ) -> Routing:
     """Describe which update each parameter gets, and why; print the result for a table.
 
@@ -90,6 +126,7 @@ def describe_routing(
         kernels: As for `symlm.polar.polar`; it decides `products` on the model's device.
         lr: As for `param_groups`; it matters only beside absolute rates in `overrides`.
         overrides: As for `param_groups`.
+        costs: Whether the table has the operations of a step's matrix products and the least bytes that it moves.
 
     Returns:
         One `RoutedParameter` for each trainable parameter, in agreement with `param_groups` of the same arguments.
@@ -100,20 +137,30 @@ def describe_routing(
     """
     settings = check_overrides(overrides or {})
     table = overridden(get_preset(preset), settings)
-    return Routing(
-        RoutedParameter(
-            site.name,
-            str(role),
-            site.shape,
-            str(view_of(site, role, table[role].view, bool(get_rule(table[role].rule).state))),
-            table[role].rule,
-            table[role].scale,
-            table[role].constraint,
-            settings.get(role, {}).get("lr", lr * table[role].lr) / lr,
-            _products(site, role, table[role], {"kernels": kernels, **settings.get(role, {})}),
-            "set by overrides" if set(settings.get(role, ())) & {"rule", "view"} else table[role].why,
-        )
-        for site, role in place(model, roles)
+    rows = (_routed(site, role, table[role], settings.get(role, {}), lr, kernels) for site, role in place(model, roles))
+    return Routing(rows, costs)
+
+
+def _routed(
+    site: Site, role: Role, route: Route, settings: Mapping[str, Any], lr: float, kernels: str
+) -> RoutedParameter:
+    """Return one parameter's row."""
+    rule = get_rule(route.rule)
+    view = view_of(site, role, route.view, bool(rule.state))
+    chosen = {**route.options, **settings}
+    return RoutedParameter(
+        site.name,
+        str(role),
+        site.shape,
+        str(view),
+        route.rule,
+        route.scale,
+        route.constraint,
+        settings.get("lr", lr * route.lr) / lr,
+        _products(site, role, route, {"kernels": kernels, **settings}),
+        "set by overrides" if set(settings) & {"rule", "view"} else route.why,
+        products_of(site, view, rule, chosen),
+        least_bytes(site, view, rule),
     )
 
 
