@@ -1,4 +1,4 @@
-"""Which values the options of a parameter group may have, checked at construction and before every step."""
+"""Which values the options of a parameter group may have, alone and beside its rule."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from symlm.polar.factor import METHODS
 from symlm.polar.schedules import SCHEDULES
-from symlm.rules import RULES
+from symlm.rules import RULES, Rule
+from symlm.rules.constraints import get_constraint
 from symlm.rules.scaling import SCALES
 
 
@@ -154,3 +155,48 @@ def check_options(group: dict[str, Any]) -> None:
         ValueError: As `check_values`.
     """
     check_values(f"group {group['role']}", group)
+
+
+def check_momentum(role: str, rule: Rule, group: Mapping[str, Any]) -> None:
+    """Refuse a momentum in 8 bits where there is none, and one before a rule that has its own.
+
+    Args:
+        role: The group's role, for the message.
+        rule: Its rule.
+        group: The group.
+
+    Raises:
+        ValueError: The rule has AdamW's means, unless of vectors, which are few and stay in fp32; or it stores a mean
+            itself.
+    """
+    if group["momentum_dtype"] == "int8" and rule.elementwise and role != "vector":
+        raise ValueError(
+            f"group {role}: momentum_dtype='int8' is of one mean, and rule {rule.name!r} has two by entries; set "
+            f"another rule, or overrides={{{role!r}: {{'momentum_dtype': 'float32'}}}}"
+        )
+    if rule.own_mean and (group["momentum"] != 0 or group["momentum_of"] != "gradients"):
+        raise ValueError(
+            f"group {role}: rule {rule.name!r} stores a mean of gradients itself, by betas[0]; set momentum to 0 and "
+            f"momentum_of to 'gradients', got {group['momentum']} and {group['momentum_of']!r}"
+        )
+
+
+def check_constraint(role: str, rule: Rule, name: str) -> None:
+    """Refuse a constraint that the rule's step cannot respect.
+
+    Args:
+        role: The group's role, for the message.
+        rule: Its rule.
+        name: The name of the constraint.
+
+    Raises:
+        ValueError: It is unknown; or it measures matrices, takes their polar factors or compares signs, where a rule's
+            step goes by rows or is torch's AdamW.
+    """
+    constraint = get_constraint(name)
+    whole = constraint.measures or constraint.spectral
+    if (whole and (rule.row_map or rule.elementwise)) or (constraint.cautious and rule.elementwise):
+        raise ValueError(
+            f"group {role}: constraint {name!r} needs a whole step at once, and rule {rule.name!r} is not taken at "
+            "once; set its constraint to 'decay' or 'none', or another rule"
+        )
