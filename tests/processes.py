@@ -564,8 +564,11 @@ def borrowed(rank, world):
 
     from symlm.planning import plan
     from symlm.polar import factor
+    from symlm.step import bucket
 
-    factor.CPU_STACK = sys.maxsize  # the plan is of a GPU, which iterates on whole stacks
+    factor.CPU_STACK = factor.CPU_PART = bucket.CPU_PART_ELEMENTS = (
+        sys.maxsize
+    )  # the plan is of a GPU, with whole stacks
     found = {}
     for case, copies in (("ddp", world), ("fsdp2", 1), ("fsdp2 experts", 1)):
         kind = "qwen3_moe" if "experts" in case else "qwen3"

@@ -85,7 +85,7 @@ def same(before, after):
 
 
 def is_a_beginning(x):
-    return not x.any() or torch.equal(x, torch.eye(x.shape[-1]).to(x).expand_as(x))
+    return not x.any() or torch.equal(x, torch.eye(*x.shape[-2:]).to(x).expand_as(x))
 
 
 def step(rng, module, opt):

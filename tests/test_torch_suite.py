@@ -40,7 +40,8 @@ class Net(nn.Module):
 
 
 def optimizer(net, preset="default", rule=None, **options):
-    overrides = {"matrix": {"rule": rule}} if rule else None
+    alone = {"momentum": 0.0, "nesterov": False} if rule and RULES[rule].own_mean else {}
+    overrides = {"matrix": {"rule": rule, **alone}} if rule else None
     roles = {"weight": "matrix", "bias": "vector"}
     return symlm.SymOptimizer(net, preset=preset, overrides=overrides, roles=roles, **options)
 

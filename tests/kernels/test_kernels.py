@@ -235,7 +235,7 @@ def test_the_optimizer_does_its_polar_factors_in_passes(kind, told):
 def test_polar_from_the_kernels_is_polar_from_torch(method, shape):
     M = random(*shape, dtype=torch.float32)
     ours, theirs = (polar(M, method, kernels=kernels) for kernels in ("triton", "torch"))
-    assert relative(ours, theirs) < 1e-5
+    assert relative(ours, theirs) < 2e-5  # torch's products may be fused additions, which round once
 
 
 @interpreted
