@@ -5,12 +5,10 @@ from contextlib import contextmanager
 
 import torch
 
-from symlm.averaging.weights import averaged, stored, swapped, wide_copy, with_steps
-
-STEPS = "ahead_steps"  # of the first group, where checkpoints have it
+from symlm.averaging.weights import StepFollower, averaged, stored, swapped, wide_copy, with_steps
 
 
-class EMANesterov:
+class EMANesterov(StepFollower):
     """Look ahead by a long mean of steps: `x <- A(x + βm)`, `m <- γm + (1 − γ)(x_new − x)`, A the optimizer's step.
 
     Nothing has to be called while training: it follows `optimizer.step()`, behind which the model has the weights
@@ -43,9 +41,9 @@ class EMANesterov:
         start: float = 0.1,
         until: float = 0.65,
     ) -> None:
-        self.optimizer, self.reach, self.decay = optimizer, reach, decay
+        self.reach, self.decay = reach, decay
         self.first, self.last, *_ = with_steps(total_steps, start=start, until=until, reach=reach, decay=decay)
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._follow())
+        super().__init__(optimizer, "ahead_steps")
 
     @property
     def is_ahead(self) -> bool:
@@ -57,15 +55,8 @@ class EMANesterov:
         group = self.optimizer.param_groups[0]
         return self.reach * float(group["lr"] / group.get("initial_lr", group["lr"]))
 
-    @property
-    def steps(self) -> int:
-        """How many steps were followed."""
-        return int(self.optimizer.param_groups[0].get(STEPS, 0))
-
-    @torch.no_grad()
     def _follow(self) -> None:
         """Behind a step, take it into the mean and look ahead for the next."""
-        self.optimizer.param_groups[0][STEPS] = self.steps + 1
         for p in averaged(self.optimizer):
             x, state = wide_copy(p), self.optimizer.state[p]
             m, before = stored(state, "mean_step", torch.zeros_like(x)), stored(state, "iterate", x)
@@ -81,7 +72,3 @@ class EMANesterov:
         parameters = averaged(self.optimizer) if self.is_ahead else []
         with swapped(parameters, [self.optimizer.state[p]["iterate"] for p in parameters]):
             yield
-
-    def remove(self) -> None:
-        """Follow the optimizer no more."""
-        self._hook.remove()

@@ -6,12 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from symlm.averaging.weights import averaged, stored, swapped, wide_copy, with_steps, write
-
-STEPS = "tail_steps"  # of the first group, where checkpoints have it
+from symlm.averaging.weights import StepFollower, averaged, stored, swapped, wide_copy, with_steps, write
 
 
-class TailAverage:
+class TailAverage(StepFollower):
     """Average the weights of a run's tail: `E <- E + (W − E)/h` behind every step, `(1 − s)·W + s·E` is evaluated.
 
     Nothing has to be called while training: it follows `optimizer.step()`. The mean E is a state of the optimizer,
@@ -42,20 +40,13 @@ class TailAverage:
         share: float = 0.6,
         excluded: Collection[str] = ("embedding",),
     ) -> None:
-        self.optimizer, self.share, self.excluded = optimizer, share, tuple(excluded)
+        self.share, self.excluded = share, tuple(excluded)
         self.first, steps, _ = with_steps(total_steps, start=start, horizon=horizon, share=share)
         self.horizon = max(1, steps)
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._follow())
+        super().__init__(optimizer, "tail_steps")
 
-    @property
-    def steps(self) -> int:
-        """How many steps were followed."""
-        return int(self.optimizer.param_groups[0].get(STEPS, 0))
-
-    @torch.no_grad()
     def _follow(self) -> None:
         """Behind a step, take the weights into their mean, if the tail has begun."""
-        self.optimizer.param_groups[0][STEPS] = self.steps + 1
         parameters = averaged(self.optimizer, self.excluded)
         means = [stored(self.optimizer.state[p], "tail_mean", wide_copy(p)) for p in parameters]
         if self.steps >= self.first and means:
@@ -82,7 +73,3 @@ class TailAverage:
     def finish(self) -> None:
         """Write the averaged weights into the model for good: the last thing of a run."""
         write(*self._values())
-
-    def remove(self) -> None:
-        """Follow the optimizer no more."""
-        self._hook.remove()

@@ -11,6 +11,37 @@ from torch import Tensor
 from symlm.polar.precision import accumulation_dtype
 
 
+class StepFollower:
+    """Act behind every step of an optimizer, and count the steps in its first group, where checkpoints have them.
+
+    Args:
+        optimizer: Any of torch's or symlm's.
+        key: The count's key in the group.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, key: str) -> None:
+        self.optimizer, self._key = optimizer, key
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step())
+
+    @property
+    def steps(self) -> int:
+        """How many steps were followed."""
+        return int(self.optimizer.param_groups[0].get(self._key, 0))
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        self.optimizer.param_groups[0][self._key] = self.steps + 1
+        self._follow()
+
+    def _follow(self) -> None:
+        """Do what is to be done behind a step, without gradients."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Follow the optimizer no more."""
+        self._hook.remove()
+
+
 def averaged(optimizer: torch.optim.Optimizer, excluded: Collection[str] = ()) -> list[Tensor]:
     """Return the parameters of an optimizer, in its order.
 
