@@ -153,8 +153,8 @@ def run(
             if lost == PATIENCE:
                 break
             stopped = step < train.steps and stop.agreed(waiting=logged)
-            due = step % train.save_every == 0 and not job.spikes.doubtful
-            if not lost and (due or step == train.steps or stopped):
+            due = (step % train.save_every == 0 and not job.spikes.doubtful) or step == train.steps or stopped
+            if due and not lost:
                 checkpoints.save(accelerator, step)
             if stopped:
                 accelerator.end_training()

@@ -13,7 +13,6 @@ KERNEL_FLOOR = {"float32": 2e-7, "float16": 5e-4}  # rounding of the inputs and 
 RANKS = 1e-4  # fp32 after ten steps on other partial sums of the gradients, which small singular values amplify
 RANKS_AT_SMALL_RATES = 2e-6  # the same at lr = 1e-3, where torch's AdamW moves by 1.8e-6 for other partial sums
 RANKS_OF_ROOTS = 2e-5  # that through the inverse root of a Gram matrix of few steps, which is nearly singular
-RANKS_OF_BASES = 2e-4  # that through eigenbases, which nearly equal eigenvalues turn by any rounding
 LOSS_STAYS = 1e-9  # a loss in float64 under a symmetry of its parameters, relative to its size or to 1
 LOSS_CHANGES = 1e-7  # the same move without one of its members, at least
 TURNS = 1e-9  # singular values of gradients' skew parts that add to zero, relative to the largest

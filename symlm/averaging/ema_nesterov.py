@@ -9,7 +9,7 @@ from symlm.averaging.weights import StepFollower, averaged, stored, swapped, wid
 
 
 class EMANesterov(StepFollower):
-    """Look ahead by a long mean of steps: `x <- A(x + βm)`, `m <- γm + (1 − γ)(x_new − x)`, A the optimizer's step.
+    """Extrapolate by a long mean of steps: `x <- A(x + βm)`, `m <- γm + (1 − γ)(x_new − x)`, A the optimizer's step.
 
     Nothing has to be called while training: it follows `optimizer.step()`, behind which the model has the weights
     `x + βm` that the next gradient is of. x and m are states of the optimizer, `iterate` and `mean_step`, in fp32:
@@ -56,7 +56,7 @@ class EMANesterov(StepFollower):
         return self.reach * float(group["lr"] / group.get("initial_lr", group["lr"]))
 
     def _follow(self) -> None:
-        """Behind a step, take it into the mean and look ahead for the next."""
+        """Behind a step, take it into the mean and extrapolate for the next."""
         for p in averaged(self.optimizer):
             x, state = wide_copy(p), self.optimizer.state[p]
             m, before = stored(state, "mean_step", torch.zeros_like(x)), stored(state, "iterate", x)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from numerics import RANKS, RANKS_AT_SMALL_RATES, RANKS_OF_BASES, RANKS_OF_ROOTS, RUN, relative
+from numerics import RANKS, RANKS_AT_SMALL_RATES, RANKS_OF_ROOTS, RUN, relative
 from processes import (
     CASES,
     CLIP,
@@ -61,8 +61,8 @@ def result(ran, case, world):
 # Of fp32, by the first part that is in the case's name.
 TOLERANCES = {
     "fp32 seldom": RANKS_OF_ROOTS,
-    "soap fp32": RANKS_OF_BASES,
-    "aro fp32": RANKS_OF_BASES,
+    "soap fp32": RANKS,  # nearly equal eigenvalues turn their eigenvectors by any rounding
+    "aro fp32": RANKS_OF_ROOTS,
     "fp32": RANKS_AT_SMALL_RATES,
     "": RANKS,
 }
@@ -115,8 +115,11 @@ def test_momenta_of_8_bits_are_sharded_within_a_rounding_and_go_on_bit_for_bit(r
         for rank in (first, *others):
             for name, W in first[case]["end"].items():
                 assert torch.equal(rank[case]["end"][name], W), (case, name)
-                if case == "fsdp2" or world == 2:  # DDP's first step after a start adds four gradients in another order
-                    assert torch.equal(rank[case]["again"][name], W), (case, name)
+                again = rank[case]["again"][name]
+                if case == "fsdp2" or world == 2:
+                    assert torch.equal(again, W), (case, name)
+                else:  # DDP's first step after a start adds four gradients in another order
+                    assert relative(again, W) < RANKS, (case, name)
     assert max(rank["fsdp2"]["bytes"] for rank in (first, *others)) < 0.6 * first["ddp"]["bytes"] < 0.6 * whole_size
 
 

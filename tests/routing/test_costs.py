@@ -30,8 +30,8 @@ def counted(model, optimizer):
 @pytest.mark.parametrize("kind", ["qwen3", "olmoe", "phi3"])
 def test_operations_are_those_of_the_polar_factors(kind):
     model = tiny(kind, dtype=torch.float32)
-    told = sum(row.operations for row in symlm.describe_routing(model, preset="muon"))
-    assert counted(model, symlm.SymOptimizer(model, preset="muon")) == pytest.approx(told, rel=1e-9)
+    said = sum(row.operations for row in symlm.describe_routing(model, preset="muon"))
+    assert counted(model, symlm.SymOptimizer(model, preset="muon")) == pytest.approx(said, rel=1e-9)
 
 
 def test_operations_of_a_whitened_head_are_two_products_beside_the_root():
@@ -54,8 +54,8 @@ def test_the_least_bytes_have_the_state_that_is_stored(preset):
     counted(model, optimizer)
     stored = sum(value.numel() for state in optimizer.state.values() for key, value in state.items() if key != "step")
     entries = sum(p.numel() for p in model.parameters())
-    told = sum(row.bytes for row in symlm.describe_routing(model, preset=preset))
-    assert told == 4 * (3 * entries + 2 * stored)
+    said = sum(row.bytes for row in symlm.describe_routing(model, preset=preset))
+    assert said == 4 * (3 * entries + 2 * stored)
 
 
 def test_costs_are_columns_that_one_asks_for():
