@@ -60,7 +60,7 @@ def half_truncated_frequencies(head_dim: int) -> Tensor:
     Shapes: (head_dim/2,).
     """
     rotating = LONGEST_WAVE ** -torch.linspace(0, 1, head_dim // 4)
-    return torch.cat([rotating, torch.zeros(head_dim // 4)])
+    return torch.cat([rotating, torch.zeros_like(rotating)])
 
 
 def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
