@@ -44,3 +44,18 @@ def draw_sensitivity(trials: list[dict[str, Any]], title: str, path: Path) -> No
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_effects(effects: dict[str, float], error: float, title: str, path: Path) -> None:
+    """Draw the effect of each dial, largest first, with the band of the error."""
+    ordered = sorted(effects.items(), key=lambda pair: abs(pair[1]))
+    figure, axes = plt.subplots(figsize=(7.5, 1 + 0.3 * len(ordered)), layout="constrained")
+    axes.barh([name for name, _ in ordered], [effect for _, effect in ordered], color="C0")
+    if np.isfinite(error):
+        axes.axvspan(-error, error, color="black", alpha=0.15, lw=0, label="error")
+        axes.legend(loc="lower right")
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set(xlabel="final loss at the high value minus at the low one", title=title)
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
