@@ -58,49 +58,67 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
         raise ValueError(f"a plan needs at least one shard and one copy, got shards={shards} and copies={copies}")
     optimizer = SymOptimizer(model, **options)
     loads: dict[Any, list[float]] = {}
-    received, temporary, returning = [0] * (shards * copies), [0], [0]
-    replicated, in_place = 0.0, 0.0
+    costs, numel = _Costs(shards, copies), sum(p.numel() for p in model.parameters())
     for group in optimizer.param_groups:
         if get_rule(group["rule"]).elementwise:
             continue
-        members = [_member(p, layout_of_shards(tuple(p.shape), shards, copies)) for p in group["params"]]
-        for batch in batches(members):
-            shares = loads.setdefault(batch[0].layout.size, [0.0] * shards * copies)
-            bucket = Bucket(group, batch, shares, torch.ones((), dtype=torch.bool))
-            if bucket.everywhere:  # every rank gathers all of it, and computes all of it
-                size = MASTER * prod(bucket.layout.shape) * len(batch)
-                times = 2 if shares_layer_rotation(group) else 1
-                received = [count + times * (size - size // shards) for count in received]
-                temporary.append(2 * size)
-            if bucket.by_rows:
-                in_place += operations_of(get_rule(group["rule"]), bucket.layout.shape, group["gram_every"]) * len(
-                    batch
-                )
-            if bucket.by_rows and shards > 1:
-                size = MASTER * entries_to_sum(get_rule(group["rule"]), bucket.layout) * len(batch)
-                received = [count + 2 * size * (shards - 1) // shards for count in received]
-            if get_rule(group["rule"]).state and not bucket.by_rows:
-                replicated += cost_of(group, bucket.layout) * len(batch)
-            part = MASTER * len(batch) * max(stop - start for start, stop in bucket.layout.intervals)
-            if not (bucket.exchange or bucket.by_rows or bucket.everywhere):  # experts, heads, or all of one rank's
-                counted = get_rule(group["rule"]).spectral and not get_rule(group["rule"]).state
-                in_place += cost_of(group, bucket.layout) * len(batch) * counted
-                temporary.append(7 * part)  # the input, and the six of `_temporary`
-            if not bucket.exchange:
-                continue
-            returning.append(part)
-            for rank in range(shards * copies):
-                received[rank] += bucket.exchange.bytes_to_receive(MASTER, divmod(rank, shards))
-            temporary.append(_temporary(bucket))
-    numel, ranks = sum(p.numel() for p in model.parameters()), shards * copies
-    owned = max(loads.values(), key=sum, default=[0.0] * ranks)
-    busiest, once = max(owned) + replicated + in_place / shards, sum(owned) + replicated + in_place
+        for batch in batches(_member(p, layout_of_shards(tuple(p.shape), shards, copies)) for p in group["params"]):
+            shares = loads.setdefault(batch[0].layout.size, [0.0] * costs.ranks)
+            costs.add(Bucket(group, batch, shares, torch.ones((), dtype=torch.bool)))
     return Plan(
-        max(received),
-        2 * MASTER * numel * (ranks - 1) // ranks,
-        sum(sorted(temporary)[-2:]) + max(returning),
-        busiest * ranks / once if once else 1.0,
+        max(costs.received),
+        2 * MASTER * numel * (costs.ranks - 1) // costs.ranks,
+        sum(sorted(costs.temporary)[-2:]) + max(costs.returning),
+        costs.imbalance(max(loads.values(), key=sum, default=[0.0] * costs.ranks)),
     )
+
+
+class _Costs:
+    """Sum up what the buckets of a step cost each rank."""
+
+    def __init__(self, shards: int, copies: int) -> None:
+        self.shards, self.ranks = shards, shards * copies
+        self.received, self.temporary, self.returning = [0] * self.ranks, [0], [0]
+        self.repeated, self.in_place = 0.0, 0.0  # operations of every rank, and of those that store a matrix's shards
+
+    def add(self, bucket: Bucket) -> None:
+        rule = get_rule(bucket.group["rule"])
+        operations = cost_of(bucket.group, bucket.layout) * len(bucket.batch)
+        if rule.state and not bucket.by_rows:
+            self.repeated += operations
+        if bucket.by_rows:
+            self._add_rows(bucket)
+        elif bucket.everywhere:
+            self._add_gathered(bucket)
+        elif bucket.exchange:
+            self.returning.append(_largest_part(bucket))
+            self.temporary.append(_temporary(bucket))
+            for rank in range(self.ranks):
+                self.received[rank] += bucket.exchange.bytes_to_receive(MASTER, divmod(rank, self.shards))
+        else:  # experts, heads, or all of one rank's
+            self.in_place += operations * (rule.spectral and not rule.state)
+            self.temporary.append(7 * _largest_part(bucket))  # the input, and the six of `_temporary`
+
+    def _add_rows(self, bucket: Bucket) -> None:
+        """Add rows that are computed where they are stored; what mixes them is summed over the shards."""
+        rule, count = get_rule(bucket.group["rule"]), len(bucket.batch)
+        self.in_place += operations_of(rule, bucket.layout.shape, bucket.group["gram_every"]) * count
+        if self.shards > 1:
+            size = MASTER * entries_to_sum(rule, bucket.layout) * count
+            self.received = [each + 2 * size * (self.shards - 1) // self.shards for each in self.received]
+
+    def _add_gathered(self, bucket: Bucket) -> None:
+        """Add matrices that every rank gathers, for their direction and where a layer shares a rotation for that."""
+        size = MASTER * prod(bucket.layout.shape) * len(bucket.batch)
+        times = 2 if shares_layer_rotation(bucket.group) else 1
+        self.received = [each + times * (size - size // self.shards) for each in self.received]
+        self.temporary.append(2 * size)
+
+    def imbalance(self, owned: list[float]) -> float:
+        """Return the operations of the busiest rank over an equal share, of what owners compute and the rest."""
+        once = sum(owned) + self.repeated + self.in_place
+        busiest = max(owned) + self.repeated + self.in_place / self.shards
+        return busiest * self.ranks / once if once else 1.0
 
 
 def _member(p: Tensor, layout: Layout) -> Member:
@@ -109,14 +127,18 @@ def _member(p: Tensor, layout: Layout) -> Member:
     return Member("", part, part, {}, layout)
 
 
+def _largest_part(bucket: Bucket) -> int:
+    """Return the bytes of the largest rank's parts of a bucket."""
+    return MASTER * len(bucket.batch) * max(stop - start for start, stop in bucket.layout.intervals)
+
+
 def _temporary(bucket: Bucket) -> int:
     """Bound the busiest rank's temporary memory for a bucket, in bytes, by the tensors that are allocated at once.
 
     Three of its parts: the rule's input, what is sent, what is received. Six of its owned matrices: what arrived, the
     same as rows, and of the polar iteration X, X' and two Gram matrices, none of which is larger than X.
     """
-    exchange, layout = bucket.exchange, bucket.layout
+    exchange = bucket.exchange
     assert exchange is not None
     owned = max(exchange.owners.count(owner) for owner in set(exchange.owners))
-    part = max(stop - start for start, stop in layout.intervals)
-    return MASTER * (3 * part * len(bucket.batch) + 6 * owned * prod(layout.shape))
+    return 3 * _largest_part(bucket) + 6 * MASTER * owned * prod(bucket.layout.shape)
