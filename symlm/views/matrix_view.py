@@ -4,12 +4,11 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Axis = tuple[str, ...]
+from symlm.views.rearrangement import Axis, Rearrangement
 
 
 def _axes(side: str) -> list[Axis]:
@@ -196,8 +195,7 @@ class MatrixView:
         Raises:
             ValueError: The sizes do not divide the shape, or it has another number of axes.
         """
-        split, order, stack, _ = _rearrangement(self, tuple(stored.shape))
-        return stored.reshape(split).permute(order).reshape(stack)
+        return _rearrangement(self, tuple(stored.shape)).stacked(stored)
 
     def from_matrices(self, stack: Tensor, stored_shape: tuple[int, ...]) -> Tensor:
         """Return the stored tensor of a stack, the exact inverse of `to_matrices`.
@@ -212,8 +210,7 @@ class MatrixView:
         Raises:
             ValueError: The sizes do not divide the shape, or it has another number of axes.
         """
-        split, order, _, back = _rearrangement(self, tuple(stored_shape))
-        return stack.reshape([split[k] for k in order]).permute(back).reshape(stored_shape)
+        return _rearrangement(self, tuple(stored_shape)).unstacked(stack, tuple(stored_shape))
 
 
 @lru_cache(maxsize=4096)
@@ -223,22 +220,6 @@ def _consecutive(view: MatrixView, shape: tuple[int, ...]) -> int | None:
     return len(stack) if stack._is_view() and (stack.is_contiguous() or stack.mT.is_contiguous()) else None
 
 
-class Rearrangement(NamedTuple):
-    """Hold a view of one stored shape.
-
-    Args:
-        split: The stored shape with merged axes split.
-        order: The permutation of these axes to the stack's order.
-        stack: The stack's shape, (b, m, n).
-        back: The inverse permutation.
-    """
-
-    split: list[int]
-    order: list[int]
-    stack: tuple[int, int, int]
-    back: list[int]
-
-
 @lru_cache(maxsize=4096)  # it is asked for every batch of every step
 def _rearrangement(view: MatrixView, shape: tuple[int, ...]) -> Rearrangement:
     """Return the rearrangement of one stored shape, or of several tensors of it with one more axis in front."""
@@ -246,14 +227,4 @@ def _rearrangement(view: MatrixView, shape: tuple[int, ...]) -> Rearrangement:
     first = max(0, len(shape) - len(left))
     if first > 1:
         raise ValueError(f"view {view} expects {len(left)} axes, or many with one in front, got shape {shape}")
-    many, lengths = shape[:first], view._lengths(shape[first:])
-    source = [name for axis in left for name in axis]
-    target = [name for axis in right for name in axis if name != "1"]
-    b, m, n = (prod(lengths[name] for name in axis) for axis in right)
-    order, back = [source.index(name) for name in target], [target.index(name) for name in source]
-    return Rearrangement(
-        [*many, *(lengths[name] for name in source)],
-        [*range(first), *(first + k for k in order)],
-        (prod(many) * b, m, n),
-        [*range(first), *(first + k for k in back)],
-    )
+    return Rearrangement.of(left, right, view._lengths(shape[first:]), shape[:first])
