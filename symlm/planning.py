@@ -69,9 +69,10 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
             bucket = Bucket(group, batch, shares, torch.ones((), dtype=torch.bool))
             if bucket.everywhere:  # every rank gathers all of it, and computes all of it
                 size = MASTER * prod(bucket.layout.shape) * len(batch)
-                times = 2 if shares_layer_rotation(group) else 1
+                reads_weight = get_rule(group["rule"]).reads_weight  # gradient, weight and momentum are gathered
+                times = 3 if reads_weight else 2 if shares_layer_rotation(group) else 1
                 received = [count + times * (size - size // shards) for count in received]
-                temporary.append(2 * size)
+                temporary.append(2 * size * (3 if reads_weight else 1))
             if bucket.by_rows:
                 in_place += operations_of(get_rule(group["rule"]), bucket.layout.shape, group["gram_every"]) * len(
                     batch
