@@ -2,9 +2,10 @@
 
 An arm is a run's configuration (`configs/adamw.yaml`); a bench gives every arm the same model, data, tokens and
 schedule (`configs/bench/small-dense.yaml`). Each arm gets the same number of trials, all its rates times one factor, on
-a seed that is not reported; its best factor then runs on the reported seeds. With `--shares`, the last arm also makes
-whole runs of fewer tokens, warm-up and decay included: a long run that is looked at early has not decayed yet. Finished
-runs are stored: start it again after a kill. What comes out is `results.json`, and what `report.py` draws from it.
+a seed that is not reported; its best factor then runs on the reported seeds. With `--shares`, every arm also makes
+whole runs of fewer tokens, warm-up and decay included: a long run that is looked at early has not decayed yet. Three
+lengths, as of `--shares '[0.25,0.5]'`, give each arm its power law of the loss in tokens. Finished runs are stored:
+start it again after a kill. What comes out is `results.json`, and what `report.py` draws from it.
 """
 
 import json
@@ -44,7 +45,7 @@ def main(
         models: "dense", "moe" or both.
         factors: what all rates of an arm are multiplied by, one trial each.
         seeds: how many runs of an arm are reported.
-        shares: of the bench's tokens, in whole runs of the last arm on the reported seeds, for example '[0.55,0.85]'.
+        shares: of the bench's tokens, in whole runs of every arm on the reported seeds, for example '[0.25,0.5]'.
         jobs: runs side by side, which share the cores.
         more: fields for every run, for example '["--train.steps=4"]'.
     """
@@ -66,7 +67,7 @@ def main(
         results_of_trials = {arm: [run.result() for run in runs] for arm, runs in trials.items()}
         chosen = {arm: best_factor(each) for arm, each in results_of_trials.items()}
         reported = [Run(folder, path, Path(arm), chosen[arm], seed + 1) for seed in range(seeds) for arm in arms]
-        reported += [replace(run, share=share) for share in shares for run in reported if run.arm == Path(arms[-1])]
+        reported += [replace(run, share=share) for share in shares for run in reported]
         execute(reported, jobs, more, f"{model}: seeds")
         results += [trial | {"trial": True} for each in results_of_trials.values() for trial in each]
         results += [run.result() | {"trial": False} for run in reported]

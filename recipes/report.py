@@ -1,21 +1,29 @@
 """Draw runs, one or several side by side, or a comparison:  python recipes/report.py runs/a runs/b
 
-A folder is a run's, and its `metrics.jsonl` is drawn; a file is the `results.json` that compare.py wrote.
+A folder is a run's, and its `metrics.jsonl` is drawn; a file is the `results.json` that compare.py wrote. Several such
+files, the rungs of a ladder, are drawn each in a folder of its name, and the default's advantage by size besides.
 """
 
 from argparse import ArgumentParser
 from pathlib import Path
 
-from evidence import curves, page
+from evidence import advantage, curves, page
+
+
+def draw_comparisons(files: list[Path], out: Path) -> list[Path]:
+    """Draw one comparison into `out`; several into folders of their names, and their advantage by size into `out`."""
+    if len(files) == 1:
+        return page.draw(files[0], out)
+    return [*(path for file in files for path in page.draw(file, out / file.stem)), *advantage.draw(files, out)]
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or one results.json of compare.py")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or results.json of compare.py")
     parser.add_argument("--out", type=Path, help="where the pictures go: the run's folder, of several runs runs/report")
     given = parser.parse_args()
-    if given.runs[0].suffix == ".json":
-        print("\n".join(str(path) for run in given.runs for path in page.draw(run, given.out or Path("runs/report"))))
+    if all(run.suffix == ".json" for run in given.runs):
+        print("\n".join(map(str, draw_comparisons(given.runs, given.out or Path("runs/report")))))
         return
     if missing := [run for run in given.runs if not (run / "metrics.jsonl").exists()]:
         parser.error(f"{missing[0]} has no metrics.jsonl: is it a run's folder?")

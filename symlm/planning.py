@@ -108,11 +108,15 @@ class _Costs:
             self.received = [each + 2 * size * (self.shards - 1) // self.shards for each in self.received]
 
     def _add_gathered(self, bucket: Bucket) -> None:
-        """Add matrices that every rank gathers, for their direction and where a layer shares a rotation for that."""
+        """Add matrices that every rank gathers: gradient, weight and momentum of a rule that reads the weight.
+
+        Where a layer shares a rotation, matrices are gathered for that and for their direction.
+        """
         size = MASTER * prod(bucket.layout.shape) * len(bucket.batch)
-        times = 2 if shares_layer_rotation(bucket.group) else 1
+        tensors = 3 if get_rule(bucket.group["rule"]).reads_weight else 1
+        times = 2 if shares_layer_rotation(bucket.group) else tensors
         self.received = [each + times * (size - size // self.shards) for each in self.received]
-        self.temporary.append(2 * size)
+        self.temporary.append(2 * size * tensors)
 
     def imbalance(self, owned: list[float]) -> float:
         """Return the operations of the busiest rank over an equal share, of what owners compute and the rest."""

@@ -127,6 +127,8 @@ def departures(group: dict[str, Any], state: dict[str, Any], matrices: int) -> d
     Returns:
         The largest departure of each promise.
     """
+    if get_rule(group["rule"]).reads_weight:  # of which the step has left the next one
+        return {}
     whole = {key: gathered(value) for key, value in state.items()}
     momentum, states = whole["momentum"], [rule_state(group, whole)]
     if SCALES in whole:

@@ -129,6 +129,8 @@ CASES = {
     "fsdp2 kl-soap": {"kind": "qwen3", **ODD},
     "ddp kl-soap": {"kind": "qwen3", **ODD},
     "ddp normuon": {"kind": "qwen3", **ODD},
+    **{f"{kind} muown": {"kind": "qwen3", **ODD} for kind in ("ddp", "fsdp2")},
+    **{f"{kind} muown fp32": {"kind": "qwen3", **ODD} for kind in ("zero2", "zero3")},
     **{f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("fsdp2 soap", "zero2 soap", "zero3 soap")},
     **{f"{kind} fp32": {"kind": "qwen3", **ODD} for kind in ("zero2 normuon", "zero2 aro")},
     "hsdp": {"kind": "qwen3", **ODD},
@@ -190,6 +192,9 @@ def optimizer_of(case, model):
     rotation = "layer" if "layer" in case else "own"
     lr = 1e-3 if "fp32" in case else 0.02  # fp32 rounding of the gradients, times the rate, is what remains
     overrides = {role: dict(values) for role, values in CONSTRAINED.items()} if "constrained" in case else {}
+    if "muown" in case:
+        roles = ("attention_q", "attention_o", "mlp_in", "mlp_out")
+        overrides = {role: {"rule": "muown", "scale": "match_adamw_rms", "lr": lr / 5} for role in roles}
     if "normuon" in case:
         overrides.setdefault("mlp_in", {})["rule"] = "normuon"
     every = 3 if "seldom" in case else 1

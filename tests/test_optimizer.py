@@ -41,14 +41,17 @@ def moved(model, neurons, vocabulary, heads):
     return model
 
 
-@pytest.mark.parametrize("preset", ["default", "paper-hybrid", "muon"])
-def test_training_commutes_with_the_models_symmetries(preset):
+@pytest.mark.parametrize(
+    ("preset", "inner"), [("default", None), ("paper-hybrid", None), ("muon", None), ("default", "muown")]
+)
+def test_training_commutes_with_the_models_symmetries(preset, inner):
+    overrides = {role: {"rule": inner} for role in ("attention_q", "mlp_in", "mlp_out")} if inner else None
     neurons, vocabulary = torch.randperm(48), torch.randperm(64)
     heads = torch.tensor([1, 0])
     renamed = torch.argsort(vocabulary)
     plain = tiny(dtype=torch.float64)
     other = moved(copy.deepcopy(plain), neurons, vocabulary, heads)
-    first, second = (symlm.SymOptimizer(m, preset=preset) for m in (plain, other))
+    first, second = (symlm.SymOptimizer(m, preset=preset, overrides=overrides) for m in (plain, other))
     train(plain, first, 2)
     train(other, second, 2, move=lambda x: renamed[x])
     train(plain, first, 3, first=2)

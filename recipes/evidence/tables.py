@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from evidence.powerlaws import ends, law_of, share_to
+
 BASELINES, OURS = ("adamw", "muon"), "default"
 
 
@@ -49,11 +51,36 @@ def whole_runs_to(runs: list[dict[str, Any]], goals: dict[int, float]) -> str:
     return below + interval(np.exp(logs).tolist()) if np.isfinite(logs).all() else "not reached by every seed"
 
 
+def law(runs: list[dict[str, Any]]) -> str:
+    """Return an arm's power law of the final loss in tokens; "" where it has runs of fewer than three lengths."""
+    if len(ends(runs)) < 3:
+        return ""
+    try:
+        found = law_of(runs)
+    except ValueError:
+        return "none"
+    return f"{found.floor:.2f} + {found.size:.3g}·D^-{found.exponent:.2f}"
+
+
+def law_to(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """Return the share of another arm's tokens with which this arm's law comes to its loss, and the interval."""
+    if len(ends(runs)) < 3:
+        return ""
+    try:
+        share, low, high = share_to(runs, others)
+    except ValueError:
+        return "no law"
+    if not np.isfinite(share):
+        return "not reached"
+    return f"{share:.3f}" if np.isnan(low) else f"{share:.3f} ({low:.3f} to {high:.3f})"
+
+
 def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFrame:
     """Return one line an arm: factor, final loss, paired difference to ours, tokens to the baselines' losses, costs.
 
     A factor at the edge of those tried is marked: the arm's best may lie beyond. "whole runs to" is the tokens of a run
-    that ends at the baseline's loss, its rate decayed as theirs is.
+    that ends at the baseline's loss, its rate decayed as theirs is; "law to" is the same by the arm's power law of
+    tokens D, with its interval over seeds.
     """
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for run in complete(runs):
@@ -79,6 +106,11 @@ def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFr
             goals = {seed: run["loss"][-1] for seed, run in by_arm[baseline].items()}
             if shorter := whole_runs_to([run for run in runs if run["arm"] == arm], goals):
                 line[f"whole runs to {baseline}'s loss"] = shorter
+            own, theirs = ([run for run in runs if run["arm"] == name] for name in (arm, baseline))
+            if share := law_to(own, theirs):
+                line[f"law to {baseline}'s loss"] = share
+        if formula := law([run for run in runs if run["arm"] == arm]):
+            line["law"] = formula
         seconds = [run["seconds_per_step"] for run in seeds.values() if run["seconds_per_step"]]  # a kill may cost one
         line["seconds a step"] = f"{np.mean(seconds):.3f}" if seconds else ""
         line["optimizer MB"] = f"{next(iter(seeds.values()))['optimizer_bytes'] / 1e6:.1f}"

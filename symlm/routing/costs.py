@@ -52,5 +52,6 @@ def least_bytes(site: Site, view: MatrixView, rule: Rule) -> int:
     if rule.elementwise:
         return WORD * (1 + 2 + 4) * count
     scalar = torch.empty((), device="meta")
-    stored = rule.start(scalar.expand(site.shape if rule.row_map else view.shape(site.shape))) if rule.state else {}
-    return WORD * ((1 + 2 + 2) * count + 2 * sum(x.numel() for x in stored.values()))
+    M = scalar.expand(site.shape if rule.row_map else view.shape(site.shape)) if rule.state else scalar
+    stored = sum(kind.start(M).numel() for kind in rule.stored.values())
+    return WORD * ((1 + 2 + 2) * count + 2 * stored)

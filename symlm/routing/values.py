@@ -167,12 +167,17 @@ def check_momentum(role: str, rule: Rule, group: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: The rule has AdamW's means, unless of vectors, which are few and stay in fp32; or it stores a mean
-            itself.
+            itself; or it reads the weight, and the momentum is of directions.
     """
     if group["momentum_dtype"] == "int8" and rule.elementwise and role != "vector":
         raise ValueError(
             f"group {role}: momentum_dtype='int8' is of one mean, and rule {rule.name!r} has two by entries; set "
             f"another rule, or overrides={{{role!r}: {{'momentum_dtype': 'float32'}}}}"
+        )
+    if rule.reads_weight and group["momentum_of"] != "gradients":
+        raise ValueError(
+            f"group {role}: rule {rule.name!r} has its momentum in coordinates of its own, which directions have not; "
+            f"set momentum_of to 'gradients', got {group['momentum_of']!r}"
         )
     if rule.own_mean and (group["momentum"] != 0 or group["momentum_of"] != "gradients"):
         raise ValueError(

@@ -28,12 +28,15 @@ class State:
         side: The factor that moves the state, "left" for L, "right" for R, or "both".
         act: Maps the state and that factor, or the pair of both, to the moved state.
         rotations: Whether every rotation can move the state, or signed permutations alone.
+        stored: Whether the optimizer stores it. False for the parameter's weight and momentum, which are there already,
+            and for what the refresh computes for the direction.
     """
 
     start: Callable[[Tensor], Tensor]
     side: str
     act: Callable[[Tensor, Any], Tensor]
     rotations: bool = True
+    stored: bool = True
 
 
 A_NUMBER_A_ROW = State(lambda M: torch.zeros_like(M[..., :1]), "left", lambda s, L: L.abs() @ s, rotations=False)
@@ -188,6 +191,16 @@ class Rule:
         )
 
     @property
+    def stored(self) -> dict[str, State]:
+        """Return the states that the optimizer stores for the rule."""
+        return {key: kind for key, kind in self.state.items() if kind.stored}
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the rule reads the weight, and steps the momentum itself, of a gradient in other coordinates."""
+        return "weight" in self.state
+
+    @property
     def row_state_keys(self) -> set[str]:
         """Return the names of the state tensors that have one number a row; they are sharded as the rows are."""
         return {key for key, kind in self.state.items() if self.row_map and kind.side == "left"}
@@ -200,7 +213,7 @@ class Rule:
     @property
     def spectral(self) -> bool:
         """Whether the rule computes a polar factor."""
-        return "polar" in signature(self.function).parameters
+        return any("polar" in signature(f).parameters for f in (self.function, self.refresh) if f)
 
 
 def _call(function: Callable[..., Any], M: Tensor, arguments: Mapping[str, Any]) -> Any:

@@ -50,7 +50,7 @@ def stored_keys(group: dict[str, Any]) -> set[str]:
     rule = get_rule(group["rule"])
     means = {"exp_avg", "exp_avg_sq"} if rule.elementwise else {"momentum"}
     scales = {SCALES} if is_quantized(group) else set()
-    return means | scales | set(rule.state) | ({"step"} if rule.elementwise or rule.state else set())
+    return means | scales | set(rule.stored) | ({"step"} if rule.elementwise or rule.state else set())
 
 
 def count_step(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], finite: Tensor) -> None:
@@ -117,7 +117,7 @@ def of_fragments(
     """
     rule, kind, at = get_rule(group["rule"]), (group["rule"], group["view"]), dict.fromkeys(state, 0)
     for fragment in fragments:
-        views = {key: fragment.of(x) for key, x in state.items() if key not in (*rule.state, "step")}
+        views = {key: fragment.of(x) for key, x in state.items() if key not in (*rule.stored, "step")}
         for key, shape in _shapes_of_rule(*kind, fragment.layout.shape, fragment.rows).items():
             size = prod(shape)
             views[key] = state[key].view(-1)[at[key] : at[key] + size].view(shape)
@@ -130,8 +130,9 @@ def of_fragments(
 def _first_of_rule(name: str, view: str, shape: tuple[int, ...], rows: int, M: Tensor) -> dict[str, Tensor]:
     """Return a rule's state of a fragment before a first step: a number a row of it, or the matrices of the whole."""
     rule = get_rule(name)
-    whole = rule.start(M.expand(shape if rule.row_map else MatrixView.parse(view).shape(shape))) if rule.state else {}
-    return {key: M.new_zeros(rows, 1) if key in rule.row_state_keys else first for key, first in whole.items()}
+    whole = M.expand(shape if rule.row_map else MatrixView.parse(view).shape(shape)) if rule.state else M
+    rows_alone = rule.row_state_keys
+    return {k: M.new_zeros(rows, 1) if k in rows_alone else kind.start(whole) for k, kind in rule.stored.items()}
 
 
 @lru_cache(maxsize=4096)  # it is asked for every fragment of every step
@@ -158,9 +159,9 @@ def _state_of_rule(
             )
         M, kind = torch.zeros((), dtype=dtype, device=p.device), (group["rule"], group["view"])
         firsts = [_first_of_rule(*kind, fragment.layout.shape, fragment.rows, M) for fragment in fragments]
-        return {key: torch.cat([first[key].reshape(-1) for first in firsts]) for key in rule.state}
+        return {key: torch.cat([first[key].reshape(-1) for first in firsts]) for key in rule.stored}
     by_rows = set() if layout_of(p).gathered else rule.row_state_keys
     sharded = {key: torch.zeros_like(p[:, :1], dtype=dtype) for key in by_rows}
     M = torch.zeros((), dtype=dtype, device=p.device).expand(view.shape(tuple(p.shape)))
-    whole = {key: kind.start(M) for key, kind in rule.state.items() if key not in sharded}
+    whole = {key: kind.start(M) for key, kind in rule.stored.items() if key not in sharded}
     return sharded | {key: repeated_like(value[0] if rule.row_map else value, p) for key, value in whole.items()}

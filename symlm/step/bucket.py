@@ -105,7 +105,7 @@ class Bucket:
             momenta = self.momenta if len(self.parts) == 1 else rule_inputs(self.group, part, self.finite)
             if not momenta.numel():
                 continue
-            states = [rule_state(self.group, member.state) for member in part]
+            states = [member.rule_state(self.group) for member in part]
             wholes = (self.group, momenta, self.local_view, states)
             directions, states = whole_directions(*wholes, factors=self.factors)
             for member, state in zip(part, states, strict=True):
@@ -251,6 +251,7 @@ def _fused_rows(group: dict[str, Any], member: Member, finite: Tensor) -> Tensor
 
 def _direction_everywhere(group: dict[str, Any], member: Member, M: Tensor, finite: Tensor) -> Tensor:
     """Return this rank's part of a direction that every rank computes, from a gathered momentum."""
-    (U,), (state,) = whole_directions(group, member.whole(M)[None], states=[rule_state(group, member.state)])
-    member.store_state({key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
+    (U,), (state,) = whole_directions(group, member.whole(M)[None], states=[member.rule_state(group, whole=True)])
+    own = {key: member.part_of(state.pop(key)) for key in {"momentum"} & state.keys()}
+    member.store_state(own | {key: value.view_as(local(member.state[key])) for key, value in state.items()}, finite)
     return member.part_of(U)

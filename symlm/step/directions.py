@@ -28,7 +28,7 @@ def rule_state(group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor
     Returns:
         This rank's parts by name; empty for a rule without state.
     """
-    keys = get_rule(group["rule"]).state
+    keys = get_rule(group["rule"]).stored
     return {key: local(state[key]) for key in (*keys, "step")} if keys else {}
 
 
@@ -51,7 +51,8 @@ def whole_directions(
         group: The parameter group.
         momenta: The rule's inputs, (k, *shape).
         view: How a parameter is a stack of matrices; the group's view if None.
-        states: The `rule_state` of each parameter; those before a first step if None.
+        states: The `rule_state` of each parameter, and its weight and momentum for a rule that reads the weight; those
+            before a first step if None.
         refresh: Whether the states are refreshed; False to repeat a step from the states after it.
         factors: The polar factors of the view's stack, if they are known; of a view of equal matrices.
 
@@ -79,13 +80,16 @@ def _stack_directions(
     """Return the directions of one section, and the rule's next states."""
     rule, stack, shape = averaged_rule(group), view.to_matrices(momenta), tuple(momenta.shape)
     count = len(stack) // len(momenta)
-    settings: dict[str, Any] = dict(zip(("beta1", "beta2"), group["betas"], strict=True)) | constants_of(group)
+    constants = constants_of(group) | (steps_of(group, view, shape[1:]) if rule.reads_weight else {})
+    settings: dict[str, Any] = dict(zip(("beta1", "beta2"), group["betas"], strict=True)) | constants
     settings["polar"] = (lambda X: polar_factors(group, X)) if factors is None else lambda X: factors
     if rule.state:  # the refresh and the direction may both ask for it
         settings["polar"] = cache(settings["polar"])
     if rule.state and states:
-        parts = {key: [state[key].view(count, -1, state[key].shape[-1]) for state in states] for key in rule.state}
+        parts = {key: [state[key].view(count, -1, state[key].shape[-1]) for state in states] for key in rule.stored}
         stacked = {key: torch.cat(part) for key, part in parts.items()}
+        read = {"weight", "momentum"} & states[0].keys()
+        stacked |= {key: view.to_matrices(torch.stack([state[key] for state in states])) for key in read}
         settings["step"] = torch.cat([state["step"].expand(count) for state in states]).view(-1, 1, 1)
     else:
         stacked = rule.start(stack)
@@ -95,14 +99,17 @@ def _stack_directions(
         beta1, beta2 = group["betas"]
         before, stacked = (
             stacked,
-            rule.refreshed(stack, stacked, beta2, shared_rotation, step, polar, beta1, **constants_of(group)),
+            rule.refreshed(stack, stacked, beta2, shared_rotation, step, polar, beta1, **constants),
         )
         if rule.whitens and group["gram_every"] > 1:
             share = gram_weight(group) / (1 - settings["beta2"])
             stacked["gram"] = before["gram"].lerp(stacked["gram"], share)
     U, scale = rule.direction(stack, stacked, **settings), scale_of(group, view, shape[1:])
     U = U if scale == 1 else U.mul_(scale)
-    after = [{key: value[k * count : (k + 1) * count] for key, value in stacked.items()} for k in range(len(momenta))]
+    after = [{key: stacked[key][k * count : (k + 1) * count] for key in rule.stored} for k in range(len(momenta))]
+    if rule.reads_weight:
+        for state, M in zip(after, view.from_matrices(stacked["momentum"], shape), strict=True):
+            state["momentum"] = M
     return view.from_matrices(U, shape), after
 
 
@@ -113,6 +120,18 @@ def constants_of(group: dict[str, Any]) -> dict[str, float]:
         group: The parameter group.
     """
     return {key: group[key] for key in ("gamma", "retained") if group[key] is not None}
+
+
+def steps_of(group: dict[str, Any], view: MatrixView, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return what a rule that reads the weight is given of its step besides.
+
+    Args:
+        group: The parameter group.
+        view: How the parameter is a stack of matrices.
+        shape: The parameter's shape.
+    """
+    given = {"momentum_decay": group["momentum"], "rate": group["lr"], "scale": scale_of(group, view, shape)}
+    return given | {key: group[key] for key in ("nesterov", "eps")}
 
 
 def averaged_rule(group: dict[str, Any]) -> Rule:

@@ -18,6 +18,7 @@ from symlm.rules import get_rule
 from symlm.state.creation import of_fragments
 from symlm.state.originals import Originals
 from symlm.state.quantization import SCALES, dequantized
+from symlm.step.directions import rule_state
 from symlm.step.rows.blocks import ALL
 
 BATCH_ELEMENTS = 2**26  # a batch of equal shapes has at most this many, which bounds the temporary memory
@@ -63,6 +64,19 @@ class Member:
         wide = self.parameter.to(self.dtype)
         return wide + local(self.state["compensation"]) if "compensation" in self.state else wide
 
+    def rule_state(self, group: dict[str, Any], whole: bool = False) -> dict[str, Tensor]:
+        """Return the `rule_state` of the parameter, and its weight and momentum if its rule reads the weight.
+
+        Args:
+            group: The parameter group.
+            whole: Whether weight and momentum are gathered.
+        """
+        state = rule_state(group, self.state)
+        if not get_rule(group["rule"]).reads_weight:
+            return state
+        read = {"weight": self.master, "momentum": self.momentum}
+        return state | {key: self.whole(x) if whole else x for key, x in read.items()}
+
     def whole(self, M: Tensor) -> Tensor:
         """Gather a rule's input on every rank.
 
@@ -88,7 +102,7 @@ class Member:
         return U.flatten()[start:stop].view_as(self.parameter)
 
     def store_state(self, state: dict[str, Tensor], finite: Tensor, rows: slice = ALL.rows) -> None:
-        """Store the next state of a rule if the step happens.
+        """Store the next state of a rule, and the momentum if it is among it, if the step happens.
 
         Args:
             state: The state tensors by name, of the rows or whole.
@@ -96,7 +110,7 @@ class Member:
             rows: The rows that the state is of, all by default.
         """
         for key, value in state.items():
-            stored = local(self.state[key])[rows]
+            stored = self.momentum if key == "momentum" else local(self.state[key])[rows]
             stored.copy_(value if stored.device.type == "cpu" else torch.where(finite, value, stored))
 
 

@@ -6,13 +6,23 @@ import torch
 from torch import Tensor
 
 from symlm.polar.precision import accumulation_dtype
+from symlm.rules import get_rule
 from symlm.step.directions import wide
 from symlm.step.member import Member
 from symlm.step.rows.blocks import ALL, Block
 
 
+def takes_gradient(group: dict[str, Any]) -> bool:
+    """Return whether the rule's input is the gradient, and the momentum is updated behind the rule.
+
+    Args:
+        group: The parameter group.
+    """
+    return group["momentum_of"] == "directions" or get_rule(group["rule"]).reads_weight
+
+
 def update_momentum(group: dict[str, Any], member: Member, finite: Tensor, block: Block = ALL) -> Tensor:
-    """Update the momentum, `M <- βM + (1−β)G`; one of directions is updated in phase 3 instead.
+    """Update the momentum, `M <- βM + (1−β)G`; that of `takes_gradient` is updated later.
 
     Args:
         group: The parameter group.
@@ -25,7 +35,7 @@ def update_momentum(group: dict[str, Any], member: Member, finite: Tensor, block
     """
     M = block.of(member.momentum)
     G = masked(block.of(member.gradient), M, finite)
-    if group["momentum_of"] == "gradients":
+    if not takes_gradient(group):
         M.lerp_(G, 1 - group["momentum"])
     return G
 
@@ -41,7 +51,7 @@ def rule_inputs(group: dict[str, Any], members: list[Member], finite: Tensor) ->
     Returns:
         The inputs, (members, *shape), in fp32 or wider.
     """
-    momenta, beta, of_directions = [m.momentum for m in members], group["momentum"], group["momentum_of"] != "gradients"
+    momenta, beta = [m.momentum for m in members], group["momentum"]
     M = momenta[0]
     X = M.new_empty((len(members), *M.shape), dtype=accumulation_dtype(M.dtype))
     inputs = list(X.unbind())
@@ -52,7 +62,7 @@ def rule_inputs(group: dict[str, Any], members: list[Member], finite: Tensor) ->
     torch._foreach_copy_(inputs, [member.gradient for member in members])
     if M.device.type != "cpu":
         X.copy_(torch.where(finite, X, torch.stack(momenta)))
-    if not of_directions:
+    if not takes_gradient(group):
         torch._foreach_lerp_(momenta, inputs, 1 - beta)
         if group["nesterov"]:
             torch._foreach_lerp_(inputs, momenta, beta)
@@ -91,7 +101,7 @@ class BlockInputs:
 
 
 def rule_input(group: dict[str, Any], M: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the rule's input: M, with Nesterov momentum `(1−β)G + βM`, or G if the momentum is of directions.
+    """Return the rule's input: M, with Nesterov momentum `(1−β)G + βM`, or G of `takes_gradient`.
 
     Args:
         group: The parameter group.
@@ -102,7 +112,7 @@ def rule_input(group: dict[str, Any], M: Tensor, G: Tensor, out: Tensor | None =
     Returns:
         The input in fp32 or wider; M or G themselves where nothing is computed and `out` is None.
     """
-    X = G if group["momentum_of"] == "directions" else M
+    X = G if takes_gradient(group) else M
     if X is M and group["nesterov"]:
         into = out if out is not None and out.dtype == M.dtype else None
         X = torch.lerp(G, M, group["momentum"], out=into)

@@ -31,6 +31,7 @@ def test_a_comparison_runs_draws_and_is_not_run_twice(tmp_path):
         ("default", 0, True, 2),
         ("adamw", 1, False, 2),
         ("default", 1, False, 2),
+        ("adamw", 1, False, 1),
         ("default", 1, False, 1),
     ]
     assert told["runs"][3]["optimizer_bytes"] < 0.55 * told["runs"][2]["optimizer_bytes"]

@@ -244,6 +244,7 @@ FORMULAS = {
     "row_then_polar": lambda M: exact(D(M)),
     "polar_then_row": lambda M: D(exact(M)),
     "muon_plus": lambda M: D(D(exact(M)).T).T,
+    "muown": lambda M: 0.33**0.5 / 0.02 * D(exact(M)),  # from a weight of zeros
     "aurora": balanced,
     "sinkhorn_rows": sinkhorn_of_rows,
     "soap_polar": soap,
