@@ -19,6 +19,8 @@ SLOW = (
     "softmax_radius",
     "softmax_temperature",
     "teleport",
+    "teleport_batches",
+    "teleport_mlp",
     "width_transfer",
 )
 
