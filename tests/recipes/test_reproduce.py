@@ -16,6 +16,7 @@ SLOW = (
     "kl_soap",
     "polargrad",
     "qk_clip",
+    "softmax_architectures",
     "softmax_radius",
     "softmax_temperature",
     "teleport",
