@@ -1,7 +1,7 @@
 """AGD, automatic gradient descent: an optimizer whose rate is global, computed from all layers' gradients at once."""
 
 from collections.abc import Callable
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import Any
 
 import torch
@@ -40,9 +40,9 @@ class AGD(torch.optim.Optimizer):
         layerwise: bool = False,
         weight_decay: float = 0.0,
     ) -> None:
-        if gain <= 0 or not 0 <= momentum < 1 or weight_decay < 0:
+        if not (0 < gain < inf and 0 <= momentum < 1 and 0 <= weight_decay < inf):
             raise ValueError(
-                "gain must be positive, 0 <= momentum < 1, and weight_decay must not be negative, got "
+                "gain must be positive, 0 <= momentum < 1, and weight_decay must not be negative, all finite, got "
                 f"{gain}, {momentum}, {weight_decay}"
             )
         defaults = {"lr": gain, "momentum": momentum, "layerwise": layerwise, "weight_decay": weight_decay}

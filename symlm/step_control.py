@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite, pi
+from math import inf, isfinite, pi
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class StepControl:
         difference: Whether `J p` is a finite difference; set by itself once a kernel has no forward derivative.
 
     Raises:
-        ValueError: `r_target` is not positive, or `over` is unknown.
+        ValueError: `r_target` is not positive and finite, or `over` is unknown.
 
     Source:
         arXiv 2603.13552, the ghost radius.
@@ -68,8 +68,8 @@ class StepControl:
         difference: bool = False,
         standalone: bool = False,
     ) -> None:
-        if r_target <= 0:
-            raise ValueError(f"r_target must be positive, got {r_target}")
+        if not 0 < r_target < inf:
+            raise ValueError(f"r_target must be positive and finite, got {r_target}")
         if over not in REDUCTIONS and not (isinstance(over, float) and 0 < over < 1):
             raise ValueError(f"over must be one of {REDUCTIONS} or a quantile between 0 and 1, got {over!r}")
         self.model, self.optimizer, self.logits = model, optimizer, logits or _logits

@@ -1,6 +1,6 @@
 """AGD: its rate is the root it claims, its step the paper's formula, and all layers turn together under rotations."""
 
-from math import log, sqrt
+from math import inf, log, nan, sqrt
 
 import pytest
 import torch
@@ -114,8 +114,9 @@ def test_what_the_bound_does_not_cover_is_refused():
         AGD(frozen_gains(tiny("olmoe")))
     with pytest.raises(ValueError, match="one group"):
         AGD(network()).add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
-    with pytest.raises(ValueError, match="gain must be positive"):
-        AGD(network(), gain=0)
+    for bad in ({"gain": 0}, {"gain": nan}, {"gain": inf}, {"momentum": 1}, {"weight_decay": nan}):
+        with pytest.raises(ValueError, match="gain must be positive"):
+            AGD(network(), **bad)
     model = network()
     model[1].weight.grad = None
     with pytest.raises(RuntimeError, match="every layer needs a gradient"):

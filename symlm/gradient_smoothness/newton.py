@@ -17,13 +17,13 @@ class Metric:
         B: Symmetric and positive definite, (n, n); None is the identity.
 
     Raises:
-        ValueError: B is not positive definite.
+        ValueError: B is not symmetric and positive definite.
     """
 
     def __init__(self, B: Tensor | None) -> None:
-        self.B, self.L = B, None if B is None else _factored(B)
+        self.B, self.L = B, None if B is None or not torch.allclose(B, B.mT) else _factored(B)
         if B is not None and self.L is None:
-            raise ValueError("the metric B is not positive definite")
+            raise ValueError("the metric B is not symmetric and positive definite")
 
     def raised(self, g: Tensor) -> Tensor:
         """Return `B⁻¹g`, (n,)."""

@@ -39,7 +39,8 @@ class QKClip:
         roles: Roles of parameters whose role the structure does not show, as `symlm.assign_roles` takes them.
 
     Raises:
-        ValueError: The threshold or `every` is not positive, or no attention is known whose q and k are trained.
+        ValueError: The threshold or `every` is not positive, no attention is known whose q and k are trained, or
+            the model has a clip already.
 
     Source:
         Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1 (MuonClip). It has no grouped keys and no norms.

@@ -110,10 +110,14 @@ class LogitWatch:
         wanted: Whether logits are measured now.
 
     Raises:
+        ValueError: The attention is watched already.
         RuntimeError: In a forward pass whose logits cannot be seen, or which has other heads.
     """
 
     def __init__(self, name: str, attention: nn.Module, heads: int, wanted: Callable[[], bool]) -> None:
+        watchers = (getattr(hook, "__self__", None) for hook in attention._forward_pre_hooks.values())
+        if any(isinstance(watcher, LogitWatch) for watcher in watchers):
+            raise ValueError(f"QKClip: {name} has a clip already; call remove() on that one before you make another")
         self.name, self.heads, self.wanted = name, heads, wanted
         self.largest: Tensor | None = None
         self._stack, self._calls = ExitStack(), 0

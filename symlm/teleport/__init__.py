@@ -17,16 +17,25 @@ from symlm.teleport.actions import (
     rope_rotations,
     value_output,
 )
+from symlm.teleport.activations import extended_atanh, extended_logit, extended_sigmoid, extended_tanh
+from symlm.teleport.data import DataTransform, data_transformation, fold_
 from symlm.teleport.moving import refuse_unmovable, teleport
 from symlm.teleport.nonlinear import act_on_mlp, act_on_quadratic
 from symlm.teleport.search import ascend, climb
 
 __all__ = [
+    "DataTransform",
     "Transports",
     "act_on_mlp",
     "act_on_quadratic",
     "ascend",
     "climb",
+    "data_transformation",
+    "extended_atanh",
+    "extended_logit",
+    "extended_sigmoid",
+    "extended_tanh",
+    "fold_",
     "head_shift",
     "neuron_permutations",
     "neuron_scales",

@@ -31,10 +31,12 @@ def act_on_mlp(
     g: Tensor,
     activation: Callable[[Tensor], Tensor],
     inverse: Callable[[Tensor], Tensor],
+    bias: bool = False,
 ) -> list[Tensor]:
     """Let g of GL(k) act on the outputs of a layer of `h_m = σ(W_m h_{m-1})`, exactly, for the data X.
 
-    `W_m' = σ^{-1}(g σ(W_m h)) h^+`, `W_{m+1}' = W_{m+1} g^{-1}`, with h the layer's inputs.
+    `W_m' = σ^{-1}(g σ(W_m h)) h^+`, `W_{m+1}' = W_{m+1} g^{-1}`, with h the layer's inputs. With biases, h has a row of
+    ones below, each W its bias as its last column, and g leaves that row alone.
 
     Args:
         weights: The weights of the layers, (outputs, inputs) each.
@@ -43,6 +45,7 @@ def act_on_mlp(
         g: An invertible matrix, (k, k), with k the outputs of the layer.
         activation: The activation σ.
         inverse: Its inverse σ^{-1}.
+        bias: Whether the last column of each weight is a bias.
 
     Returns:
         The weights after the action; those of other layers are the same tensors.
@@ -58,17 +61,17 @@ def act_on_mlp(
         raise ValueError(
             f"layer {layer} of {len(weights)} has no next layer for the inverse of g; choose an earlier one"
         )
-    h = X
+    h = with_ones(X) if bias else X
     for W in weights[:layer]:
-        h = activation(W @ h)
+        h = with_ones(activation(W @ h)) if bias else activation(W @ h)
     if h.shape[1] > h.shape[0]:
         raise ValueError(
             f"a batch of {h.shape[1]} samples is larger than the width {h.shape[0]} of layer {layer}, where the action "
             "is not exact: use fewer samples"
         )
-    moved, outputs = list(weights), g @ activation(weights[layer] @ h)
+    moved, outputs, k = list(weights), g @ activation(weights[layer] @ h), len(g)
     moved[layer] = inverse(outputs) @ torch.linalg.pinv(h)
-    moved[layer + 1] = weights[layer + 1] @ torch.linalg.inv(g)
+    moved[layer + 1] = torch.cat([weights[layer + 1][:, :k] @ torch.linalg.inv(g), weights[layer + 1][:, k:]], dim=1)
     with torch.no_grad():
         error = (activation(moved[layer] @ h) - outputs).norm() / outputs.norm()
     if not error <= 1e-6:
@@ -77,3 +80,15 @@ def act_on_mlp(
             "is not bijective or has not these values; use other samples, a smaller g, or a bijective activation"
         )
     return moved
+
+
+def with_ones(h: Tensor) -> Tensor:
+    """Append a row of ones, which a bias is multiplied by.
+
+    Args:
+        h: Values, (k, samples).
+
+    Returns:
+        The values, (k + 1, samples).
+    """
+    return torch.cat([h, h.new_ones(1, h.shape[1])])

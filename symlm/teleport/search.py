@@ -22,16 +22,24 @@ def climb(
     Args:
         family: Maps T to the transports of exp(T).
         start: The first T, zero for the identity.
-        gradients: The gradients by parameter name; only those of the weights that move are used.
+        gradients: The gradients by parameter name; only those of the weights that move are used. A weight without one,
+            such as a matrix that is not trained, counts for nothing.
         lr: The length of each step, in T.
         steps: The number of steps.
 
     Returns:
         T, and the norm of the moved weights' gradient at T over that at the model's weights; 1 if the gradient is zero.
+
+    Raises:
+        ValueError: No weight that moves has a gradient.
     """
     T = start.detach().clone().requires_grad_()
+    if not any(name in gradients for name in family(T)):
+        raise ValueError(
+            f"none of {sorted(family(T))} has a gradient: call backward first, and name parameters as the model does"
+        )
     with torch.no_grad():
-        square_before = torch.stack([gradients[name].square().sum() for name in family(T)]).sum()
+        square_before = torch.stack([gradients[n].square().sum() for n in family(T) if n in gradients]).sum()
     for _ in range(steps):
         (direction,) = torch.autograd.grad(_square(family(T), gradients), T)
         with torch.no_grad():
@@ -43,7 +51,8 @@ def climb(
 
 def _square(transports: Transports, gradients: Mapping[str, Tensor]) -> Tensor:
     """Return the squared norm of the moved weights' gradient after the action."""
-    return torch.stack([t.covector(gradients[name]).square().sum() for name, t in transports.items()]).sum()
+    moved = [t.covector(gradients[name]).square().sum() for name, t in transports.items() if name in gradients]
+    return torch.stack(moved).sum()
 
 
 def ascend(

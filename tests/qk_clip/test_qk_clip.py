@@ -364,6 +364,19 @@ def test_models_without_logits_to_clip_are_refused():
         QKClip(nn.Linear(3, 3), torch.optim.SGD([torch.zeros(1)], 0.0))
 
 
+def test_a_second_clip_of_a_model_is_refused_until_the_first_is_removed():
+    model = tiny("llama")
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    first = QKClip(model, optimizer)
+    with pytest.raises(ValueError, match=r"self_attn has a clip already; call remove\(\)"):
+        QKClip(model, optimizer)
+    first.remove()
+    second = QKClip(model, optimizer)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    assert len(second.largest) == 2
+
+
 def test_an_attention_whose_logits_cannot_be_seen_says_so():
     model = nn.Sequential(Plain(scores=False))
     QKClip(model, torch.optim.SGD(model.parameters(), 0.0))

@@ -15,10 +15,15 @@ SLOW = (
     "gradient_smoothness",
     "kl_soap",
     "polargrad",
+    "polargrad_schedule",
     "qk_clip",
+    "scion",
+    "softmax_architectures",
     "softmax_radius",
     "softmax_temperature",
     "teleport",
+    "teleport_batches",
+    "teleport_mlp",
     "width_transfer",
 )
 
