@@ -182,25 +182,22 @@ def coordinates(sites, tensors, width):
             ]
         else:
             reads = role not in WRITES and site.shape[into] % width == 0
-            joined_states = role in WRITES and site.shape[out] % width == 0
-            writes = (joined_states or site.shape[out] == width) and (
-                role not in READS or multiplies_the_stream(site, role, sites)
-            )
+            factors = multiplies_the_stream(site, role, sites)
+            joined_states = (role in WRITES or factors) and site.shape[out] % width == 0
+            writes = (joined_states or site.shape[out] == width) and (role not in READS or factors)
             axes[site.name] = [into] * reads + [out] * writes
     attentions = {id(core(site)) for site, role in sites if role in ATTENTION}
     for site, role in sites:
         if role is not Role.VECTOR or id(site.module) in attentions or is_mixer(site.module):
             continue
-        states = 8 if site.path and "norm" in site.path[-1] else 1
-        if len(site.shape) != 1 or len(site.parameter) % width or len(site.parameter) > states * width:
-            continue
         weight = site.name.rpartition(".")[0] + ".weight"
         layer = placed.get(weight, (None, None))[0]
-        if layer is not None and site.name.endswith("bias") and len(layer.shape) > 1:
-            free = sides(layer)[0] in axes[weight]
-        else:
-            free = not (site.path and OF_HEADS.fullmatch(site.path[-1]))
-        axes[site.name] = [0] * free
+        of_layer = layer is not None and site.name.endswith("bias") and len(layer.shape) > 1
+        states = 8 if of_layer or (site.path and "norm" in site.path[-1]) else 1
+        if len(site.shape) != 1 or len(site.parameter) % width or len(site.parameter) > states * width:
+            continue
+        of_heads = bool(site.path and OF_HEADS.fullmatch(site.path[-1]))
+        axes[site.name] = [0] * (sides(layer)[0] in axes[weight] if of_layer else not of_heads)
     return {name: mine for name, mine in axes.items() if mine}
 
 
