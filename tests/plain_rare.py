@@ -55,6 +55,18 @@ class Wide(nn.Module):
         return self.w2(torch.nn.functional.silu(self.w1(x)) * self.w3(x))
 
 
+class Merged(nn.Module):
+    """Two equal layers with numbers, behind a layer in a box of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.merger, self.act = nn.ModuleDict({"layer": dense(D, D)}), nn.GELU()
+        self.linear_1, self.linear_2 = dense(D, D), dense(D, D)
+
+    def forward(self, x):
+        return self.linear_2(self.act(self.linear_1(self.merger["layer"](x))))
+
+
 class Normed(nn.Module):
     """A layer with a norm and an activation of its own, in front of a gated MLP."""
 

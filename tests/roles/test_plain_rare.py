@@ -17,6 +17,7 @@ ROLES = {  # of every matrix in a block
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "linear"), "matrix"),
         **{"attn.in_proj_weight": "attention_qkv", "attn.out_proj": "attention_o"},
     },
+    plain_rare.Merged: {"merger.layer": "matrix", "linear_1": "mlp_in", "linear_2": "mlp_out"},
     plain_rare.Normed: {"proj": "mlp_in", "gate_proj": "mlp_in", "up_proj": "mlp_in", "down_proj": "mlp_out"},
 }
 

@@ -28,7 +28,7 @@ ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("per_layer_projection", "conv_kernel_layer"), Role.MLP_OUT),
     **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
     **dict.fromkeys(("vocab_transform", "sampling_offsets", "attention_weights"), Role.MLP_IN),
-    **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT},
+    **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT, "head_linear": Role.MLP_IN},
     **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
 POINTWISE = {  # convolutions over single places, by the classes and the names of their boxes

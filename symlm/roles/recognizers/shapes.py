@@ -148,6 +148,9 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
     if any(isinstance(child, nn.Embedding) for child in scope.children()):  # a model, not a block of one
         return None
     layers = [layer for layer in dense_layers(scope) if id(getattr(layer[0], "weight", None)) not in ends]
+    own = [layer for layer in layers if layer[0] in dense_children(scope).values()]
+    if len(layers) > len(own) == 2 and activates(scope) and _are_numbered(scope, [layer for layer, _, _ in own]):
+        layers = own  # what is in a box beside them is in front
     if len({layer[1:] for layer in layers}) == 3:  # a square gate beside a key and a value, as in RWKV
         squares = [layer for layer in layers if layer[1] == layer[2]]
         layers = [layer for layer in layers if layer not in squares]
