@@ -7,7 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SIZES = {  # one value for all fields that mean one thing
     32: "hidden_size d_model n_embd dim n_embed embed_dim model_dim embedding_size dim_model emb_dim "
-    "lru_width word_embed_proj_dim attention_hidden_size image_size",
+    "lru_width word_embed_proj_dim attention_hidden_size image_size out_hidden_size",
     48: "intermediate_size hidden_dim d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size "
     "dim_feedforward d_inner dim_ff intermediate_size_mlp",
     24: "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size "
@@ -33,9 +33,11 @@ SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 
 
 MORE = {  # fields of single kinds, where the sizes above contradict each other or leave a part large
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bailing_hybrid": {"n_group": 1, "num_expert_group": 1, "num_key_value_heads": 4, "head_dim": 8},
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "cohere2_vision": {"alignment_intermediate_size": 128},
     "ctrl": {"dff": 48},
     "dots3_note_text": {
         "per_layer_config": {},
@@ -61,14 +63,17 @@ MORE = {  # fields of single kinds, where the sizes above contradict each other 
     "gemma4_unified_text": {"per_layer_config": {}, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 6},
     "inkling2_text": {"swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2},
     "inkling_text": {"swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2},
+    "gemma3": {"mm_tokens_per_image": 4},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "led": {"attention_window": [16, 16]},
     "longformer": {"attention_window": [16, 16]},
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "marian": {"decoder_vocab_size": 64, "decoder_start_token_id": 0},
+    **{name: {"image_grid_pinpoints": [[32, 32]]} for name in ("llava_next", "llava_next_video", "llava_onevision")},
     "luke": {"entity_vocab_size": 20, "entity_emb_size": 16},
     "mamba2": {"num_heads": 8},
     "mobilebert": {"intra_bottleneck_size": 24, "embedding_size": 20},
+    "paligemma": {"projection_dim": 32},
     "perceiver": {"d_latents": 24, "num_latents": 6, "num_self_attends_per_block": 2, "d_model": 24},
     "qwen4_exp_text": {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},
@@ -83,6 +88,7 @@ MORE = {  # fields of single kinds, where the sizes above contradict each other 
             "shape_embed_dim": 32,
         },
     },
+    "vipllava": {"vision_feature_layers": [-2, -1]},
     "xglm": {"attention_heads": 4},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
@@ -101,6 +107,8 @@ MORE = {  # fields of single kinds, where the sizes above contradict each other 
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 12},
 }
+SECTIONS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text")
+SECTIONS += ("glm4v_text", "glm46v_text", "glm_ocr_text")
 ABSENT = {  # which a config does not let one set
     "funnel": ("num_hidden_layers",),
     "prophetnet": ("num_hidden_layers",),
@@ -125,8 +133,16 @@ def fields_of(config):
         sizes[name] = size
     if "qk_rope_head_dim" in sizes:  # of latent attention, which has as many heads of k as of q
         sizes |= {"num_key_value_heads": 4} | ({"head_dim": 4} if "head_dim" in sizes else {})
+    sizes |= {name: [SMALL[name]] * 2 for name in ("image_size", "patch_size") if len(_pair(values.get(name))) == 2}
+    if config.model_type in SECTIONS:  # the pairs of a head, by time, height and width
+        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     sizes = {name: size for name, size in sizes.items() if name not in ABSENT.get(config.model_type, ())}
     return sizes | _fields_by_layer(values) | MORE.get(config.model_type, {})
+
+
+def _pair(value):
+    """Return a value that is a list, an empty one for others."""
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _field(config, name):

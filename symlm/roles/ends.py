@@ -135,6 +135,8 @@ class EndMatrices:
             shape = whole_shape(table.weight)
             alike = {path: linear for path, linear in linears.items() if _shape_of(linear) == shape and shape[0] > 1}
             heads = {path: linear for path, linear in alike.items() if not self._is_hidden(path, linear, alike)}
+            named = {path for path in heads if unwrapped_path(path.split("."))[-1] in HEADS}
+            heads = {path: linear for path, linear in heads.items() if path in named or not named}
             scope = table_path
             while scope and not any(_is_inside(path, scope) for path in heads):
                 scope = scope.rpartition(".")[0]
@@ -161,13 +163,19 @@ class EndMatrices:
         return self._feeds_another(path, linear.out_features)
 
     def _feeds_another(self, path: str, rows: int) -> bool:
-        """Tell whether a layer beside this one, and after it, takes as many inputs as it has outputs."""
+        """Tell whether a layer beside this one reads its outputs: one after it, or one that leads back."""
         parts = unwrapped_path(path.split("."))
         above = self.modules.get(".".join(parts[:-1]))
         siblings = dict(above.named_children()) if above is not None and parts[-1] else {}
         later = list(siblings)[list(siblings).index(parts[-1]) + 1 :] if parts[-1] in siblings else []
         children = (inner_module(siblings[name]) for name in later)
-        return any(isinstance(child, nn.Linear) and child.in_features == rows for child in children)
+        if any(isinstance(child, nn.Linear) and child.in_features == rows for child in children):
+            return True
+        if parts[-1] in HEADS:
+            return False
+        own, others = siblings.get(parts[-1]), (inner_module(child) for child in siblings.values())
+        back = _shape_of(own)[::-1] if isinstance(own, nn.Linear) else None
+        return any(isinstance(child, nn.Linear) and _shape_of(child) == back for child in others if child is not own)
 
 
 def _block(path: str) -> str:

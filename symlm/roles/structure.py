@@ -9,7 +9,13 @@ from symlm.roles.recognizers.layers import is_dense, is_pointwise, shape_of
 from symlm.roles.recognizers.leaves import leaf_role
 from symlm.roles.recognizers.logits import ignores_a_shift
 from symlm.roles.recognizers.names import is_fused
-from symlm.roles.recognizers.shapes import is_activated_alone, is_ambiguous, role_by_shapes
+from symlm.roles.recognizers.shapes import (
+    is_activated_alone,
+    is_activated_first,
+    is_ambiguous,
+    role_by_filters,
+    role_by_shapes,
+)
 from symlm.roles.role import Role, Site
 
 EXPERTS = {
@@ -48,7 +54,7 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
     if is_pointwise(site.module) and len(shape) > 2:
         box = (type(site.parent).__name__, "".join(site.path[-2:-1]))
-        if role := attention_role(site) or POINTWISE.get(box):
+        if role := attention_role(site) or POINTWISE.get(box) or role_by_filters(site):
             return role
     if len(shape) != 2 or not (is_dense(site.module) or isinstance(site.module, nn.MultiheadAttention)):
         return leaf_role(site)
@@ -62,7 +68,7 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return role
     if is_inside_attention(site) or is_ambiguous(site):  # what none of its names says is never one matrix
         return None
-    return Role.MLP_IN if is_activated_alone(site) else Role.MATRIX
+    return Role.MLP_IN if is_activated_alone(site) or is_activated_first(site) else Role.MATRIX
 
 
 def _is_router(site: Site, owner: str) -> bool:

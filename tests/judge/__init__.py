@@ -8,6 +8,7 @@ from numerics import LOSS_CHANGES, LOSS_STAYS
 from judge.channels import (
     channel_moves,
     expert_moves,
+    filter_moves,
     group_moves,
     joined_head_moves,
     low_rank_moves,
@@ -16,6 +17,7 @@ from judge.channels import (
     stream_moves,
 )
 from judge.heads import ATTENTION, attention_moves
+from judge.images import is_given_images
 from judge.mixers import mixer_moves
 from judge.running import gradients, loss_of, loud, renamed_rows, replaced
 from judge.stream import TABLES, heads_axis, multiplies_the_stream, renamed_coordinates, rotating, sides
@@ -98,6 +100,19 @@ class Judge:
             < self.change(alone, names=order, labels=order)
         )
 
+    def reads_images(self, site):
+        """Tell whether a filter's inputs are patches of images, which may be in any basis that it shares."""
+        if not is_given_images(self.model):
+            return False
+        W = site.parameter.detach().flatten(1)
+        normal = torch.randn(W.shape[1], W.shape[1], dtype=W.dtype, generator=torch.Generator().manual_seed(4))
+        basis = torch.linalg.qr(normal)[0]
+        moved = {site.name: (W @ basis.T).view_as(site.parameter)}
+        try:
+            return self.change(moved, pixels=basis) < LOSS_STAYS < LOSS_CHANGES < self.change({}, pixels=basis)
+        except RuntimeError:  # patches of another size
+            return False
+
 
 def judged(model):
     """Return {parameter: "right", "wrong" or "undecided"} of a model whose weights are loud, and its roles."""
@@ -110,6 +125,7 @@ def judged(model):
         per_layer_moves(judge.sites),
         pair_moves(judge.sites),
         group_moves(judge.sites),
+        filter_moves(judge.sites),
         joined_head_moves(judge.sites, model),
         stream_moves(judge.sites),
         mixer_moves(judge.sites, model),
@@ -140,14 +156,14 @@ def spaces(judge):
         if role is Role.MATRIX:
             still = [site.shape[axis] for axis in sides(site) if axis not in turns]
             fixed = site.name in named and all(any(length % width == 0 for width in rigid) for length in still)
-            if not still or fixed:
+            if not still or fixed or (sides(site)[0] in turns and judge.reads_images(site)):
                 judge.verdict[site.name] = "right"
             elif widths - rigid and not is_convolution(site.module) and min(still) >= 4:
                 judge.verdict[site.name] = "wrong"
         if (
             site.name in named
             and multiplies_the_stream(site, role, judge.sites)
-            and site.shape[sides(site)[0]] in widths
+            and any(site.shape[sides(site)[0]] % width == 0 for width in widths)
         ):
             judge.verdict[site.name] = "right"
         if role in (Role.ATTENTION_V, Role.ATTENTION_O) and heads_axis(site, role) in turns:

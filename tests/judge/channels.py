@@ -86,6 +86,24 @@ def group_moves(sites):
         yield moved | {bias: before[0].module.bias.detach()[index]}
 
 
+def filter_moves(sites):
+    """Permute the channels between two convolutions over single places, and in the filters of channels between them."""
+    parents = defaultdict(list)
+    for site, role in sites:
+        if isinstance(site.module, nn.modules.conv._ConvNd) and role in (Role.MLP_IN, Role.MLP_OUT, Role.VECTOR):
+            parents[id(site.parent)].append((site, role))
+    for members in parents.values():
+        outs = [site for site, role in members if role is Role.MLP_OUT and is_pointwise(site.module)]
+        if len(outs) != 1 or all(role is not Role.MLP_IN for _, role in members):
+            continue
+        order = torch.randperm(outs[0].shape[1], generator=torch.Generator().manual_seed(2))
+        yield {
+            site.name: site.parameter.detach().index_select(int(site is outs[0]), order)
+            for site, role in members
+            if site.module is not outs[0].module or site is outs[0]
+        }
+
+
 def expert_moves(sites):
     """Permute the neurons of every expert, in gate, up and down together."""
     modules = defaultdict(list)

@@ -179,7 +179,7 @@ def moved_heads(site, role, groups, move_groups, blocks=1):
     if W.ndim == 3:  # stored [d, heads, head_dim]
         return {site.name: move_groups(W.movedim(1, 0), groups).movedim(0, 1).contiguous()}
     rows = role is not Role.ATTENTION_O
-    bias = getattr(site.module, "bias", None)
+    bias = getattr(site.module, site.name.rpartition(".")[2].removesuffix("weight") + "bias", None)
     move = by_order(site, role, groups, move_groups)
     axis = int(rows == site.transposed)
     W = W.movedim(axis, 0)

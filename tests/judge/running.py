@@ -8,6 +8,8 @@ from unittest import mock
 import torch
 from torch import nn
 
+from judge.images import form_name, images_of, in_another_basis
+
 
 @contextmanager
 def in_double():
@@ -58,8 +60,8 @@ def loud(model, seed=0):
     return model
 
 
-def inputs_of(model, length=12, seed=1, names=None, labels=None):
-    """Return what the model is called with: tokens, and states or masks for what tokens alone do not reach."""
+def inputs_of(model, length=12, seed=1, names=None, labels=None, pixels=None):
+    """Return what the model is called with: tokens, and images, states or masks for what tokens alone do not reach."""
     draw = torch.Generator().manual_seed(seed)
     config = model.config.get_text_config()
     books = getattr(config, "num_codebooks", 0) * hasattr(model, "lm_heads")  # of Musicgen, [rows · books, length]
@@ -69,7 +71,9 @@ def inputs_of(model, length=12, seed=1, names=None, labels=None):
     asked = inspect.signature(model.forward).parameters
     inputs, targets = (ids if order is None else order[ids] for order in (names, labels))
     targets = targets.view(2, books, length).mT if books else targets
-    given = {"input_ids": inputs, "labels": targets}
+    given = images_of(model, inputs, targets, draw)
+    if pixels is not None:
+        given[form_name(model)] = in_another_basis(given[form_name(model)], pixels)
     if hasattr(config, "use_cache"):
         given["use_cache"] = False
     if "encoder_hidden_states" in asked and (width := _width_of_states(model)):
@@ -97,10 +101,10 @@ def reads_given_states(name, model):
 CROSS = re.compile(r"(encoder_attn|cross_?attention|EncDecAttention|cross_attn)\..*k", re.IGNORECASE)
 
 
-def loss_of(model, length=12, names=None, labels=None):
-    """Return the loss of one batch of tokens."""
+def loss_of(model, length=12, **names):
+    """Return the loss of one batch; tokens, labels and pixels may have other names."""
     with torch.no_grad(), in_double():
-        return model(**inputs_of(model, length, names=names, labels=labels)).loss.double().item()
+        return model(**inputs_of(model, length, **names)).loss.double().item()
 
 
 def gradients(model, seed):

@@ -42,9 +42,10 @@ def rotating(model, sites):
             for axis, length in enumerate(p.shape):
                 spaces[length][name, axis] = skew(p, [grads[name] for grads in batches], axis)
             for axis, width in joined(p, widths):
-                for k, part in enumerate(p.unflatten(axis, (-1, width)).unbind(axis)):
-                    pieces = [grads[name].unflatten(axis, (-1, width)).select(axis, k) for grads in batches]
-                    spaces[width][name, axis, k] = skew(part, pieces, axis)
+                for inner, sizes in enumerate(((-1, width), (width, -1))):  # one after the other, or in turn
+                    for k, part in enumerate(p.unflatten(axis, sizes).unbind(axis + inner)):
+                        pieces = [grads[name].unflatten(axis, sizes).select(axis + inner, k) for grads in batches]
+                        spaces[width][name, axis, inner, k] = skew(part, pieces, axis)
     turned = {key for space in spaces.values() for key in _dependent(space)}
     turning = {key for key in turned if len(key) == 2}
     turning |= whole_of(turned, [key for space in spaces.values() for key in space if len(key) > 2])
@@ -68,12 +69,12 @@ def rotating(model, sites):
 
 def whole_of(turned, parts):
     """Return the axes all of whose parts turn."""
-    missed = {key[:2] for key in parts if key not in turned}
-    return {key[:2] for key in parts} - missed
+    missed = {key[:-1] for key in parts if key not in turned}
+    return {key[:2] for key in parts if key[:-1] not in missed}
 
 
 def joined(p, widths):
-    """Yield (axis, width) of the axes along which several states of one width stand one after the other."""
+    """Yield (axis, width) of the axes along which several states of one width stand."""
     for axis, length in enumerate(p.shape):
         fits = [width for width in widths if length not in widths and length % width == 0 and length // width <= 8]
         if p.ndim > 1 and fits:
@@ -182,25 +183,22 @@ def coordinates(sites, tensors, width):
             ]
         else:
             reads = role not in WRITES and site.shape[into] % width == 0
-            joined_states = role in WRITES and site.shape[out] % width == 0
-            writes = (joined_states or site.shape[out] == width) and (
-                role not in READS or multiplies_the_stream(site, role, sites)
-            )
+            factors = multiplies_the_stream(site, role, sites)
+            joined_states = (role in WRITES or factors) and site.shape[out] % width == 0
+            writes = (joined_states or site.shape[out] == width) and (role not in READS or factors)
             axes[site.name] = [into] * reads + [out] * writes
     attentions = {id(core(site)) for site, role in sites if role in ATTENTION}
     for site, role in sites:
         if role is not Role.VECTOR or id(site.module) in attentions or is_mixer(site.module):
             continue
-        states = 8 if site.path and "norm" in site.path[-1] else 1
-        if len(site.shape) != 1 or len(site.parameter) % width or len(site.parameter) > states * width:
-            continue
         weight = site.name.rpartition(".")[0] + ".weight"
         layer = placed.get(weight, (None, None))[0]
-        if layer is not None and site.name.endswith("bias") and len(layer.shape) > 1:
-            free = sides(layer)[0] in axes[weight]
-        else:
-            free = not (site.path and OF_HEADS.fullmatch(site.path[-1]))
-        axes[site.name] = [0] * free
+        of_layer = layer is not None and site.name.endswith("bias") and len(layer.shape) > 1
+        states = 8 if of_layer or (site.path and "norm" in site.path[-1]) else 1
+        if len(site.shape) != 1 or len(site.parameter) % width or len(site.parameter) > states * width:
+            continue
+        of_heads = bool(site.path and OF_HEADS.fullmatch(site.path[-1]))
+        axes[site.name] = [0] * (sides(layer)[0] in axes[weight] if of_layer else not of_heads)
     return {name: mine for name, mine in axes.items() if mine}
 
 

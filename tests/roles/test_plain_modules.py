@@ -119,8 +119,6 @@ def test_a_sequence_with_an_activation_is_an_mlp(case, attention):
 def test_a_sequence_without_an_activation_is_no_mlp():
     pair = holder(pair=nn.Sequential(dense(32, 8), nn.Dropout(), dense(8, 32)))
     assert set(map(str, symlm.assign_roles(pair).values())) == {"matrix"}
-    modulation = holder(adaLN_modulation=nn.Sequential(nn.SiLU(), dense(32, 192)))
-    assert set(map(str, symlm.assign_roles(modulation).values())) == {"matrix"}
 
 
 def test_a_block_of_equal_squares_whose_names_say_nothing_is_refused():

@@ -52,8 +52,12 @@ def attention_role(site: Site) -> Role | None:
     parent = site.parent
     if is_value_too(site):
         return Role.ATTENTION_K
-    if parent is None or is_fused(site.leaf):
-        return None
+    if (
+        parent is None
+        or is_fused(site.leaf)
+        or any(isinstance(child, nn.MultiheadAttention) for child in parent.children())
+    ):
+        return None  # what stands in front of torch's attention, whose own projections have the heads
     role = projection(site.leaf)
     if role and has_qkv(parent):
         return role
@@ -87,6 +91,8 @@ def core_of(site: Site) -> nn.Module | None:
     Args:
         site: The site of a projection of attention.
     """
+    if isinstance(site.parent, nn.MultiheadAttention):
+        return site.parent
     around = site.ancestors[1] if len(site.ancestors) > 1 else None
     beside = [child for module in (site.parent, around) if module is not None for _, child in module.named_children()]
     cores = (core for core in (site.parent, around, *beside) if core is not None and (has_qkv(core) or fuses(core)))

@@ -28,7 +28,7 @@ ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("per_layer_projection", "conv_kernel_layer"), Role.MLP_OUT),
     **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
     **dict.fromkeys(("vocab_transform", "sampling_offsets", "attention_weights"), Role.MLP_IN),
-    **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT},
+    **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT, "head_linear": Role.MLP_IN},
     **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
 POINTWISE = {  # convolutions over single places, by the classes and the names of their boxes
@@ -40,6 +40,7 @@ TOKENS_IN_COLUMNS = (("MobileBertLMPredictionHead", "dense"),)  # the head of th
 ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
 NUMBERED = re.compile(r"(fc|lin|linear|layer|dense)_?\d")
+MODULATES = re.compile(r"ada_?ln|ada_?layer_?norm|ada_?norm|modulation", re.IGNORECASE)
 GATES = (
     "gate_proj",
     "q_gate_proj",
@@ -83,6 +84,8 @@ def channel_role(site: Site) -> Role | None:
         return Role.MLP_OUT if site.leaf in LEAVES_MIXER else Role.MLP_IN
     if is_fused(site.leaf) and len(set(site.shape)) > 1:
         return None
+    if _modulates(site):
+        return Role.MLP_IN  # rows are factors of the stream's coordinates
     if site.leaf in ALONE:
         return ALONE[site.leaf]
     if (type(parent).__name__, site.leaf) in TOKENS_IN_COLUMNS:
@@ -101,6 +104,13 @@ def channel_role(site: Site) -> Role | None:
     names = [name for name, _ in parent.named_children()]
     roles = {name: BY_NAME.get(name) or (_by_last_word(name) if square else None) for name in names}
     return roles.get(site.leaf) if {*roles.values()} >= {Role.MLP_IN, Role.MLP_OUT} else None
+
+
+def _modulates(site: Site) -> bool:
+    """Tell whether a layer makes shifts, scales and gates for the coordinates of the stream, by the names around it."""
+    names = (*site.path[-2:], type(site.parent).__name__)
+    layers = [*dense_children(site.parent).values()] if site.parent is not None else []
+    return any(MODULATES.search(name) for name in names) and layers[-1:] == [site.module]
 
 
 def _deep(site: Site) -> list[nn.Module]:

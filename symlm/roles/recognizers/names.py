@@ -17,7 +17,7 @@ FILLERS |= {"protein", "structure", "msa", "layout", "vision", "text"}  # what a
 OUTPUTS = ("c_proj", "proj")
 FUSED_TOKENS = {
     *("qkv", "kqv", "qvk", "vqk", "qk", "kv", "qv", "qkvz", "qkvo", "qkvg", "ba", "zba", "pack"),
-    *("wqkv", "wkv", "wqk", "wpack", "qkvw", "toqkv", "toqk", "tokv"),
+    *("wqkv", "wkv", "wqk", "wpack", "qkvw", "toqkv", "toqk", "tokv", "fused"),
 }
 FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
 NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "index_qk_proj")  # low ranks; what only chooses keys

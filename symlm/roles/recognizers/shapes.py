@@ -6,7 +6,7 @@ from collections.abc import Collection
 from torch import nn
 
 from symlm.roles.recognizers.attention import BESIDE_FUSED, fuses, has_qkv, is_attention
-from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, shape_of
+from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, is_pointwise, shape_of
 from symlm.roles.recognizers.logits import HEADS, functions_called
 from symlm.roles.recognizers.names import is_fused, projection
 from symlm.roles.role import Role, Site
@@ -30,6 +30,37 @@ def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
     return next((role for role in roles if role), None)
 
 
+def role_by_filters(site: Site) -> Role | None:
+    """Return the role of one of two convolutions over single places, into a width and out of it; None elsewhere.
+
+    Between them may be an activation, norms, and filters of single channels.
+
+    Args:
+        site: The site of a convolution.
+    """
+    children = [inner_module(child) for child in site.parent.children()] if site.parent is not None else []
+    if site.parent is None or not activates(site.parent) or any(is_dense(child) for child in children):
+        return None
+    filters = [child for child in children if isinstance(child, nn.modules.conv._ConvNd) and child.groups == 1]
+    mixing = [child for child in children if isinstance(child, nn.modules.conv._ConvNd) and not _is_by_channel(child)]
+    if len(filters) != 2 or mixing != filters or not all(is_pointwise(child) for child in filters):
+        return None
+    between = children[children.index(filters[0]) + 1 : children.index(filters[1])]
+    active = not isinstance(site.parent, nn.Sequential) or any(not INERT.search(_kind(child)) for child in between)
+    fits = filters[0].out_channels == filters[1].in_channels
+    return (Role.MLP_IN if site.module is filters[0] else Role.MLP_OUT) if active and fits else None
+
+
+def _is_by_channel(module: nn.modules.conv._ConvNd) -> bool:
+    """Tell whether a convolution has a filter for each channel."""
+    return module.groups == module.in_channels == module.out_channels > 1
+
+
+def _kind(module: nn.Module | None) -> str:
+    """Return the name of a module's class in small letters."""
+    return type(module).__name__.lower()
+
+
 def is_activated_alone(site: Site) -> bool:
     """Tell whether a layer goes through an activation, and its module has no more but norms, and a head behind it.
 
@@ -49,6 +80,21 @@ def is_activated_alone(site: Site) -> bool:
     return layers - {*HEADS, "decoder"} == {site.leaf} and all(
         p.ndim < 2 for child in others for p in child.parameters()
     )
+
+
+def is_activated_first(site: Site) -> bool:
+    """Tell whether a layer goes through an activation of its own, and a block into a width and out of it follows.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    parent = site.parent
+    layers = [*dense_children(parent).values()] if parent is not None else []
+    if parent is None or isinstance(parent, nn.Sequential) or len(layers) < 3 or layers[0] is not site.module:
+        return False
+    activations = sum(bool(ACTIVATION.search(_kind(child))) for child in parent.children())
+    (_, width), *between, (channels, _) = [shape_of(layer) for layer in layers]
+    return activations > 1 and all(shape == (width, channels) for shape in between)
 
 
 def is_ambiguous(site: Site) -> bool:
@@ -102,6 +148,9 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
     if any(isinstance(child, nn.Embedding) for child in scope.children()):  # a model, not a block of one
         return None
     layers = [layer for layer in dense_layers(scope) if id(getattr(layer[0], "weight", None)) not in ends]
+    own = [layer for layer in layers if layer[0] in dense_children(scope).values()]
+    if len(layers) > len(own) == 2 and activates(scope) and _are_numbered(scope, [layer for layer, _, _ in own]):
+        layers = own  # what is in a box beside them is in front
     if len({layer[1:] for layer in layers}) == 3:  # a square gate beside a key and a value, as in RWKV
         squares = [layer for layer in layers if layer[1] == layer[2]]
         layers = [layer for layer in layers if layer not in squares]
