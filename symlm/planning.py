@@ -77,7 +77,7 @@ def plan(model: nn.Module, shards: int = 1, copies: int = 1, **options: Any) -> 
                     batch
                 )
             if bucket.by_rows and shards > 1:
-                size = MASTER * entries_to_sum(get_rule(group["rule"]), bucket.layout) * len(batch)
+                size = MASTER * entries_to_sum(get_rule(group["rule"]), bucket.layout, group["gram_every"]) * len(batch)
                 received = [count + 2 * size * (shards - 1) // shards for count in received]
             if get_rule(group["rule"]).state and not bucket.by_rows:
                 replicated += cost_of(group, bucket.layout) * len(batch)
