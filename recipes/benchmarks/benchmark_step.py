@@ -136,6 +136,7 @@ def main() -> None:
         if options.out:
             head = {"date": date.today().isoformat(), "commit": options.commit, "torch": torch.__version__}
             head |= {"device": DEVICE, "threads": options.threads, "rounds": options.rounds}
+            head |= {"hidden": options.hidden, "vocabulary": options.vocabulary}
             options.out.write_text(json.dumps({**head, "rows": table}, indent=1) + "\n")
 
 
