@@ -104,7 +104,7 @@ class _Costs:
         rule, count = get_rule(bucket.group["rule"]), len(bucket.batch)
         self.in_place += operations_of(rule, bucket.layout.shape, bucket.group["gram_every"]) * count
         if self.shards > 1:
-            size = MASTER * entries_to_sum(rule, bucket.layout) * count
+            size = MASTER * entries_to_sum(rule, bucket.layout, bucket.group["gram_every"]) * count
             self.received = [each + 2 * size * (self.shards - 1) // self.shards for each in self.received]
 
     def _add_gathered(self, bucket: Bucket) -> None:

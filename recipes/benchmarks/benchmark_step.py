@@ -1,165 +1,143 @@
-"""Time the optimizer's step on Qwen3-0.6B-shaped parameters, beside its floor and its peers, in one run.
+"""Time the optimizer's step beside its floor and its peers, in one table.
 
-The floor is what must be spent: the counted operations of the polar factors and of the head's Gram matrix over the
-measured rate of a large product, and the bytes of one pass (read gradient, momentum and weight; write momentum and
-weight) over the measured copy rate.
-torch.optim.Muon multiplies in bf16 whatever the machine, which many CPUs emulate; here it takes fp32, as all do.
+Arms alternate step by step and are measured in the process's own time, so that a busy machine decides as little as it
+can; on a GPU, whose work that time does not have, by the clock. Figures are medians. The floor of an arm is what it
+must spend: the counted operations of its products at the rate of a large product, and one pass over all that it stores
+at the rate of a large copy, both measured among the arms. Its host time is that of the same step on as many small
+parameters, of which the work is next to nothing. torch.optim.Muon multiplies in bf16 whatever the machine, which many
+CPUs emulate; here it takes fp32, as all do.
 """
 
+import json
 import statistics
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
-from math import prod
-from unittest.mock import patch
+from datetime import date
+from pathlib import Path
+from typing import Any
 
 import torch
-from launches import Launches
+from arms import FOREACH, FUSED, MUON, PERIOD, Arm, Many, arms_of, qwen3
+from recording import Launches
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import symlm
-from symlm.polar import fastest_dtype, operations
-from symlm.rules import RULES
-from symlm.step.rows.row_step import operations_of
-from symlm.views import MatrixView
+from symlm.polar import fastest_dtype
 
-NOISE = 1e-3
-SELDOM = "symlm default, gram_every=4"  # timed over four steps, of which one computes the Gram matrix
-
-
-def qwen3(layers: int, vocabulary: int, hidden: int = 1024) -> nn.Module:
-    config = AutoConfig.for_model(
-        "qwen3",
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(2, hidden // 64),
-        num_key_value_heads=max(1, hidden // 128),
-        head_dim=min(128, hidden // 2),
-        vocab_size=vocabulary,
-        tie_word_embeddings=False,
-    )
-    return AutoModelForCausalLM.from_config(config)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIDE, LENGTH = 2048, 2**26  # of the product and of the copy that measure the machine
+BASES = {"× Muon + AdamW": MUON, "× fused AdamW": FUSED, "× foreach AdamW": FOREACH}
+COLUMNS = {
+    "s": "{:.4g}",
+    "× floor": "{:.2f}",
+    "× Muon + AdamW": "{:.2f}",
+    "× fused AdamW": "{:.1f}",
+    "× foreach AdamW": "{:.2f}",
+    "launches": "{:,.0f}",
+    "GB": "{:.3g}",
+    "host ms": "{:.3g}",
+}
 
 
-def median_seconds(work: Callable[[], object], runs: int) -> float:
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
+def seconds(work: Callable[[], object]) -> float:
+    """Return the time that a call takes of this process, or on a GPU by the clock."""
+    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
+    start = clock()
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def alternated(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Run all once, then time all in every round, one after the other."""
+    for work in works.values():
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    return times
 
 
-def floor_seconds(optimizer: symlm.SymOptimizer, device: str, runs: int) -> tuple[float, float]:
-    """Return the seconds of the counted operations and of the counted bytes, at the rates measured here."""
-    flops, size = 0, 0
-    for group in optimizer.param_groups:
-        view, rule = MatrixView.parse(group["view"]), RULES[group["rule"]]
-        for p in group["params"]:
-            for part_view, part in view.sections(p):
-                b, m, n = part_view.shape(tuple(part.shape))
-                flops += b * operations(m, n, group["steps"], "auto") if rule.spectral else 0
-                flops += b * operations_of(rule, (m, n), group["gram_every"])
-            size += 5 * p.element_size() * prod(p.shape)
-    A = torch.randn(2048, 2048, device=device, dtype=fastest_dtype(device))
-    big = torch.randn(2**26, device=device)
-    other = torch.empty_like(big)
-    A @ A, other.copy_(big)
-    rate = 2 * 2048**3 / median_seconds(lambda: A @ A, max(runs, 5))
-    bandwidth = 2 * big.nbytes / median_seconds(lambda: other.copy_(big), max(runs, 5))
-    print(f"measured: {rate / 1e9:.0f} GFLOP/s ({A.dtype}), copy {bandwidth / 1e9:.1f} GB/s")
-    return flops / rate, size / bandwidth
+def typical(times: list[float], period: int) -> float:
+    """Return the median time of a step; of steps that repeat themselves after some, the mean of each one's median."""
+    return statistics.mean(statistics.median(times[k::period]) for k in range(period))
 
 
-def muon_in_fp32(matrices: list[nn.Parameter], rest: list[nn.Parameter]) -> Callable[[], None]:
-    """Return the step of torch.optim.Muon and AdamW, whose products are in fp32 as all others' here are."""
-    muon, adamw = torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=1e-3, fused=True)
-
-    def step() -> None:
-        with patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
-            muon.step()
-        adamw.step()
-
-    return step
-
-
-class Many(nn.Module):
-    """200 matrices of 256 × 256 and an embedding of 8,192 × 256."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(8192, 256)
-        self.layers = nn.ModuleList(nn.Linear(256, 256, bias=False) for _ in range(200))
+def measured(arms: dict[str, Arm], rounds: int) -> tuple[dict[str, float], float, float]:
+    """Return each arm's seconds, and the rates of a product and of a copy, an operation and a byte a second."""
+    A = torch.randn(SIDE, SIDE, device=DEVICE, dtype=fastest_dtype(DEVICE))
+    source = torch.randn(LENGTH, device=DEVICE)
+    target = torch.empty_like(source)
+    probes = {"product": lambda: A @ A, "copy": lambda: target.copy_(source)}
+    times = alternated({name: arm.step for name, arm in arms.items()} | probes, rounds)
+    rates = 2 * SIDE**3 / typical(times["product"], 1), 2 * source.nbytes / typical(times["copy"], 1)
+    return {name: typical(times[name], arm.period) for name, arm in arms.items()}, *rates
 
 
-def four_steps(optimizer: symlm.SymOptimizer) -> Callable[[], None]:
-    def steps() -> None:
-        for _ in range(4):
-            optimizer.step()
+def spent(arm: Arm) -> tuple[float, float]:
+    """Return the operations that a step launches and the bytes that they read and write, in the mean of its period."""
+    with Launches() as launches:
+        for _ in range(arm.period):
+            arm.step()
+    return launches.by_name.total() / arm.period, launches.bytes / arm.period
 
-    return steps
 
-
-def compared(model: nn.Module, roles: dict[str, str] | None, runs: int) -> dict[str, dict[str, float]]:
-    """Return time and launches of a step of symlm's default and Muon, of torch's Muon + AdamW in fp32, and of AdamW."""
-    for p in model.parameters():
-        p.grad = torch.randn_like(p) * NOISE
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    taken = set(map(id, matrices))
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    fp32 = {"schedule": "muon", "polar_method": "newton_schulz", "compute_dtype": "float32", "roles": roles}
-    steps: dict[str, Callable[[], object]] = {
-        "symlm default": symlm.SymOptimizer(model, roles=roles).step,
-        SELDOM: four_steps(symlm.SymOptimizer(model, roles=roles, gram_every=4)),
-        "symlm muon": symlm.SymOptimizer(model, preset="muon", nesterov=True, **fp32).step,
-        "torch.optim.Muon + AdamW, fp32": muon_in_fp32(matrices, rest),
-        "foreach AdamW": torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True).step,
-        "fused AdamW": torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True).step,
-    }
-    table = {}
-    for name, step in steps.items():
-        step()
-        with Launches() as launches:
-            step()
-        count = 4 if name == SELDOM else 1
-        table[name] = {"seconds": median_seconds(step, runs) / count, "launches": launches.by_name.total() / count}
+def rows(title: str, model: nn.Module, small: nn.Module, rounds: int) -> list[dict[str, Any]]:
+    """Measure the arms on a model, and their host time on one of as many small parameters."""
+    arms = arms_of(model)
+    times, product, copy = measured(arms, rounds)
+    host_arms = arms_of(small)
+    host = alternated({name: arm.step for name, arm in host_arms.items()}, 5 * rounds)
+    table = []
+    for name, arm in arms.items():
+        launches, moved = spent(arm)
+        floor = arm.operations / product + arm.bytes / copy
+        row = {"model": title, "step": name, "s": times[name], "floor s": floor, "× floor": times[name] / floor}
+        row |= {column: times[name] / times[base] for column, base in BASES.items()}
+        row |= {"launches": launches, "GB": moved / 1e9, "host ms": 1e3 * typical(host[name], host_arms[name].period)}
+        table.append(row)
+    print(f"{title}: product {product / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s")
     return table
 
 
-def show(table: dict[str, dict[str, float]], base: str, floor: float | None = None) -> None:
-    """Print a table of steps, as multiples of one of them and of the floor."""
-    for name, row in table.items():
-        seconds, unit = row["seconds"], table[base]["seconds"]
-        of_floor = f"{seconds / floor:6.2f} × floor" if floor else ""
-        print(f"{name:31}{seconds:9.4f} s {seconds / unit:6.2f} × {base} {of_floor} {row['launches']:6.0f} launches")
+def show(table: list[dict[str, Any]]) -> None:
+    """Print the table in Markdown."""
+    print("| model | step | " + " | ".join(COLUMNS) + " |\n|---|---|" + "---:|" * len(COLUMNS))
+    for row in table:
+        cells = (form.format(row[key]) for key, form in COLUMNS.items())
+        print(f"| {row['model']} | {row['step']} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2], help="one table for each")
+    parser.add_argument("--layers", type=int, nargs="*", default=[2, 8], help="of Qwen3-0.6B's shapes")
     parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--host", action="store_true", help="28 layers of d = 64: what the host does, one thread")
-    parser.add_argument("--many", action="store_true", help="200 matrices of 256 × 256, one thread")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.host or arguments.many:
-        torch.set_num_threads(1)
-        model = qwen3(28, 256, hidden=64) if arguments.host else Many()
-        roles = None if arguments.host else {"embedding.weight": "embedding", "layers.*": "matrix"}
-        show(compared(model.to(device), roles, arguments.runs), "foreach AdamW" if arguments.host else "symlm default")
-        arguments.layers = []
-    for layers in arguments.layers:
-        model = qwen3(layers, arguments.vocabulary).to(device)
-        multiply, move = floor_seconds(symlm.SymOptimizer(model), device, arguments.runs)
-        print(f"{layers} layers: floor {multiply + move:.3f} s, products {multiply:.3f}, bytes {move:.3f}")
-        table = compared(model, None, arguments.runs)
-        show(table, "torch.optim.Muon + AdamW, fp32", multiply + move)
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--many", action="store_true", help="200 matrices of 256 × 256 too")
+    parser.add_argument("--rounds", type=int, default=4, help="a multiple of 4")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more than one wait for each other in the process's time"
+    )
+    parser.add_argument("--out", type=Path, help="a JSON file of the record")
+    parser.add_argument("--commit", help="of the measured tree")
+    options = parser.parse_args()
+    if options.rounds % PERIOD:
+        parser.error(f"--rounds {options.rounds} is no multiple of {PERIOD}, after which an arm repeats itself")
+    torch.set_num_threads(options.threads)
+    sized = [(f"{n} layers", (n, options.vocabulary, options.hidden), (n, 256, 64)) for n in options.layers]
+    models = [(title, lambda a=whole: qwen3(*a), lambda a=small: qwen3(*a)) for title, whole, small in sized]
+    models += [("200 × 256²", Many, lambda: Many(8))] * options.many
+    table: list[dict[str, Any]] = []
+    for title, whole, small in models:
+        table += rows(title, whole().to(DEVICE), small().to(DEVICE), options.rounds)
+        show(table)
+        if options.out:
+            head = {"date": date.today().isoformat(), "commit": options.commit, "torch": torch.__version__}
+            head |= {"device": DEVICE, "threads": options.threads, "rounds": options.rounds}
+            head |= {"hidden": options.hidden, "vocabulary": options.vocabulary}
+            options.out.write_text(json.dumps({**head, "rows": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,33 @@ def operations(m: int, n: int, steps: int, method: str, halves: bool = False) ->
     return gram_form if method == "gram_newton_schulz" else min(standard, gram_form)
 
 
+def traffic(m: int, n: int, steps: int, gram: bool) -> tuple[int, int]:
+    """Count the products of a polar factor of one (m, n) matrix, and the elements that they read and write.
+
+    An operand counts once a product: `X Xᵀ` reads X and writes m², `βC + αAB` of one Gram matrix reads m² or 2m² and
+    writes m², `aX + BX` reads m² and X and writes X. Newton–Schulz moves `steps·(3mn + 4m²)`; the Gram form at five
+    steps `6mn + 41m²`.
+
+    Args:
+        m: Rows of the matrix.
+        n: Its columns.
+        steps: Steps of the iteration.
+        gram: Whether it is Gram Newton–Schulz.
+
+    Returns:
+        The number of products, and of elements.
+    """
+    m, n = min(m, n), max(m, n)
+    if not gram:
+        return 3 * steps, steps * (3 * m * n + 4 * m * m)
+    launches, squares, times = 0, 0, 1 + (steps > RESTART)
+    for k in range(steps):
+        first, last = k in (0, RESTART), k in (RESTART - 1, steps - 1)
+        launches += 1 + (not first) + 2 * (not last)
+        squares += 2 + 3 * (not first) + 6 * (not last)
+    return launches + 2 * times, (squares + 2 * times) * m * m + 3 * times * m * n
+
+
 def gram_is_cheaper(X: Tensor, dtype: torch.dtype, steps: int, kernels: str) -> bool:
     """Decide whether the Gram iteration on X takes fewer operations, in a dtype in which its error bound holds.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from symlm.polar.precision import fastest_dtype
 from symlm.roles.assignment import place
 from symlm.roles.role import Role, Site
-from symlm.routing.costs import least_bytes, products_of
+from symlm.routing.costs import BATCH_ELEMENTS, Moved, least_bytes, moved, products_of
 from symlm.routing.param_groups import check_overrides, overridden
 from symlm.routing.presets import get_preset
 from symlm.routing.table import Route
@@ -38,6 +38,7 @@ class RoutedParameter:
         why: The reason for the route.
         operations: Those of the matrix products of a step, see `symlm.routing.costs`.
         bytes: The least that a step reads and writes, of fp32.
+        moved: Launches and bytes of a step in kernels' passes; None where no kernel does it whole.
     """
 
     name: str
@@ -52,6 +53,7 @@ class RoutedParameter:
     why: str
     operations: int
     bytes: int
+    moved: Moved | None
 
 
 class Routing(list[RoutedParameter]):
@@ -72,7 +74,7 @@ class Routing(list[RoutedParameter]):
             multiplier = f"{row.lr_multiplier:g}"
             key = (row.role, row.view, row.rule, row.scale, row.constraint, multiplier, row.products, row.why)
             lines.setdefault(key, []).append(row)
-        costs = ("GFLOP", "MB") if self.costs else ()
+        costs = COSTS if self.costs else ()
         head = [
             "role",
             "tensors",
@@ -97,15 +99,42 @@ class Routing(list[RoutedParameter]):
         )
 
 
-NUMBERS = ("tensors", "parameters", "GFLOP", "MB", "lr ×")
+COSTS = ("GFLOP", "least MB", "passes MB", "operands MB", "launches")
+NUMBERS = ("tensors", "parameters", *COSTS, "lr ×")
 
 
 def _sizes(rows: list[RoutedParameter]) -> tuple[str, ...]:
-    """Return the cells of a line: tensors, parameters, billions of operations and millions of bytes."""
-    entries, operations, moved = (
+    """Return the cells of a line: tensors, parameters, billions of operations, millions of bytes, and launches."""
+    entries, operations, least = (
         sum(values) for values in zip(*((prod(row.shape), row.operations, row.bytes) for row in rows), strict=True)
     )
-    return str(len(rows)), f"{entries:,}", f"{operations / 1e9:,.1f}", f"{moved / 1e6:,.1f}"
+    passes, operands = (sum(row.moved[k] for row in rows if row.moved) for k in (1, 2))
+    counts = (f"{passes / 1e6:,.1f}", f"{operands / 1e6:,.1f}", f"{launches(rows):,}")
+    if any(row.moved is None for row in rows):
+        counts = ("", "", "")
+    return str(len(rows)), f"{entries:,}", f"{operations / 1e9:,.1f}", f"{least / 1e6:,.1f}", *counts
+
+
+def launches(rows: Iterable[RoutedParameter]) -> int:
+    """Count the launches of kernels and products for some parameters of one role, see `symlm.routing.costs.moved`.
+
+    One launch serves all matrices of a shape, up to `BATCH_ELEMENTS`; a row rule's serves one parameter, and AdamW's
+    all.
+
+    Args:
+        rows: The parameters; those that no kernel updates whole count nothing.
+    """
+    alike: dict[tuple[Any, ...], list[Moved]] = {}
+    for row in rows:
+        if row.moved:
+            rule = get_rule(row.rule)
+            apart = row.name if rule.row_map and rule.fused and not rule.spectral else ""
+            alike.setdefault(() if rule.elementwise else (row.shape, apart), []).append(row.moved)
+    total = 0
+    for key, some in alike.items():
+        each = max(1, BATCH_ELEMENTS // prod(key[0])) if key else len(some)
+        total += ceil(len(some) / each) * some[0].launches
+    return total
 
 
 def describe_routing(
@@ -126,7 +155,9 @@ def describe_routing(
         kernels: As for `symlm.polar.polar`; it decides `products` on the model's device.
         lr: As for `param_groups`; it matters only beside absolute rates in `overrides`.
         overrides: As for `param_groups`.
-        costs: Whether the table has the operations of a step's matrix products and the least bytes that it moves.
+        costs: Whether the table has what a step costs: the operations of its matrix products (GFLOP), the least bytes
+            that it reads and writes, and those of the kernels' passes and of the products' operands, see
+            `symlm.routing.costs.moved`, and the launches of both.
 
     Returns:
         One `RoutedParameter` for each trainable parameter, in agreement with `param_groups` of the same arguments.
@@ -161,6 +192,7 @@ def _routed(
         "set by overrides" if set(settings) & {"rule", "view"} else route.why,
         products_of(site, view, rule, chosen),
         least_bytes(site, view, rule),
+        moved(site, view, rule, {"kernels": kernels, **chosen}),
     )
 
 

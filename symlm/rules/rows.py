@@ -1,5 +1,6 @@
 """Rules by rows: rows are divided by their length, of this step or in the mean of steps, and may be whitened."""
 
+from collections.abc import Callable
 from math import sqrt
 
 from symlm_kernels.reference import center, mean_norms, normal, over_rms, rms_divisors, row_norms, unit_rows
@@ -126,17 +127,18 @@ def centered_row_adam(M: Tensor, row_rms: Tensor, step: Tensor | int, beta2: flo
     return center(over_rms(center(M), row_rms, _bias(beta2, step, M)))
 
 
-def whitener(gram: Tensor, rows: int) -> Tensor:
+def whitener(gram: Tensor, rows: int, root: Callable[[Tensor], Tensor] = inverse_root) -> Tensor:
     """Approximate `(min(m, n)·K/tr K)^{-1/2}`; rows of unit length with the Gram matrix K stay near it in the mean.
 
     Args:
         gram: The Gram matrices K, (..., n, n).
         rows: The number m of rows.
+        root: Computes the inverse root, or returns one that is stored.
 
     Returns:
         The roots, (..., n, n), by which the rows are multiplied from the right.
     """
-    return inverse_root(gram) / sqrt(min(rows, gram.shape[-1]))
+    return root(gram) / sqrt(min(rows, gram.shape[-1]))
 
 
 def _spread(X: Tensor, row_rms: Tensor, gram: Tensor, step: Tensor | int, beta2: float) -> dict[str, Tensor]:

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from symlm.distributed.exchange import Exchange
 from symlm.distributed.tensors import local
+from symlm.routing.costs import BATCH_ELEMENTS
 from symlm.routing.options import with_rate
 from symlm.rules import get_rule
 from symlm.step import stacks
 from symlm.step.directions import POLAR_OPTIONS, cost_of, polar_factors, rule_state, scale_of, whole_directions, wide
-from symlm.step.member import BATCH_ELEMENTS, Member, batches
+from symlm.step.member import Member, batches
 from symlm.step.momentum import BlockInputs, rule_inputs
 from symlm.step.rows import fused
 from symlm.step.rows.blocks import ALL, Block
-from symlm.step.rows.row_step import RowStep, gram_weight
+from symlm.step.rows.row_step import RowStep, gram_weight, root_of
 from symlm.views.matrix_view import MatrixView
 from symlm.views.storage import WHOLE
 
@@ -212,11 +213,11 @@ def overlapped(buckets: list[Bucket]) -> Iterator[Bucket]:
         The buckets in the same order; each is released after its use.
     """
     returning: list[Bucket] = []
-    for bucket in buckets[:1]:
-        bucket.start()
     for k, bucket in enumerate(buckets):
+        bucket.start()
         for following in buckets[k + 1 : k + 2]:
-            following.start()
+            if following.exchange:  # what stays here would only take memory before its time
+                following.start()
         bucket.compute()
         returning.append(bucket)
         while len(returning) > 1 or (returning and not bucket.exchange):
@@ -234,12 +235,12 @@ def _directions_by_rows(group: dict[str, Any], member: Member, finite: Tensor) -
     elements = CPU_BLOCK_ELEMENTS if member.parameter.device.type == "cpu" else BATCH_ELEMENTS
     inputs = BlockInputs(group, member, finite)
     rule, dtype = get_rule(group["rule"]), group["compute_dtype"]
-    rows = RowStep(rule, member.layout, member.momentum, inputs, state, settings, gram_weight(group), dtype)
+    mean = (settings, gram_weight(group), lambda new: member.store_state(new, finite), root_of(group))
+    rows = RowStep(rule, member.layout, member.momentum, inputs, state, *mean, dtype)
     size = scale_of(group, WHOLE, member.layout.shape)
     for block, U, row_state in rows.directions(elements):
         member.store_state(row_state, finite, block.rows)
         yield block, U if size == 1 else U.mul_(size)
-    member.store_state(rows.matrix_state, finite)
 
 
 def _fused_rows(group: dict[str, Any], member: Member, finite: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from symlm.distributed.collectives import whole_of_parts
 from symlm.distributed.layout import Layout, layout_of
 from symlm.distributed.tensors import aligned, gathered, local, placed_like, regrouped
 from symlm.polar.precision import accumulation_dtype
+from symlm.routing.costs import BATCH_ELEMENTS
 from symlm.routing.options import named_parameters
 from symlm.rules import get_rule
 from symlm.state.creation import of_fragments
@@ -20,8 +21,6 @@ from symlm.state.originals import Originals
 from symlm.state.quantization import SCALES, dequantized
 from symlm.step.directions import rule_state
 from symlm.step.rows.blocks import ALL
-
-BATCH_ELEMENTS = 2**26  # a batch of equal shapes has at most this many, which bounds the temporary memory
 
 
 @dataclass
@@ -36,6 +35,7 @@ class Member:
         layout: Where the part is in the whole.
         active: 1 or 0 for each of its matrices on this rank, or for its only one: it is updated or skipped. If None,
             all are updated if the step happens.
+        clock: In a captured step, a count of steps on the device, which replays move on.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Member:
     state: dict[str, Any]
     layout: Layout
     active: Tensor | None = None
+    clock: Tensor | None = None
 
     @cached_property
     def momentum(self) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from symlm.distributed.tensors import local
+from symlm.routing.costs import BATCH_ELEMENTS
 from symlm.rules.constraints import effective_decay
-from symlm.step.member import BATCH_ELEMENTS, Member
+from symlm.step.member import Member
 from symlm.update.rounding import store
 
 

@@ -51,6 +51,24 @@ def test_a_step_is_captured_in_a_cuda_graph_and_replayed(preset, kernels):
     assert all(torch.equal(p, before[name]) for name, p in captured.named_parameters())
 
 
+def test_replays_round_a_bf16_weight_by_other_bits():
+    """The gradient is the same in every replay, and so is the momentum's direction: what differs is the noise."""
+    model = tiny(num_hidden_layers=1).cuda().bfloat16()
+    loss_of(model, tokens(0).cuda()).backward()
+    optimizer = symlm.SymOptimizer(model, lr=torch.tensor(1e-5, device="cuda"), momentum=0.0)
+    for _ in range(3):
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    W, moves = model.model.layers[0].mlp.up_proj.weight, []
+    for _ in range(2):
+        before = W.detach().clone()
+        graph.replay()
+        moves.append(W.detach() - before)
+    assert not torch.equal(*moves)
+
+
 def test_on_a_gpu_too_an_expert_without_a_gradient_rests():
     twins = tiny("olmoe").cuda(), tiny("olmoe")
     name, rms = "model.layers.0.mlp.experts.down_proj", []

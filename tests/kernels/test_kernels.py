@@ -21,6 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 import symlm  # noqa: E402
 from symlm.polar import polar  # noqa: E402
+from symlm.routing.describe import launches  # noqa: E402
 
 SHAPES = [(1, 1, 1), (1, 1, 7), (5, 7, 1), (1, 63, 100), (5, 63, 100), (1, 130, 257), (1, 200, 65)]
 DTYPES = [torch.float32, torch.float16]  # bf16 is wrong in the interpreter
@@ -227,6 +228,37 @@ def test_the_optimizer_does_its_polar_factors_in_passes(kind, told):
         bound = 1e-2 if "momentum_dtype" in told else 1e-4 if "gram_every" in told else 1e-5
         assert relative(p, q) < bound, name
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-2)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("trained", "overrides"),
+    [
+        ("", {}),
+        ("q_proj|embed", {"attention_q": {"nesterov": False}}),
+        ("lm_head", {"lm_head": {"rule": "centered_row_norm"}}),
+    ],
+)
+def test_launches_and_bytes_are_those_that_kernels_were_given(trained, overrides, monkeypatch):
+    """Numbers by row, by matrix and by part are not counted: of rows of 32 they are up to four in a hundred."""
+    from traffic import Traffic
+
+    monkeypatch.setattr(rows, "PARTS", 1)
+    model = tiny(num_hidden_layers=1)
+    for name, p in model.named_parameters():
+        p.requires_grad_(bool(re.search(trained, name)))
+    optimizer = symlm.SymOptimizer(model, kernels="triton", overrides=overrides)
+    train(model, optimizer, 1)
+    with Traffic(monkeypatch) as found:
+        optimizer.step()
+    routed = [
+        row for row in symlm.describe_routing(model, kernels="triton", overrides=overrides) if row.rule != "adamw"
+    ]
+    roles = {row.role for row in routed}
+    said = sum(launches([row for row in routed if row.role == role]) for role in roles)
+    assert found.launches.total() == said, found.launches
+    assert found.passes == pytest.approx(sum(row.moved.passes for row in routed), rel=0.04)
+    assert found.operands == pytest.approx(sum(row.moved.operands for row in routed), rel=0.04)
 
 
 @interpreted

@@ -8,7 +8,7 @@ from symlm_kernels.reference import triangles
 from torch import nn
 
 import symlm
-from symlm.polar import factor, polar
+from symlm.polar import factor, newton_schulz, polar
 from symlm.step import bucket
 
 
@@ -80,6 +80,17 @@ def test_matrices_iterated_alone_are_those_of_the_stack(monkeypatch):
     together = polar(M)
     monkeypatch.setattr(factor, "CPU_PART", 60)
     assert torch.equal(polar(M), together)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (5, 5)])
+def test_a_matrix_multiplied_as_it_is_is_that_of_a_stack(shape, monkeypatch):
+    M = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stacked, called = polar(M), []
+    of_one = newton_schulz._of_one
+    monkeypatch.setattr(newton_schulz, "_of_one", lambda *told: (called.append(1), of_one(*told))[1])
+    monkeypatch.setattr(newton_schulz, "ALONE_FROM", 2)
+    assert relative(polar(M), stacked) < EXACT
+    assert called
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30, 0.0])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.launches import Launches
+from benchmarks.recording import Launches
 from models import tiny
 from numerics import relative
 
@@ -27,6 +27,18 @@ def test_a_step_launches_few_operations_however_deep_the_model():
     _, deep = stepped(28, hidden_size=64, intermediate_size=192)
     assert deep.total() <= 250, deep.most_common()
     assert deep == shallow
+
+
+def test_bytes_are_those_of_operands_and_results():
+    a, b, A = torch.ones(10), torch.ones(10), torch.ones(3, 3)
+    with Launches() as found:
+        a + b
+        a.add_(b)
+        torch._foreach_mul_([a, b], 2.0)
+        A @ A
+        a.view(2, 5)
+    assert found.by_name.total() == 4
+    assert found.bytes == 4 * (30 + 30 + 40 + 18)
 
 
 def test_small_matrices_of_several_roles_are_one_stack(monkeypatch):

@@ -9,8 +9,12 @@ from numerics import EXACT, relative
 from torch import nn
 
 import symlm
+from symlm.distributed.layout import Layout
+from symlm.polar import inverse_root, inverse_roots
+from symlm.rules import RULES
 from symlm.rules.rows import whitener
 from symlm.step.directions import whole_directions
+from symlm.step.rows import row_step
 
 
 def steps(every, count=7, beta2=0.9, tied=False):
@@ -55,6 +59,43 @@ def test_a_head_that_is_gathered_whole_has_the_same_state():
         (U,), states = whole_directions({**group, "step": step + 1}, G[None], states=current)
         assert relative(states[0]["gram"], state["gram"]) < EXACT
         assert relative(before - after, 0.1 * U) < 1e3 * EXACT
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_root_is_computed_once_for_each_gram_matrix(tied, monkeypatch):
+    computed = []
+    monkeypatch.setattr(inverse_roots, "inverse_root", lambda K: (computed.append(1), inverse_root(K))[1])
+    list(steps(3, count=7, tied=tied))
+    assert len(computed) == 3
+
+
+def test_a_root_follows_what_is_stored_under_a_view():
+    """A partition's Gram matrices are views of one tensor, made anew in every step."""
+    flat = torch.eye(3).repeat(2, 1).flatten()
+    first = inverse_roots.stored_root(flat[:9].view(3, 3))
+    assert inverse_roots.stored_root(flat[:9].view(3, 3)) is first
+    assert inverse_roots.stored_root(flat[9:].view(3, 3)) is not first
+    flat[:9].view(3, 3).fill_diagonal_(1.0)[0, 0] = 4.0
+    again = inverse_roots.stored_root(flat[:9].view(3, 3))
+    assert torch.equal(again, inverse_root(flat[:9].view(3, 3)))
+    assert not torch.equal(again, first)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_sum_a_gram_matrix_every_kth_step(tied, monkeypatch):
+    """What is summed over k steps is what a plan counts: all else is two rows of a centered rule."""
+    summed, sizes = row_step.summed, []
+    monkeypatch.setattr(
+        row_step, "summed", lambda total, layout: (sizes.append(total.numel()), summed(total, layout))[1]
+    )
+    by_step = []
+    for _ in steps(5, count=10, tied=tied):
+        by_step.append(sizes.copy())
+        sizes.clear()
+    rule = RULES["whitened_row_adam" if tied else "centered_whitened_row_adam"]
+    layout = Layout((8, 5), ((0, 40),))
+    assert by_step == ([[30], *[[]] * 4] if tied else [[5, 30], *[[5, 5]] * 4]) * 2
+    assert sum(map(sum, by_step)) == 10 * row_step.entries_to_sum(rule, layout, 5)
 
 
 def test_it_is_resumed_at_the_step_it_had_reached():

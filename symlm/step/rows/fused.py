@@ -9,11 +9,10 @@ from torch import Tensor
 
 from symlm.distributed.layout import Layout, cut_rows
 from symlm.polar.precision import resolve_dtype
+from symlm.routing.costs import ROWS_AT_A_TIME
 from symlm.rules import get_rule
 from symlm.rules.rows import whitener
-from symlm.step.rows.row_step import gram_weight, product
-
-ROWS_AT_A_TIME = 2**15  # of a vocabulary's whitened directions, which bounds their temporary memory
+from symlm.step.rows.row_step import gram_weight, product, root_of
 
 
 def serves(group: dict[str, Any], layout: Layout, W: Tensor) -> bool:
@@ -99,7 +98,7 @@ def _whitened_step(
     if weight := gram_weight(group):
         refreshed = gram.lerp(product(D.mT, D, dtype) / len(D), weight)
         gram.copy_(torch.where(finite > 0, refreshed, gram))
-    root = whitener(gram, len(D))
+    root = whitener(gram, len(D), root_of(group))
     row, root = row @ root if centered else torch.zeros_like(row), root.to(dtype)
     parts = zip(D.split(ROWS_AT_A_TIME), W.split(ROWS_AT_A_TIME), strict=True)
     squares = [rows.step_by_directions(some @ root, row, weights, *factors) for some, weights in parts]

@@ -11,25 +11,28 @@ from torch import Tensor
 
 from symlm.distributed.collectives import summed
 from symlm.distributed.layout import Layout, cut_rows, rows_held
+from symlm.polar.inverse_roots import inverse_root, stored_root
 from symlm.polar.precision import accumulation_dtype, resolve_dtype
 from symlm.rules.rows import whitener
 from symlm.rules.rule import Rule
 from symlm.step.rows.blocks import Block, blocks_of
 
 
-def entries_to_sum(rule: Rule, layout: Layout) -> int:
+def entries_to_sum(rule: Rule, layout: Layout, gram_every: int = 1) -> int:
     """Count the elements that a step reduces over the shards: split rows, two mean rows, and a Gram matrix.
 
     Args:
         rule: A row rule.
         layout: The parameter's layout.
+        gram_every: Every how many steps k a whitened rule has a Gram matrix; a rule that does not center sums nothing
+            else, once in k steps.
 
     Returns:
-        The number of elements.
+        The number of elements, in the mean of k steps.
     """
     centered, n = rule.symmetry.shift, layout.shape[-1]
-    means = centered + (1 + n * rule.whitens) * (centered or rule.whitens)
-    return (len(cut_rows(layout)) + means) * n
+    seldom = rule.whitens * (n + (not centered)) / gram_every
+    return round((len(cut_rows(layout)) + 2 * centered + seldom) * n)
 
 
 def operations_of(rule: Rule, shape: tuple[int, ...], gram_every: int) -> float:
@@ -61,6 +64,15 @@ def gram_weight(group: dict[str, Any]) -> float:
     return 1 - beta2**every if (group["step"] - 1) % every == 0 else 0.0
 
 
+def root_of(group: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Return what computes a Gram matrix's inverse root: where that matrix stays for several steps, once for all.
+
+    Args:
+        group: The parameter group.
+    """
+    return stored_root if group["gram_every"] > 1 else inverse_root
+
+
 @dataclass
 class RowStep:
     """Run one row rule on this rank's part of a matrix.
@@ -73,6 +85,8 @@ class RowStep:
         state: The rule's state of this rank's rows, and of the whole.
         settings: Further arguments of the row map.
         gram_weight: The weight of this step's Gram matrix in its mean; 0 in a step without one.
+        store: Stores the next state of the whole in `state`, before its inverse root is computed.
+        root: Returns the inverse root of what is stored, see `root_of`.
         compute_dtype: The dtype of products on a GPU.
     """
 
@@ -83,13 +97,15 @@ class RowStep:
     state: dict[str, Tensor]
     settings: dict[str, Any]
     gram_weight: float
+    store: Callable[[dict[str, Tensor]], None]
+    root: Callable[[Tensor], Tensor] = inverse_root
     compute_dtype: str | torch.dtype = "auto"
 
     def directions(self, elements: int) -> Iterator[tuple[Block, Tensor, dict[str, Tensor]]]:
         """Yield the directions of each block; all ranks call this together.
 
         A centered rule passes over the part twice more, for the two means; a whitened rule uses the second of these
-        passes for its Gram matrix, which is in `matrix_state` from the first block on.
+        passes for its Gram matrix, which is stored before the first block.
 
         Args:
             elements: The size of a block, in elements.
@@ -98,7 +114,6 @@ class RowStep:
             The block, its directions, which the next one overwrites, and the next state of its rows.
         """
         blocks = blocks_of(self.layout, elements)
-        self.matrix_state: dict[str, Tensor] = {}
         self.divisors: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self.buffer = self._empty(max((block.rows.stop - block.rows.start for block in blocks), default=0))
         self.cut_rows = self._cut_rows(blocks) if cut_rows(self.layout) else {}
@@ -165,10 +180,10 @@ class RowStep:
         return product(A, B, resolve_dtype(A, self.compute_dtype))
 
     def _whitener(self, square: Tensor | None) -> Tensor:
-        """Return the whitener of the Gram matrix in the mean of steps, and store that mean if this step has one."""
+        """Store this step's Gram matrix in the mean, if it has one, and return the whitener of what is stored."""
         if square is not None:
-            self.matrix_state["gram"] = self.state["gram"].lerp(square, self.gram_weight)
-        return whitener(self.matrix_state.get("gram", self.state["gram"]), self.layout.shape[0])
+            self.store({"gram": self.state["gram"].lerp(square, self.gram_weight)})
+        return whitener(self.state["gram"], self.layout.shape[0], self.root)
 
     def _cut_rows(self, blocks: list[Block]) -> dict[int, Tensor]:
         """Return the whole rows of which this rank stores a piece, by their places among this rank's rows."""
