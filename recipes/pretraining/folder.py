@@ -23,7 +23,7 @@ from pretraining.config import RunConfig, read
 
 LOOSE = {  # what may differ when a run goes on
     *("name", "out", "resume", "overwrite"),
-    *(f"train.{name}" for name in ("save_every", "log_every", "keep", "timeout", "tracker")),
+    *(f"train.{name}" for name in ("save_every", "log_every", "keep", "async_save", "timeout", "tracker")),
 }
 
 

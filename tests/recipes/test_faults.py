@@ -7,7 +7,13 @@ import faults
 import pytest
 from trust.runs import Lost, Run
 
-FEW = ("SIGKILL in a save", "a bit flipped", "a pickle in a checkpoint", "the folder is gone")
+FEW = (
+    "SIGKILL in a save",
+    "SIGKILL in an asynchronous save",
+    "a bit flipped",
+    "a pickle in a checkpoint",
+    "the folder is gone",
+)
 
 
 def recorded(path):
