@@ -30,7 +30,7 @@ class Background:
             raise ValueError("train.async_save: DeepSpeed writes its own files, before it goes on: leave it out")
         self.several = accelerator.num_processes > 1
         self.group = dist.new_group(backend="gloo") if self.several else None
-        self._thread = ThreadPoolExecutor(1, "sealing")
+        self.sealing = ThreadPoolExecutor(1, "sealing")
         self._writing: list[Future] = []
 
     def save(self, accelerator: Accelerator, folder: Path, seal: Callable[[], None]) -> None:
@@ -56,7 +56,7 @@ class Background:
             seal()
 
         if accelerator.is_main_process:
-            self._writing.append(self._thread.submit(whole))
+            self._writing.append(self.sealing.submit(whole))
 
     def finish(self) -> None:
         """Wait until nothing is being written.  Raises: what writing has raised."""
