@@ -1,4 +1,4 @@
-"""Checkpoints that are written while a run goes on: what they are of, and what becomes of those that cannot be written."""
+"""Checkpoints that are written while a run goes on: what they are of, and what becomes of one that cannot be."""
 
 import threading
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from pretraining.checkpoints import Checkpoints
 from torch import nn
 
 import symlm
-from symlm.manifests import damage_of
+from symlm.manifests import damage_of, write_manifest
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_folder_that_is_moved_away_while_it_is_written_is_no_checkpoint(run, t
     (tmp_path / "unfinished").rename(tmp_path / "away")
     (tmp_path / "unfinished" / "states").mkdir(parents=True)
     gate.set()
-    with pytest.raises(OSError, match="the checkpoint behind none cannot be written .*was moved away"):
+    with pytest.raises(OSError, match=r"the checkpoint behind none cannot be written .*was moved away"):
         checkpoints.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["away"]
 
@@ -83,9 +83,21 @@ def test_a_write_that_fails_ends_the_next_save(run, tmp_path):
     checkpoints.finish()
     (tmp_path / "step-2").write_text("no folder")  # which a checkpoint cannot take the place of
     checkpoints.save(run.accelerator, 2)
-    with pytest.raises(OSError, match="the checkpoint behind .* cannot be written .*Not a directory"):
+    with pytest.raises(OSError, match=r"the checkpoint behind .* cannot be written .*Not a directory"):
         checkpoints.save(run.accelerator, 3)
     assert not (tmp_path / "unfinished").exists()
+
+
+def test_a_file_that_is_none_is_named(run, tmp_path):
+    """torch's distributed checkpoints raise what is no `Exception`."""
+    checkpoints = Checkpoints(tmp_path, keep=2, background=Background(run.accelerator))
+    checkpoints.save(run.accelerator, 1)
+    checkpoints.finish()
+    (file,) = (tmp_path / "step-1" / "states").glob("*.distcp")
+    file.write_bytes(b"none")
+    write_manifest(tmp_path / "step-1")
+    with pytest.raises(RuntimeError, match=r"step-1 cannot be read .*remove it to go on from the one before"):
+        checkpoints.load(run.accelerator)
 
 
 def test_deepspeed_writes_its_own_files():
