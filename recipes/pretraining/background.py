@@ -12,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+import symlm
+
 STATES = "states"  # the folder of weights and optimizer, in torch's distributed format; all else is accelerate's
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module="torch.distributed.checkpoint")
 
@@ -22,12 +24,15 @@ class Background:
     Args:
         accelerator: The run's; its processes have a group of their own here, since a group's exchanges have one order.
 
-    Raises: ValueError under DeepSpeed, which writes its own files.
+    Raises: ValueError under DeepSpeed, which writes its own files, and for an optimizer that may have no state: torch
+        would make a step to have one.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         if accelerator.distributed_type.value == "DEEPSPEED":
             raise ValueError("train.async_save: DeepSpeed writes its own files, before it goes on: leave it out")
+        if not isinstance(accelerator._optimizers[0].optimizer, symlm.SymOptimizer):
+            raise ValueError("train.async_save copies the state of SymOptimizer, and AGD has none: leave it out")
         self.several = accelerator.num_processes > 1
         self.group = dist.new_group(backend="gloo") if self.several else None
         self.sealing = ThreadPoolExecutor(1, "sealing")

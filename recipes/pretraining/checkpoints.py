@@ -80,7 +80,7 @@ class Checkpoints:
             yield
         except (Exception, CheckpointException) as error:  # torch and safetensors have their own for a full disk
             shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
-            raise OSError(f"{what} cannot be written ({error})") from error
+            raise OSError(f"{what} cannot be written ({_reason(error)})") from error
 
     def how_to_go_on(self) -> str:
         """Say what a run that a disk has ended goes on from."""
@@ -126,7 +126,8 @@ class Checkpoints:
             with only_data(path):
                 read_states(accelerator, path)
         except (Exception, CheckpointException) as error:
-            raise RuntimeError(f"{path} cannot be read ({error}); remove it to go on from the one before") from error
+            reason = _reason(error)
+            raise RuntimeError(f"{path} cannot be read ({reason}); remove it to go on from the one before") from error
         return int(path.name.split("-")[1])
 
     def _newest_whole(self, accelerator: Accelerator) -> Path | str | None:
@@ -134,3 +135,9 @@ class Checkpoints:
         found = self.list()
         path = newest_whole(found, accelerator.print)
         return path or (f"no checkpoint in {self.folder} is whole: begin anew with --overwrite=true" if found else None)
+
+
+def _reason(error: BaseException) -> str:
+    """Say what went wrong; of a distributed checkpoint each rank's error, without where it was raised."""
+    failures = getattr(error, "failures", {})
+    return "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in failures.items()) or str(error)

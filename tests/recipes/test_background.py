@@ -11,6 +11,7 @@ from pretraining.checkpoints import Checkpoints
 from torch import nn
 
 import symlm
+from symlm.agd import AGD
 from symlm.manifests import damage_of, write_manifest
 
 
@@ -103,3 +104,10 @@ def test_a_file_that_is_none_is_named(run, tmp_path):
 def test_deepspeed_writes_its_own_files():
     with pytest.raises(ValueError, match=r"train\.async_save: DeepSpeed writes its own files"):
         Background(SimpleNamespace(distributed_type=SimpleNamespace(value="DEEPSPEED")))
+
+
+def test_an_optimizer_without_state_is_refused():
+    accelerator, model = Accelerator(cpu=True), nn.Sequential(nn.Linear(8, 8, bias=False))
+    accelerator.prepare(model, AGD(model))
+    with pytest.raises(ValueError, match=r"train\.async_save copies the state of SymOptimizer"):
+        Background(accelerator)
