@@ -123,7 +123,7 @@ class SymOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped for non-finite gradients (reads the device); DeepSpeed makes one of each group."""
+        """How many steps were skipped for non-finite gradients (reads the device); under DeepSpeed of all groups."""
         return sum(int(group.get("skipped", 0)) for group in self.param_groups)
 
     @torch.no_grad()
