@@ -33,14 +33,18 @@ PLAN: dict[str, tuple[Act, dict[str, int]]] = {
     "SIGKILL of all": (kills.kill_all, {ONE: 4, DDP: 3, FSDP2: 3, ZERO2: 2, ZERO3: 1, NODES: 2, TRAINER: 3}),
     "SIGKILL of one rank": (kills.kill_one, {DDP: 2, FSDP2: 2, ZERO2: 1, ZERO3: 1, NODES: 2}),
     "SIGKILL in a save": (kills.kill_in_a_save, {ONE: 4, DDP: 4, FSDP2: 3, ZERO2: 2, ZERO3: 1, NODES: 2, TRAINER: 3}),
+    "SIGKILL in an asynchronous save": (kills.asynchronous(kills.kill_in_a_save), {ONE: 2, DDP: 1, FSDP2: 1}),
     "SIGTERM": (kills.terminate, {ONE: 4, DDP: 3, FSDP2: 2, ZERO2: 2, ZERO3: 1, NODES: 2, TRAINER: 2}),
     "SIGINT": (kills.interrupt, {ONE: 4, DDP: 3, FSDP2: 2, ZERO2: 2, ZERO3: 1, NODES: 2, TRAINER: 2}),
     "SIGSTOP of one rank": (kills.freeze, {DDP: 3, FSDP2: 2, ZERO2: 2}),
     "a rank exits": (ranks.exits, {DDP: 3, FSDP2: 2, ZERO2: 2}),
     "a rank with another table": (ranks.other_table, {DDP: 2, FSDP2: 2, ZERO2: 2}),
+    "a rank on another version": (ranks.other_version, {DDP: 1, FSDP2: 1, ZERO2: 1}),
     "the disk fills": (disks.full, {ONE: 12, DDP: 6}),
     "the folder becomes read-only": (disks.read_only, {ONE: 3, DDP: 2}),
     "the folder is gone": (disks.gone, {ONE: 3, DDP: 2}),
+    "the disk fills, saves asynchronous": (kills.asynchronous(disks.full), {ONE: 1}),
+    "the folder is gone, saves asynchronous": (kills.asynchronous(disks.gone), {ONE: 1}),
     "no more open files": (disks.no_more_files, {ONE: 3, DDP: 2}),
     "a bit flipped": (damage.flip, {ONE: 12, FSDP2: 8, ZERO2: 6}),
     "a file cut": (damage.cut, {ONE: 8, FSDP2: 6, ZERO2: 4}),
@@ -53,7 +57,11 @@ PLAN: dict[str, tuple[Act, dict[str, int]]] = {
     "hostile text": (texts.text, {ONE: len(texts.TEXTS)}),
     "a growing file": (texts.growing, {ONE: 2}),
 }
-ROOTS = ("the disk fills", "the folder becomes read-only")  # what only root can do to a disk
+ROOTS = (
+    "the disk fills",
+    "the disk fills, saves asynchronous",
+    "the folder becomes read-only",
+)  # what only root can do to a disk
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,9 @@ class Fault:
     def key(self) -> str:
         return f"{self.name}, {self.launcher}, {self.number}"
 
-    def happen(self, folder: Path, seed: int) -> dict[str, Any]:
+    def happen(self, folder: Path, seed: int, links: int | None = None) -> dict[str, Any]:
         """Let it happen to a run in a folder of its own, which stays if it is lost; return what is recorded."""
-        run = Run(folder / "now" / self.key.replace(", ", "-").replace(" ", "_"), self.launcher, folder)
+        run = Run(folder / "now" / self.key.replace(", ", "-").replace(" ", "_"), self.launcher, folder, links)
         shutil.rmtree(run.folder, ignore_errors=True)
         make_whole(self.launcher, folder)
         try:
@@ -126,6 +134,7 @@ def main(
     names: tuple[str, ...] = (),
     launchers: tuple[str, ...] = (),
     most: int = 1000,
+    links: int | None = None,
     again: bool = False,
 ) -> None:
     """Let faults happen, and print the table of all that are recorded.
@@ -137,6 +146,7 @@ def main(
         names: the faults, for example '["SIGKILL of all"]'; all by default.
         launchers: the launchers, for example '["DDP"]'; all by default.
         most: how many of each fault under each launcher.
+        links: faults in a row of a chain; three where there is a launcher, else five, by default.
         again: try once more what was not survived, the failure staying in its record.
     """
     out = out.absolute()
@@ -151,7 +161,7 @@ def main(
     with tqdm(left, unit="fault", disable=None) as bar:
         for fault in bar:
             bar.set_description(fault.key)
-            record = {"fault": fault.name, "launcher": fault.launcher, **fault.happen(out, seed), **origin()}
+            record = {"fault": fault.name, "launcher": fault.launcher, **fault.happen(out, seed, links), **origin()}
             before = records.get(fault.key, {})
             failures = [*before.get("failures", []), *([before["note"]] if "note" in before else [])]
             records[fault.key] = record | ({"failures": failures} if failures else {})

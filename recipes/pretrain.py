@@ -6,6 +6,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from evidence import curves
+from pretraining.background import Background
 from pretraining.checkpoints import Checkpoints
 from pretraining.config import RunConfig, TrainConfig, read
 from pretraining.folder import check_folder, forget_after, open_folder, origin, read_metrics, write
@@ -85,13 +87,15 @@ def train_step(
     return loss, output
 
 
-def summary(optimizer: torch.optim.Optimizer, seconds: list[float]) -> dict[str, Any]:
-    """Return what a run cost: seconds of a training step (mean, the first left out), bytes of this process's state.
+def summary(optimizer: torch.optim.Optimizer, seconds: list[float], saving: float) -> dict[str, Any]:
+    """Return what a run cost: seconds of a training step (mean, the first left out), seconds in which it waited for its
+    checkpoints, bytes of this process's state.
 
     And where, when and of which commit it ran: who reads it later may have another before them.
     """
     return {
         "seconds_per_step": statistics.fmean(seconds[1:] or seconds) if seconds else None,
+        "seconds_saving": saving,
         "optimizer_bytes": symlm.diagnostics.state_bytes(optimizer),
         **origin(),
     }
@@ -102,13 +106,16 @@ PATIENCE = 3  # rows in a row whose loss is no number, after which a run has not
 
 def run(
     job: Training, config: RunConfig, accelerator: Accelerator, folder: Path, stop: Stop
-) -> tuple[list[float], bool]:
-    """Train from the last checkpoint, if one is asked for, to the end; return every step's seconds, and if it failed.
+) -> tuple[list[float], float, bool]:
+    """Train from the last checkpoint, if one is asked for, to the end.
 
     A run whose loss stays no number ends there, its last checkpoint from before; one that is asked to stop ends behind
     the step in hand.
+
+    Returns: every step's seconds, those that it waited for its checkpoints, and whether it failed.
     """
-    train, checkpoints = config.train, Checkpoints(folder / "checkpoints", config.train.keep)
+    train, behind = config.train, Background(accelerator) if config.train.async_save else None
+    checkpoints = Checkpoints(folder / "checkpoints", train.keep, behind)
     first = checkpoints.load(accelerator) if config.resume else 0
     with checkpoints.named("a checkpoint"):  # before the first step is paid for
         checkpoints.refuse_what_does_not_fit(sum(p.numel() * p.element_size() for p in job.model.parameters()))
@@ -157,10 +164,12 @@ def run(
             if due and not lost:
                 checkpoints.save(accelerator, step)
             if stopped:
+                checkpoints.finish()
                 accelerator.end_training()
                 raise SystemExit(128 + (stop.asked or 0))
+    checkpoints.finish()
     job.averages.finish()
-    return seconds, lost > 0
+    return seconds, checkpoints.seconds, lost > 0
 
 
 def finish(
@@ -177,7 +186,7 @@ def finish(
             (folder / "summary.json").write_text(json.dumps(cost, indent=1))
         paths = [folder / "metrics.jsonl"]
         if validated:
-            paths += curves.draw([folder], folder)
+            paths += drawn(folder)
             print(f"validation loss {validated[-1]['val/loss']:.4f} after {validated[-1]['tokens']:,} tokens")
         if not failed:
             plain = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -194,6 +203,15 @@ def finish(
         raise SystemExit(
             f"the loss is no number any more: try a smaller optimizer.lr; {folder / 'checkpoints'} has what was before"
         )
+
+
+def drawn(folder: Path) -> list[Path]:
+    """Draw the report; a disk that fails costs the pictures alone."""
+    try:
+        return curves.draw([folder], folder)
+    except OSError as error:
+        warnings.warn(f"the pictures of {folder} are not drawn: {error}", stacklevel=2)
+        return []
 
 
 def sample(saved: Path, tokenizer: Any, device: torch.device) -> str:
@@ -213,8 +231,8 @@ def main() -> None:
     open_folder(config, accelerator, folder)
     try:
         with Stop(accelerator) as stop:
-            seconds, failed = run(job, config, accelerator, folder, stop)
-        finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds), failed)
+            seconds, saving, failed = run(job, config, accelerator, folder, stop)
+        finish(accelerator, job.model, tokenizer, folder, summary(job.plain, seconds, saving), failed)
     except OSError as error:  # a disk that is full or gone
         print(f"{error}; {Checkpoints(folder / 'checkpoints', 1).how_to_go_on()}", file=sys.stderr)
         raise SystemExit(os.EX_IOERR) from error

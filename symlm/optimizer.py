@@ -123,8 +123,8 @@ class SymOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped for non-finite gradients (reads the device)."""
-        return int(self.param_groups[0].get("skipped", 0))
+        """How many steps were skipped for non-finite gradients (reads the device); under DeepSpeed of all groups."""
+        return sum(int(group.get("skipped", 0)) for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

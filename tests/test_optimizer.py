@@ -161,6 +161,21 @@ def test_lr_as_a_tensor_is_the_same_run():
         assert relative(weights(b)[name], W) < FP32, name
 
 
+def test_a_skipped_group_is_counted_where_groups_step_by_themselves():
+    """As DeepSpeed has them step, whose optimizer has one group at a time."""
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    model.lm_head.weight.grad[3, 4] = float("nan")
+    groups = opt.param_groups
+    assert all(p is not model.lm_head.weight for p in groups[0]["params"])
+    for group in groups:
+        opt.param_groups = [group]
+        opt.step()
+    opt.param_groups = groups
+    assert opt.skipped_steps == 1
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_gradients_change_nothing(bad):
     model = tiny()

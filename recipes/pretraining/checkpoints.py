@@ -2,22 +2,33 @@
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.distributed.checkpoint.api import CheckpointException
 
+from pretraining.background import Background, read_states
 from pretraining.pickles import only_data
 from symlm.manifests import newest_whole, write_manifest
 
 
 class Checkpoints:
-    """Checkpoints `step-N` in a folder: written under another name, renamed when whole; the newest stay."""
+    """Checkpoints `step-N` in a folder: written under another name, renamed when whole; the newest stay.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    Args:
+        folder: The folder.
+        keep: How many stay.
+        background: Writes them while the run goes on; None writes them before it does.
+    """
+
+    def __init__(self, folder: Path, keep: int, background: Background | None = None) -> None:
+        self.folder, self.keep, self.background = folder, keep, background
+        self.seconds = 0.0  # that the run has waited for saves
 
     def list(self) -> list[Path]:
         """Return the checkpoints by their steps."""
@@ -27,39 +38,63 @@ class Checkpoints:
     def save(self, accelerator: Accelerator, step: int) -> None:
         """Save the state of all processes; the manifest is written last, and the folder is renamed then.
 
-        Raises: OSError where this cannot be written. Nothing half stays.
+        Raises: OSError where this, or in the background the one before, cannot be written. Nothing half stays.
         """
-        temporary = self.folder / "unfinished"
+        self.finish()
+        began, temporary = time.perf_counter(), self.folder / "unfinished"
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         accelerator.wait_for_everyone()
         with self.named(f"{self.folder / f'step-{step}'}"):
             self.refuse_what_does_not_fit()
-            accelerator.save_state(str(temporary))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                write_manifest(temporary)
-                target = self.folder / f"step-{step}"
-                shutil.rmtree(target, ignore_errors=True)
-                temporary.rename(target)
-                for old in self.list()[: -self.keep]:
-                    shutil.rmtree(old)
+            if self.background:
+                self.background.save(accelerator, temporary, partial(self._seal, step))
+            else:
+                accelerator.save_state(str(temporary))
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    self._seal(step)
+        self.seconds += time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Wait for what is being written in the background.  Raises: OSError where it cannot be."""
+        if self.background:
+            began = time.perf_counter()
+            with self.named(f"the checkpoint behind {self.last()}"):
+                self.background.finish()
+            self.seconds += time.perf_counter() - began
+
+    def _seal(self, step: int) -> None:
+        """Make a checkpoint of what is there now, whole; older ones than are kept go."""
+        temporary, target = self.folder / "unfinished", self.folder / f"step-{step}"
+        write_manifest(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        for old in self.list()[: -self.keep]:
+            shutil.rmtree(old)
 
     @contextmanager
     def named(self, what: str) -> Iterator[None]:
         """Write in a `with` block.  Raises: OSError that names what could not be written, and nothing half stays."""
         try:
             yield
-        except Exception as error:  # torch and safetensors have their own for a full disk
+        except (Exception, CheckpointException) as error:  # torch and safetensors have their own for a full disk
             shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
-            raise OSError(f"{what} cannot be written ({error})") from error
+            raise OSError(f"{what} cannot be written ({_reason(error)})") from error
 
     def how_to_go_on(self) -> str:
         """Say what a run that a disk has ended goes on from."""
-        last = self.list()[-1] if self.list() else "none"
         return (
-            f"the last whole checkpoint is {last}: make room there and start the same command again with --resume=auto"
+            f"the last whole checkpoint is {self.last()}: make room there and start the same command again with "
+            "--resume=auto"
         )
+
+    def last(self) -> str:
+        """Name the last whole checkpoint."""
+        try:
+            return str((self.list() or ["none"])[-1])
+        except OSError:  # a folder is a file that may not be opened any more
+            return f"the newest in {self.folder}"
 
     def refuse_what_does_not_fit(self, weights: int = 0) -> None:
         """Look at the disk before anything is written.
@@ -80,6 +115,7 @@ class Checkpoints:
 
         Raises: RuntimeError where there are checkpoints and none is whole, or where a whole one cannot be read.
         """
+        self.finish()
         chosen: list[Path | str | None] = [self._newest_whole(accelerator)] if accelerator.is_main_process else [None]
         (path,) = broadcast_object_list(chosen)
         if isinstance(path, str):
@@ -88,9 +124,10 @@ class Checkpoints:
             return 0
         try:
             with only_data(path):
-                accelerator.load_state(str(path))
-        except Exception as error:
-            raise RuntimeError(f"{path} cannot be read ({error}); remove it to go on from the one before") from error
+                read_states(accelerator, path)
+        except (Exception, CheckpointException) as error:
+            reason = _reason(error)
+            raise RuntimeError(f"{path} cannot be read ({reason}); remove it to go on from the one before") from error
         return int(path.name.split("-")[1])
 
     def _newest_whole(self, accelerator: Accelerator) -> Path | str | None:
@@ -98,3 +135,9 @@ class Checkpoints:
         found = self.list()
         path = newest_whole(found, accelerator.print)
         return path or (f"no checkpoint in {self.folder} is whole: begin anew with --overwrite=true" if found else None)
+
+
+def _reason(error: BaseException) -> str:
+    """Say what went wrong; of a distributed checkpoint each rank's error, without where it was raised."""
+    failures = getattr(error, "failures", {})
+    return "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in failures.items()) or str(error)

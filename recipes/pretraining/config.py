@@ -114,6 +114,8 @@ class TrainConfig:
         log_every: steps between rows of metrics.jsonl.
         save_every: steps between checkpoints.
         keep: how many checkpoints stay.
+        async_save: write checkpoints while the run goes on, which then waits for the copy of its state alone; not under
+            DeepSpeed, nor of AGD.
         rewind: go back to the last checkpoint, and on with other data, behind so many bad rows of metrics one after the
             other (a loss spike, skipped steps); none is never. Bad rows are reported anyway.
         timeout: seconds that processes wait for one of them, which is frozen or gone, before all end; none is torch's.
@@ -143,6 +145,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 100
     keep: int = 2
+    async_save: bool = False
     rewind: int | None = None
     timeout: float | None = None
     tracker: str = "tensorboard"

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from pretraining.checkpoints import Checkpoints
 from pretraining.config import RunConfig, read
 
 LOOSE = {  # what may differ when a run goes on
     *("name", "out", "resume", "overwrite"),
-    *(f"train.{name}" for name in ("save_every", "log_every", "keep", "timeout", "tracker")),
+    *(f"train.{name}" for name in ("save_every", "log_every", "keep", "async_save", "timeout", "tracker")),
 }
 
 
@@ -68,16 +69,20 @@ def is_finished(folder: Path, arguments: list[str]) -> bool:
 def check_folder(config: RunConfig, accelerator: Accelerator) -> Path:
     """Return the run's folder; nothing is changed in it. `resume: auto` becomes whether there is a run to go on with.
 
-    Raises: ValueError where there is nothing to resume, where that is another run, or where a run would be lost.
+    Raises: ValueError where there is nothing to resume, where that is another run, or where a run would be lost; and
+        where ranks were given other settings, before one of them writes its own.
     """
     folder = Path(config.out) / config.name
     path = folder / "config.json"
+    now = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
+    for rank, given in enumerate(gather_object([now])):
+        if changed := list(differences(now, given)):
+            raise ValueError(f"the ranks disagree ({'; '.join(changed)} on rank {rank}): start all with one command")
     if config.resume == "auto":
         config.resume = path.exists()
     if config.resume and not path.exists():
         raise ValueError(f"{folder} holds no run to resume")
     if config.resume:
-        now = resolve(config, accelerator.mixed_precision, accelerator.num_processes)
         if changed := list(differences(_settings(path), now)):
             raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): resume with its own, or rename")
     elif Checkpoints(folder / "checkpoints", 1).list() and not config.overwrite:

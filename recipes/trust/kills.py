@@ -53,13 +53,23 @@ def freeze(run: Run, random: Random, number: int) -> Outcome:
         if not behind_a_step(run, random):
             return False
         signal_one(run, random, signal.SIGSTOP)
-        if not any(run.end(120)):
+        if not any(run.end()):
             raise Lost("the run ended well with a frozen rank")
         if not re.search(r"[Tt]imed out|[Tt]imeout", run.job.text):
             raise Lost(f"no word of a time limit: {tail(run.job.text)}")
         return True
 
     return chain(run, fault, links=1)
+
+
+def asynchronous(act: Callable[[Run, Random, int], Outcome]) -> Callable[[Run, Random, int], Outcome]:
+    """Return the same fault of a run that writes its checkpoints while it goes on."""
+
+    def happen(run: Run, random: Random, number: int) -> Outcome:
+        run.more = ("--train.async_save=true",)
+        return act(run, random, number)
+
+    return happen
 
 
 def chain(run: Run, fault: Callable[[], bool], links: int | None = None) -> Outcome:

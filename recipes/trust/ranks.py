@@ -1,10 +1,12 @@
 """What goes wrong inside a rank: numbers that are none, a rank that exits, a rank with another table."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import count
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -50,6 +52,15 @@ def exits(run: Run, random: Random, number: int) -> Outcome:
 def other_table(run: Run, random: Random, number: int) -> Outcome:
     """A rank whose optimizer has another table: refused by name, before a step."""
     return _ends(run, partial(take_other_table, random.randrange(2)), "the ranks disagree")
+
+
+def other_version(run: Run, random: Random, number: int) -> Outcome:
+    """A rank whose symlm has one line more than that of the other: refused by name, before a step."""
+    package = run.folder / "another" / "symlm"
+    shutil.copytree(Path(symlm.__file__).parent, package)
+    with (package / "optimizer.py").open("a") as file:
+        file.write("# another version\n")
+    return _ends(run, partial(take_other_version, random.randrange(2), package.parent), "the ranks disagree")
 
 
 EARLIEST = 5  # steps after which there is a checkpoint
@@ -166,3 +177,10 @@ def leave(step: int, rank: int) -> None:
 def take_other_table(rank: int) -> None:
     if _rank() == rank:
         sys.argv.append("--optimizer.preset=muon")
+
+
+def take_other_version(rank: int, folder: Path) -> None:
+    if _rank() == rank:
+        for name in [name for name in sys.modules if name.split(".")[0] == "symlm"]:
+            del sys.modules[name]
+        sys.path.insert(0, str(folder))

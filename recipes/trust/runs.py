@@ -21,7 +21,7 @@ RECIPE = {
     "train.save_every": EVERY,
     "train.validate_every": 12,
     "train.log_every": 1,
-    "train.timeout": 10,
+    "train.timeout": 30,
     "train.tracker": "none",
     "data.length": 32,
     "data.validation_blocks": 2,
@@ -62,15 +62,17 @@ class Run:
         folder: Its folder.
         name: Its launcher's name.
         base: The folder of the text, of the caches and of the undisturbed runs.
+        links: How many faults happen to it in a row, each to what goes on after the one before.
     """
 
-    def __init__(self, folder: Path, name: str, base: Path) -> None:
+    def __init__(self, folder: Path, name: str, base: Path, links: int | None = None) -> None:
         self.folder, self.name, self.base, self.launcher = folder, name, base, LAUNCHERS[name]
         self.trainer = self.launcher.script != "pretrain.py"
         self.results = folder if self.trainer else folder / "default"
         self.checkpoints = folder if self.trainer else self.results / "checkpoints"
         self.weights = self.results / ("" if self.trainer else "model") / "model.safetensors"
-        self.links = 3 if self.launcher.config else 5  # faults in a row, each of what goes on after the one before
+        self.links = links or (3 if self.launcher.config else 5)
+        self.more: tuple[str, ...] = ()  # arguments that the undisturbed run has not, and that change no weight
         self.started = 0
         self.job: Job | None = None
 
@@ -87,7 +89,7 @@ class Run:
         else:
             fields = RECIPE | {"data.dataset": self.base / "text", "out": self.folder}
             fields["train.batch"] = 2 // self.launcher.processes
-        return [f"--{key}={value}" for key, value in fields.items()]
+        return [*(f"--{key}={value}" for key, value in fields.items()), *self.more]
 
     def start(self, *more: str, before: Before | None = None, cache: Path | None = None) -> Job:
         """Start it, or go on with it."""

@@ -1,8 +1,12 @@
-"""At a group's first step all ranks compare what they are about to do: names, shapes and options."""
+"""At a group's first step all ranks compare what they are about to do: programs, names, shapes and options."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from symlm.distributed.collectives import check_agreement, world_size
@@ -40,9 +44,19 @@ class Agreement:
             for settings in [" ".join(f"{key}={_plain(group[key])}" for key in sorted(group) if key not in UNCOMPARED)]
             for name, shape, missing in common_shapes(group, originals)
         ]
-        check_agreement("\n".join(lines), local(first[0]["params"][0]).device)
+        check_agreement("\n".join([program(), *lines]), local(first[0]["params"][0]).device)
         self._agreed |= {key_of(group) for group in first}
         return True
+
+
+@cache
+def program() -> str:
+    """Return torch's version and a digest of symlm's source: the number of its version says nothing of a checkout."""
+    package = Path(__file__).parents[1]
+    source = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return f"torch {torch.__version__}, symlm {source.hexdigest()}"
 
 
 def shapes_of_several_ranks(groups: Sequence[dict[str, Any]], originals: Originals) -> dict[str, tuple[int, ...]]:

@@ -2,12 +2,19 @@
 
 import json
 import shutil
+from random import Random
 
 import faults
 import pytest
 from trust.runs import Lost, Run
 
-FEW = ("SIGKILL in a save", "a bit flipped", "a pickle in a checkpoint", "the folder is gone")
+FEW = (
+    "SIGKILL in a save",
+    "SIGKILL in an asynchronous save",
+    "a bit flipped",
+    "a pickle in a checkpoint",
+    "the folder is gone",
+)
 
 
 def recorded(path):
@@ -63,3 +70,13 @@ def test_fifty_faults_are_survived(tmp_path):
     records = recorded(tmp_path / "faults.json").values()
     assert sum(record["tried"] for record in records) > 40  # a run may end before the last faults of a chain
     assert all(record["survived"] == record["tried"] for record in records), records
+
+
+@pytest.mark.slow
+def test_a_rank_with_another_table_writes_nothing_and_the_restart_goes_on(tmp_path):
+    """Rank 0 writes the settings of the folder: with the seed's, those that the restart does not have."""
+    seed = next(k for k in range(99) if Random(f"{k}, a rank with another table, DDP, 0").randrange(2) == 0)
+    names, launchers = ("a rank with another table",), ("DDP",)
+    faults.main(tmp_path, tmp_path / "faults.json", seed=seed, names=names, launchers=launchers, most=1)
+    (record,) = recorded(tmp_path / "faults.json").values()
+    assert record["survived"] == record["tried"] == 1, record

@@ -150,6 +150,24 @@ def test_averages_of_two_processes_are_one_processs_and_resume_bit_for_bit(text,
     assert all((after[name] == W).all() for name, W in before.items())
 
 
+@pytest.mark.parametrize("config", ["", slow("cpu2"), slow("fsdp8")])
+def test_saves_in_the_background_change_no_bit_of_a_run_nor_of_one_that_goes_on(text, tmp_path, config):
+    """The averages are states that an optimizer has beside its momentum."""
+    averages = ["--train.look_ahead=0.5", "--train.tail_average=true", "--train.keep=9", "--train.save_every=3"]
+    start = {"": [warm_python.executable()], "fsdp8": sharded("fsdp8", 2)}.get(config)
+    start = start or launch(f"{config}.yaml", "--mixed_precision=no")
+    run(*start, *recipe(text, tmp_path / "before", *averages))
+    run(*start, *recipe(text, tmp_path, *averages, "--train.async_save=true"))
+    folder = tmp_path / "default"
+    before = (tmp_path / "before" / "default" / "model" / "model.safetensors").read_bytes()
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+    for step in (6, 9, 12):
+        assert (folder / "checkpoints" / f"step-{step}" / "states" / ".metadata").exists()
+        (folder / "checkpoints" / f"step-{step}").rename(folder / "checkpoints" / f"lost-{step}")
+    run(*start, *recipe(text, tmp_path, *averages, "--resume=true"))  # which writes the ordinary kind
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+
+
 SHARED = [slow("cpu2", "stochastic"), slow("fsdp8", "stochastic"), slow("fsdp8", "all")]
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import pretrain
 import pytest
 from evidence import runs
 from pretraining import config, folder
@@ -82,6 +83,27 @@ def test_a_folder_that_is_gone_is_not_made_anew(tmp_path):
     with pytest.raises(OSError, match=r"step-2 cannot be written .*No such file"):
         Checkpoints(tmp_path / "gone", keep=2).save(disk, 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_may_open_no_more_files_says_where_its_checkpoints_are(tmp_path):
+    (tmp_path / "step-3").mkdir()
+    checkpoints, limits = Checkpoints(tmp_path, keep=2), resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert "the last whole checkpoint is " + str(tmp_path / "step-3:") in checkpoints.how_to_go_on()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        said = checkpoints.how_to_go_on()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert f"the last whole checkpoint is the newest in {tmp_path}: make room" in said
+
+
+def test_pictures_that_cannot_be_written_cost_themselves_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 2, "train/loss": 3.0, "val/loss": 3.0}\n')
+    (tmp_path / "loss.png").mkdir()  # which no picture takes the place of
+    with pytest.warns(UserWarning, match="the pictures of .* are not drawn"):
+        assert pretrain.drawn(tmp_path) == []
+    (tmp_path / "loss.png").rmdir()
+    assert tmp_path / "loss.png" in pretrain.drawn(tmp_path)
 
 
 def test_a_row_of_metrics_that_does_not_fit_is_left_out_whole(tmp_path, monkeypatch):
