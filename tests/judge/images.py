@@ -41,7 +41,7 @@ def _given(model, ids, targets, draw, shape, more, count):
     asked = inspect.signature(model.forward).parameters
     ids = torch.cat([ids.new_full((len(ids), count), TOKEN), ids], 1)
     if not model.config.is_encoder_decoder:
-        targets = torch.cat([targets.new_full((len(targets), count), -100), targets], 1)
+        targets = torch.cat([targets.new_full((len(targets), count, *targets.shape[2:]), -100), targets], 1)
     given = {"input_ids": ids, "labels": targets}
     if count:
         given |= {name: (ids == TOKEN).long() for name in ("token_type_ids", "mm_token_type_ids") if name in asked}
