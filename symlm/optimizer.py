@@ -20,16 +20,16 @@ from symlm.state.creation import count_step, create_state
 from symlm.state.loading import FORMAT, fitting, matched, restore_dtypes
 from symlm.state.originals import Originals
 from symlm.state.schedules import Schedules
-from symlm.step.bucket import Bucket, buckets_of, bytes_to_receive, join, overlapped
+from symlm.step.bucket import buckets_of, bytes_to_receive, join, overlapped
 from symlm.step.directions import shares_layer_rotation
 from symlm.step.gradients import examine, refuse_nonfinite, skips_without_gradient
 from symlm.step.layer_rotations import rotate_layers
 from symlm.step.member import Member, members_of
 from symlm.update.adamw import adamw_step
-from symlm.update.apply import apply
-from symlm.update.rounding import is_captured, set_clocks, store
-from symlm.update.size import Change, UpdateSize
+from symlm.update.rounding import set_clocks
+from symlm.update.size import UpdateSize
 from symlm.update.spectral_decay import refuse_cut
+from symlm.update.whole_buckets import update
 from symlm.verification import Verification, verified
 
 log = logging.getLogger("symlm")
@@ -168,8 +168,7 @@ class SymOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + (1 if group["params"] else 0)
             count_step(group, self.state, finite)
-        if is_captured(finite):
-            set_clocks([member for _, some in members for member in some], self.state)
+        set_clocks([member for _, some in members for member in some], self.state, finite)
         members = [(with_momentum(group), some) for group, some in members]
         for group, some in members:
             if get_rule(group["rule"]).elementwise and some:
@@ -182,7 +181,7 @@ class SymOptimizer(torch.optim.Optimizer):
         join(buckets)
         size.begin([bucket.group for bucket in buckets])
         for bucket in overlapped(buckets):  # phase 1, momentum, and phase 2, directions
-            _update(bucket, size)
+            update(bucket, size)
 
     @torch.no_grad()
     def verify(self, matrices: int = 4) -> Verification:
@@ -252,14 +251,3 @@ class SymOptimizer(torch.optim.Optimizer):
         skipped = torch.as_tensor(self.param_groups[0].get("skipped", 0), dtype=torch.int64, device=finite.device)
         self.param_groups[0]["skipped"] = skipped.add_(~finite)  # in place: a captured step counts on in a replay
         return None if finite.device.type == "cpu" and not finite else finite
-
-
-def _update(bucket: Bucket, size: UpdateSize) -> None:
-    """Run phase 3 on a bucket; its directions are freed before the next one's are computed."""
-    for updated, rows, updates in bucket.updates():
-        change = apply(bucket.group, updated, rows, updates, bucket.finite)
-        size.add(bucket.group, change, sum(U.numel() for U in updates))
-    if bucket.fused:
-        size.add(bucket.group, Change(1.0, squared=bucket.squared), bucket.entries)
-    for member in bucket.batch:
-        store(bucket.group, member, bucket.finite)

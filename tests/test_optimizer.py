@@ -528,7 +528,7 @@ def test_polar_first_is_its_formula(shape, scale):
     layer = nn.Linear(*shape[::-1], bias=False, dtype=torch.float64)
     options = {"momentum_of": "directions", "polar_method": "svd", "nesterov": False}
     opt = symlm.SymOptimizer(layer, 0.1, "polargrad", {"matrix": {"scale": scale}}, **options)
-    size = symlm.rules.scaling.SCALES[scale](*shape)
+    size = symlm.sizes.scaling.SCALES[scale](*shape)
     W, M = layer.weight.detach().clone(), torch.zeros(shape, dtype=torch.float64)
     for seed in range(6):
         G = (10.0**seed) * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -93,3 +93,19 @@ def cholesky_qr(A: Tensor) -> Tensor:
     Q = Q @ (1.5 * eye - 0.5 * Q.mT @ Q)
     bad = (failed > 0) | ~((Q.mT @ Q - eye).abs().amax(dim=(-2, -1)) < 1e-2)
     return torch.where(bad[..., None, None], orthonormal(A), Q) if bad.any() else Q
+
+
+def with_nuclear_norm(M: Tensor, U: Tensor) -> Tensor:
+    """Scale polar factors by the nuclear norm, `νU`, `ν = ⟨M, U⟩`, one ν a matrix.
+
+    Args:
+        M: Matrices, (..., m, n).
+        U: Their polar factors, same shape.
+
+    Returns:
+        The scaled factors, same shape. ν overflows only where the result does.
+
+    Source:
+        PolarGrad, arXiv 2505.21799, eq. 5.
+    """
+    return (M * U).sum(dim=(-2, -1), keepdim=True).clamp(min=0) * U

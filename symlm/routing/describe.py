@@ -31,7 +31,7 @@ class RoutedParameter:
         view: The view as text, see `symlm.views.MatrixView`.
         rule: The name of the rule.
         scale: The name of the scale.
-        constraint: What a step may do to the weight's size, see `symlm.rules.constraints`.
+        constraint: What a step may do to the weight's size, see `symlm.sizes.constraints`.
         lr_multiplier: Its rate over the dial.
         products: Whose matrix products or fused rows its update takes, "torch", "triton" or "triton, fused"; "" for
             neither.

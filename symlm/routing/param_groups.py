@@ -13,7 +13,7 @@ from symlm.routing.presets import get_preset
 from symlm.routing.table import ADAMW, GRANULARITIES, Route, Table
 from symlm.routing.values import check_values, is_number
 from symlm.rules import get_rule
-from symlm.rules.constraints import get_constraint
+from symlm.sizes.constraints import get_constraint
 from symlm.views.storage import view_of
 
 

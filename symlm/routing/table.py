@@ -10,8 +10,8 @@ from typing import Any
 
 from symlm.roles.role import Role
 from symlm.rules import get_rule
-from symlm.rules.constraints import get_constraint
-from symlm.rules.scaling import SCALES
+from symlm.sizes.constraints import get_constraint
+from symlm.sizes.scaling import SCALES
 from symlm.symmetry import Symmetry, permutations, rotations, trivial
 
 GRANULARITIES = ("whole", "heads", "qk_heads", "transposed", "pair")
@@ -48,12 +48,12 @@ class Route:
     Args:
         rule: A name of `symlm.rules.RULES`.
         view: The split into matrices, one of `GRANULARITIES`.
-        scale: The factor on the direction, a name of `symlm.rules.scaling.SCALES`.
+        scale: The factor on the direction, a name of `symlm.sizes.scaling.SCALES`.
         lr: The multiple of the optimizer's rate.
         weight_decay: The multiple of the optimizer's weight decay.
         why: The reason, for the reader of `describe_routing`.
         options: Options of the optimizer for this role; those that the user sets come first.
-        constraint: What a step may do to the weight's size, see `symlm.rules.constraints`.
+        constraint: What a step may do to the weight's size, see `symlm.sizes.constraints`.
     """
 
     rule: str

@@ -14,8 +14,8 @@ from torch import Tensor
 from symlm.polar.factor import METHODS
 from symlm.polar.schedules import SCHEDULES
 from symlm.rules import RULES, Rule
-from symlm.rules.constraints import get_constraint
-from symlm.rules.scaling import SCALES
+from symlm.sizes.constraints import get_constraint
+from symlm.sizes.scaling import SCALES
 
 
 def is_number(value: Any) -> bool:

@@ -5,8 +5,8 @@ from math import sqrt
 from symlm_kernels.reference import center, normal, row_norms, unit_rows
 from torch import Tensor
 
+from symlm.polar.exact import with_nuclear_norm
 from symlm.rules.rule import A_NUMBER_A_ROW, CENTERED_ROWS, DENSE, ELEMENTS, ROWS, Polar, rule
-from symlm.rules.scaling import nuclear_norm
 
 
 @rule(DENSE, fused=True)
@@ -74,7 +74,7 @@ def polargrad(M: Tensor, polar: Polar) -> Tensor:
     Source:
         arXiv 2505.21799, eq. 5.
     """
-    return nuclear_norm(M, polar(M))
+    return with_nuclear_norm(M, polar(M))
 
 
 @rule(ROWS)
@@ -212,7 +212,7 @@ def centered_polargrad(M: Tensor, polar: Polar) -> Tensor:
         arXiv 2605.18106, section 3.5, and its scripts.
     """
     X = center(M)
-    return center(nuclear_norm(X, polar(X)))
+    return center(with_nuclear_norm(X, polar(X)))
 
 
 @rule(CENTERED_ROWS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from symlm.distributed.layout import layout_of
 from symlm.routing.options import named_parameters
-from symlm.rules.constraints import get_constraint
+from symlm.sizes.constraints import get_constraint
 
 MEANS = ("momentum", "exp_avg")
 

@@ -11,7 +11,7 @@ from symlm.distributed.tensors import local
 from symlm.polar.counting import operations
 from symlm.polar.factor import polar
 from symlm.rules import Rule, get_rule
-from symlm.rules.scaling import SCALES
+from symlm.sizes.scaling import SCALES
 from symlm.step.rows.row_step import gram_weight
 from symlm.views.matrix_view import MatrixView
 

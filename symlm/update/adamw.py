@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 
 from symlm.distributed.tensors import local
 from symlm.routing.costs import BATCH_ELEMENTS
-from symlm.rules.constraints import effective_decay
+from symlm.sizes.constraints import effective_decay
 from symlm.step.member import Member
 from symlm.update.rounding import store
 

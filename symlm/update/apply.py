@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from symlm.distributed.layout import Layout
-from symlm.rules.constraints import effective_decay, get_constraint
+from symlm.sizes.constraints import effective_decay, get_constraint
 from symlm.step.directions import multiplies_norm
 from symlm.step.member import Member
 from symlm.step.momentum import masked
@@ -44,7 +44,7 @@ def step_by(
     finite: Tensor,
     lr: Any,
 ) -> Change:
-    """Update a block of weights, `W <- (1 − ηλ)W − η·s·U` under `decay`; see `symlm.rules.constraints` for the others.
+    """Update a block of weights, `W <- (1 − ηλ)W − η·s·U` under `decay`; see `symlm.sizes.constraints` for the others.
 
     With a momentum of directions, that takes the place of U.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from symlm.distributed.collectives import summed
 from symlm.distributed.layout import Layout
-from symlm.rules.constraints import Step, effective_decay, get_constraint
+from symlm.sizes.constraints import Step, effective_decay, get_constraint
 from symlm.step.directions import scale_of
 from symlm.step.member import Member
 from symlm.views.matrix_view import MatrixView

@@ -76,13 +76,16 @@ def is_captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def set_clocks(members: Iterable[Member], states: Mapping[Tensor, dict[str, Any]]) -> None:
+def set_clocks(members: Iterable[Member], states: Mapping[Tensor, dict[str, Any]], finite: Tensor) -> None:
     """Give the members of a captured step a clock: the count of steps that some state on their device has.
 
     Args:
         members: The members; one on a device where no rule counts steps gets none.
         states: The optimizer's state.
+        finite: Whether the step happens, which a captured step has on its device.
     """
+    if not is_captured(finite):
+        return
     clocks = {state["step"].device: state["step"] for state in states.values() if "step" in state}
     for member in members:
         if is_captured(member.parameter):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.rules.constraints import effective_decay, get_constraint
+from symlm.sizes.constraints import effective_decay, get_constraint
 from symlm.step.directions import whole_directions
 from symlm.step.member import Member
 

@@ -9,7 +9,7 @@ import symlm
 from symlm.distributed.layout import layout_of_shards
 from symlm.roles.role import Role
 from symlm.routing import ROUTES, Route, make_table
-from symlm.rules.constraints import CONSTRAINTS, get_constraint
+from symlm.sizes.constraints import CONSTRAINTS, get_constraint
 from symlm.step.member import Member
 from symlm.symmetry import Symmetry, act, rotations, signed_permutations
 from symlm.update.spectral_decay import refuse_cut

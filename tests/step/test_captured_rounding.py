@@ -36,7 +36,6 @@ def test_rounding_by_a_count_has_the_exact_mean():
 def replayed(monkeypatch, vector, steps=3):
     """Return a bf16 weight's moves in steps that see one number of the step, as a graph's replays do."""
     monkeypatch.setattr(rounding, "is_captured", lambda x: True)
-    monkeypatch.setattr("symlm.optimizer.is_captured", lambda x: True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24, bias=vector)).bfloat16()
     optimizer = symlm.SymOptimizer(model, lr=1e-4, roles={"*weight": "matrix"}, momentum=0.0)

@@ -6,8 +6,6 @@
 from collections.abc import Callable
 from math import sqrt
 
-from torch import Tensor
-
 
 def unit(m: int, n: int) -> float:
     """Return 1, which leaves the size that the rule gives."""
@@ -94,20 +92,3 @@ SCALES: dict[str, Callable[[int, int], float]] = {
         inverse_inputs,
     )
 }
-
-
-def nuclear_norm(M: Tensor, U: Tensor, alpha: float = 1.0) -> Tensor:
-    """Scale a polar factor by the nuclear norm, `ν^α U`, `ν = ⟨M, U⟩`, one ν a matrix.
-
-    Args:
-        M: Matrices, (..., m, n).
-        U: Their polar factors, same shape.
-        alpha: The exponent, which is the degree of the result in M.
-
-    Returns:
-        The scaled factors, same shape. ν overflows only where the result does.
-
-    Source:
-        PolarGrad, arXiv 2505.21799, eq. 5.
-    """
-    return (M * U).sum(dim=(-2, -1), keepdim=True).clamp(min=0) ** alpha * U
