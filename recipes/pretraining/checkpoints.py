@@ -65,7 +65,7 @@ class Checkpoints:
             self.seconds += time.perf_counter() - began
 
     def _seal(self, step: int) -> None:
-        """Make a checkpoint of what is there now, whole; older ones than are kept go."""
+        """Make a checkpoint of what is there now, whole; older ones beyond `keep` are removed."""
         temporary, target = self.folder / "unfinished", self.folder / f"step-{step}"
         write_manifest(temporary)
         shutil.rmtree(target, ignore_errors=True)

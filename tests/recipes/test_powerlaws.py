@@ -22,11 +22,11 @@ def loss(tokens, floor=2.0, size=300.0, exponent=0.4):
 
 def runs_of(arm, seeds=(1, 2, 3), speed=1.0, noise=0.0, shares=SHARES, **law):
     """Make whole runs of an arm that needs `1/speed` of the tokens; a seed moves all its losses by as much."""
-    told = {"arm": arm, "model": "prose", "factor": 1.0, "trial": False, "seconds_per_step": 0.1, "optimizer_bytes": 1}
+    each = {"arm": arm, "model": "prose", "factor": 1.0, "trial": False, "seconds_per_step": 0.1, "optimizer_bytes": 1}
     random = np.random.default_rng(len(arm))
     return [
         {
-            **told,
+            **each,
             "seed": seed,
             "share": share,
             "tokens": [share * BUDGET / 2, share * BUDGET],

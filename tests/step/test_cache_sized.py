@@ -87,7 +87,7 @@ def test_a_matrix_multiplied_as_it_is_is_that_of_a_stack(shape, monkeypatch):
     M = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     stacked, called = polar(M), []
     of_one = newton_schulz._of_one
-    monkeypatch.setattr(newton_schulz, "_of_one", lambda *told: (called.append(1), of_one(*told))[1])
+    monkeypatch.setattr(newton_schulz, "_of_one", lambda *given: (called.append(1), of_one(*given))[1])
     monkeypatch.setattr(newton_schulz, "ALONE_FROM", 2)
     assert relative(polar(M), stacked) < EXACT
     assert called

@@ -67,7 +67,7 @@ def test_inside_its_range_an_extended_activation_is_the_activation():
     x = torch.linspace(-1.4, 1.4, 99).double()
     assert torch.equal(t.extended_tanh(x), x.tanh())
     assert relative(t.extended_sigmoid(2 * x, 0.96), (2 * x).sigmoid()) < EXACT
-    jump = t.extended_tanh(torch.tensor([1.4722194, 1.4722195], dtype=torch.float64))  # atanh(0.9) lies between
+    jump = t.extended_tanh(torch.tensor([1.4722194, 1.4722195], dtype=torch.float64))  # atanh(0.9) is between
     assert jump.diff().item() == pytest.approx((1 - 0.81) * 1e-7, rel=1e-2)
 
 
