@@ -181,7 +181,7 @@ class SymOptimizer(torch.optim.Optimizer):
         join(buckets)
         size.begin([bucket.group for bucket in buckets])
         for bucket in overlapped(buckets):  # phase 1, momentum, and phase 2, directions
-            update(bucket, size)
+            update(bucket, size)  # phase 3
 
     @torch.no_grad()
     def verify(self, matrices: int = 4) -> Verification:

@@ -40,9 +40,7 @@ def extended_atanh(y: Tensor, largest: float = 0.9) -> Tensor:
         ValueError: `largest` is not between 0 and 1.
     """
     edge, inside = atanh(_checked(largest)), y.abs() <= largest
-    curve = torch.where(
-        inside, y, 0.0
-    ).atanh()  # no infinity in the branch that is not taken: it would make NaN gradients
+    curve = torch.where(inside, y, 0.0).atanh()  # no infinity where it is not taken: it would make NaN gradients
     return torch.where(inside, curve, y.sign() * (edge + (y.abs() - largest) / (1 - largest**2)))
 
 
