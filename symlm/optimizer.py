@@ -20,7 +20,7 @@ from symlm.state.creation import count_step, create_state
 from symlm.state.loading import FORMAT, fitting, matched, restore_dtypes
 from symlm.state.originals import Originals
 from symlm.state.schedules import Schedules
-from symlm.step.bucket import buckets_of, bytes_to_receive, join, overlapped
+from symlm.step.buckets import buckets_of, bytes_to_receive, join, overlapped
 from symlm.step.directions import shares_layer_rotation
 from symlm.step.gradients import examine, refuse_nonfinite, skips_without_gradient
 from symlm.step.layer_rotations import rotate_layers
