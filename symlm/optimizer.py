@@ -49,7 +49,7 @@ class SymOptimizer(torch.optim.Optimizer):
         options: Defaults of every group, which `overrides` may set by role:
 
             - `momentum` β (0.95; by role in the default table); `nesterov`: `U((1−β)G + βM)` instead; `weight_decay` λ;
-            - `momentum_warmup`: over how many steps β grows from 0.85 (0); not AdamW's β₁, nor inside a captured graph;
+            - `momentum_warmup`: over how many steps β grows from 0.85 (0); not AdamW's β₁;
             - `momentum_of`: "gradients", or "directions": `M <- βM + (1−β)s·U(G)`, `W <- W − ηM`, of PolarGrad times ν;
             - `betas`, `eps`: AdamW's, for roles routed to it; β₂ is also that of `row_adam` and `aro_adam`;
             - `polar_method`, `schedule`, `steps`, `compute_dtype`, `kernels`: see `symlm.polar.polar`;

@@ -134,12 +134,22 @@ def with_momentum(group: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         group: A parameter group that has counted the step.
+
+    Returns:
+        The group, with β of the step.
+
+    Raises:
+        RuntimeError: β still grows and a CUDA graph is being captured; every replay would have the β of this step.
     """
-    left = 1 - group["step"] / group["momentum_warmup"] if group["momentum_warmup"] else 0
-    if left <= 0:
+    beta, last = group["momentum"], group["momentum_warmup"]
+    if group["step"] >= last or beta <= EARLY_MOMENTUM:
         return group
-    beta = group["momentum"]
-    return {**group, "momentum": beta - max(0.0, beta - EARLY_MOMENTUM) * left}
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the momentum of {group['role']} grows until step {last}, and a CUDA graph would hold it at that of step "
+            f"{group['step']}; capture after step {last}, or give momentum_warmup=0"
+        )
+    return {**group, "momentum": beta - (beta - EARLY_MOMENTUM) * (1 - group["step"] / last)}
 
 
 def key_of(group: dict[str, Any]) -> tuple[str, str]:

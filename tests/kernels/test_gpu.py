@@ -51,6 +51,15 @@ def test_a_step_is_captured_in_a_cuda_graph_and_replayed(preset, kernels):
     assert all(torch.equal(p, before[name]) for name, p in captured.named_parameters())
 
 
+def test_a_momentum_that_grows_is_not_captured():
+    """It would stay at that of one step in every replay."""
+    optimizer = symlm.SymOptimizer(with_gradients(0), lr=torch.tensor(0.02, device="cuda"), momentum_warmup=9)
+    for _ in range(3):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="capture after step 9"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
 def test_replays_round_a_bf16_weight_by_other_bits():
     """The gradient is the same in every replay, and so is the momentum's direction: what differs is the noise."""
     model = tiny(num_hidden_layers=1).cuda().bfloat16()
