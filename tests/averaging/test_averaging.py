@@ -93,8 +93,7 @@ def test_ema_nesterov_is_its_formula():
         y = x + beta * m
         assert relative(p.detach(), y) < EXACT
         after = y - rate * H @ y
-        if 4 <= step < 30:
-            m = 0.8 * m + 0.2 * (after - x)
+        m = 0.8 * m + 0.2 * (after - x)  # from the first step on, before it is used
         x = after
         p.grad = H @ p.detach()
         optimizer.step()
