@@ -27,7 +27,7 @@ class EMANesterov(StepFollower):
         until: The share at which it ends.
 
     Raises:
-        ValueError: A share is not from 0 to 1, or there are no steps.
+        ValueError: A share is not from 0 to 1, or there are no steps in which to look ahead.
 
     Source:
         arXiv 2605.25395; modded-nanogpt, track 3: 0.3 and 0.99 from step 300 to 1,950 of 2,900.
@@ -44,6 +44,8 @@ class EMANesterov(StepFollower):
     ) -> None:
         self.reach, self.decay = reach, decay
         self.first, self.last, *_ = with_steps(total_steps, start=start, until=until, reach=reach, decay=decay)
+        if start >= until:
+            raise ValueError(f"a look-ahead begins before it ends: start must be below until, got {start} and {until}")
         super().__init__(optimizer, "ahead_steps")
         self._first_weights: list[Tensor] = []  # before the first step; a state before it would keep torch from its own
         self._hook_before = optimizer.register_step_pre_hook(lambda *_: self._before_step())
