@@ -20,7 +20,7 @@ from tqdm import tqdm
 import symlm
 from symlm.roles.role import Role
 
-N, RATE, DECAY, STEPS = 24, 0.1, 0.5, 1600
+N, RATE, DECAY, STEPS = 24, 0.1, 0.5, 800
 EXPECTED = {"decay": 0.25, "corrected_decay": 1.0, "independent_decay": 0.25}
 
 
