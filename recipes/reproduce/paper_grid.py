@@ -8,6 +8,7 @@ move by other lengths at one rate; one seed chooses, two others are reported. `-
 
 from argparse import ArgumentParser
 from functools import partial
+from math import log
 
 import matplotlib.pyplot as plt
 import tiny_lm
@@ -57,6 +58,8 @@ def main() -> None:
         text = f"{sum(values) / 2:.3f}; {ahead[0]:+.3f}, {ahead[1]:+.3f}"
         what = f"{name}, ends × {multiples[name]:g}: loss; over the row arm's, two seeds"
         checks.append(Check(what, f"{ARMS[name]:+.3f}", text))
+    worst = max(map(max, losses.values()))
+    checks.append(Check("the largest of these losses", "< log 256, of no text seen", worst, worst < log(256)))
     finish(__file__, checks, figure)
 
 

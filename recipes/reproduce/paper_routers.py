@@ -65,15 +65,18 @@ def main() -> None:
     torch.set_num_threads(1)
     train = partial(tiny_lm.train, steps=steps, kind="olmoe", **MODEL)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    checks = []
+    checks, losses = [], {}
     for name, target in tqdm(ROUTERS.items(), desc="routers", mininterval=2):
         found = {multiple: train(partial(arm, name, multiple))[1] for multiple in MULTIPLES}
         best = min(found, key=found.__getitem__)
         _, loss, routed = train(partial(Routed, partial(arm, name, best)), seed=1)
+        losses[name] = loss
         axes.plot(found.keys(), found.values(), marker="o", label=name.removeprefix("paper-"))
         cv, dead = routed.load()
         text = f"{loss:.3f}; {cv:.2f}; {dead:.2f}"
         checks.append(Check(f"{name}, router × {best:g}: held-out loss; load CV; dead experts", target, text))
+    apart = abs(losses["paper-uncentered-router"] - losses["paper-left-router"])  # a softmax router's G is centered
+    checks.append(Check("uncentered beside left-spectral, without a z-loss", "0: 1ᵀG = 0", apart, apart < 0.01))
     axes.set(xscale="log", xlabel="multiple of 7.5e-4", ylabel="held-out loss", title=f"{steps} steps, seed 0")
     axes.legend(fontsize=8)
     finish(__file__, checks, figure)
