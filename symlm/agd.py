@@ -40,10 +40,11 @@ class AGD(torch.optim.Optimizer):
         layerwise: bool = False,
         weight_decay: float = 0.0,
     ) -> None:
-        if not (0 < gain < inf and 0 <= momentum < 1 and 0 <= weight_decay < inf):
+        numbers = all(isinstance(value, int | float) for value in (gain, momentum, weight_decay))
+        if not numbers or not (0 < gain < inf and 0 <= momentum < 1 and 0 <= weight_decay < inf):
             raise ValueError(
                 "gain must be positive, 0 <= momentum < 1, and weight_decay must not be negative, all finite, got "
-                f"{gain}, {momentum}, {weight_decay}"
+                f"{gain!r}, {momentum!r}, {weight_decay!r}"
             )
         defaults = {"lr": gain, "momentum": momentum, "layerwise": layerwise, "weight_decay": weight_decay}
         layers = _layers(model)

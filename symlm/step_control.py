@@ -68,8 +68,8 @@ class StepControl:
         difference: bool = False,
         standalone: bool = False,
     ) -> None:
-        if not 0 < r_target < inf:
-            raise ValueError(f"r_target must be positive and finite, got {r_target}")
+        if isinstance(r_target, bool) or not isinstance(r_target, int | float) or not 0 < r_target < inf:
+            raise ValueError(f"r_target must be positive and finite, got {r_target!r}")
         if over not in REDUCTIONS and not (isinstance(over, float) and 0 < over < 1):
             raise ValueError(f"over must be one of {REDUCTIONS} or a quantile between 0 and 1, got {over!r}")
         self.model, self.optimizer, self.logits = model, optimizer, logits or _logits

@@ -114,7 +114,7 @@ def test_what_the_bound_does_not_cover_is_refused():
         AGD(frozen_gains(tiny("olmoe")))
     with pytest.raises(ValueError, match="one group"):
         AGD(network()).add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
-    for bad in ({"gain": 0}, {"gain": nan}, {"gain": inf}, {"momentum": 1}, {"weight_decay": nan}):
+    for bad in ({"gain": 0}, {"gain": nan}, {"gain": inf}, {"momentum": 1}, {"weight_decay": nan}, {"gain": "1"}):
         with pytest.raises(ValueError, match="gain must be positive"):
             AGD(network(), **bad)
     model = network()

@@ -229,7 +229,7 @@ def test_without_logits_the_step_is_left_alone_and_said_once():
 def test_bad_values_are_refused():
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
-    for bad in (0, nan, inf):
+    for bad in (0, nan, inf, "1", None, True):
         with pytest.raises(ValueError, match="r_target must be positive"):
             StepControl(model, optimizer, r_target=bad)
     with pytest.raises(ValueError, match="a quantile between 0 and 1"):

@@ -97,6 +97,7 @@ class TrainConfig:
         clip: the largest norm of the gradients; it weighs a step inside the momentum. none is no clipping.
         r_target: clip each step to this softmax radius (`symlm.step_control`); 1 survives spikes, none is no control.
         r_over: the position whose radius counts: "max", "mean", or a quantile such as 0.99.
+        r_standalone: set every step to r_target, shorter and longer, in the place of a rate and its schedule.
         teleport_every: teleport a SwiGLU model every so many steps (`symlm.teleport`); none is never.
         qk_clip: the largest attention logit, held by `symlm.qk_clip`; none is no bound.
         tail_average: evaluate and save a mean with the last weights of the run (`symlm.averaging.TailAverage`).
@@ -131,6 +132,7 @@ class TrainConfig:
     clip: float | None = None
     r_target: float | None = None
     r_over: float | str = "max"
+    r_standalone: bool = False
     teleport_every: int | None = None
     qk_clip: float | None = None
     tail_average: bool = False
@@ -156,6 +158,8 @@ class TrainConfig:
         at_least(1, {f"train.{name}": getattr(self, name) for name in counts})
         at_least(0, {f"train.{name}": getattr(self, name) for name in ("warmup", "decay", "load_loss", "z_loss")})
         at_least(1, {"train.timeout": self.timeout, "train.rewind": self.rewind})
+        if self.r_standalone and self.r_target is None:
+            raise ValueError("train.r_standalone sets every step to train.r_target: give one, for example 0.5")
         if self.tracker not in (installed := ["none", *map(str, get_available_trackers())]):
             raise ValueError(f"train.tracker {self.tracker!r} is not installed or unknown; there are {installed}")
 

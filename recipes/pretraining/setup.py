@@ -145,7 +145,9 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
             raise ValueError(f"train.{name} looks at one process's batch and weights: use one process, or leave it out")
     if train.teleport_every and accelerator.mixed_precision != "no":
         raise ValueError("train.teleport_every compares losses that rounding would change: set mixed_precision to no")
-    control = StepControl(model, optimizer, r_target=train.r_target, over=train.r_over) if train.r_target else None
+    control = None
+    if train.r_target is not None:
+        control = StepControl(model, optimizer, None, train.r_target, train.r_over, standalone=train.r_standalone)
     teleporter = Teleporter(model, plain, train.teleport_every) if train.teleport_every else None
     conducting = Conducting(model, routers, train, accelerator) if train.conductor else None
     probe = SmoothnessProbe(model, routers, train.smoothness_every) if train.smoothness_every else None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from symlm.averaging.weights import StepFollower, averaged, stored, swapped, wide_copy, with_steps
 
@@ -11,11 +12,11 @@ from symlm.averaging.weights import StepFollower, averaged, stored, swapped, wid
 class EMANesterov(StepFollower):
     """Extrapolate by a long mean of steps: `x <- A(x + βm)`, `m <- γm + (1 − γ)(x_new − x)`, A the optimizer's step.
 
-    Nothing has to be called while training: it follows `optimizer.step()`, behind which the model has the weights
-    `x + βm` that the next gradient is of. x and m are states of the optimizer, `iterate` and `mean_step`, in fp32:
-    saved, loaded and sharded with it, and so is the number of steps. β follows the schedule,
-    `β = reach·η/η₀` with η₀ the `initial_lr` of torch's schedulers; it must be over before the rate is small. Being
-    linear in the weights it has any group's symmetry.
+    m is the mean from the first step on, and β is 0 before `start` and after `until`. Nothing has to be called while
+    training: it follows `optimizer.step()`, behind which the model has the weights `x + βm` that the next gradient is
+    of. x and m are states of the optimizer, `iterate` and `mean_step`, in fp32: saved, loaded and sharded with it, and
+    so is the number of steps. β follows the schedule, `β = reach·η/η₀` with η₀ the `initial_lr` of torch's schedulers;
+    it must be over before the rate is small. Being linear in the weights it has any group's symmetry.
 
     Args:
         optimizer: Any of torch's or symlm's, before or after its model is sharded; not under DeepSpeed.
@@ -26,7 +27,7 @@ class EMANesterov(StepFollower):
         until: The share at which it ends.
 
     Raises:
-        ValueError: A share is not from 0 to 1, or there are no steps.
+        ValueError: A share is not from 0 to 1, or there are no steps in which to look ahead.
 
     Source:
         arXiv 2605.25395; modded-nanogpt, track 3: 0.3 and 0.99 from step 300 to 1,950 of 2,900.
@@ -43,7 +44,22 @@ class EMANesterov(StepFollower):
     ) -> None:
         self.reach, self.decay = reach, decay
         self.first, self.last, *_ = with_steps(total_steps, start=start, until=until, reach=reach, decay=decay)
+        if start >= until:
+            raise ValueError(f"a look-ahead begins before it ends: start must be below until, got {start} and {until}")
         super().__init__(optimizer, "ahead_steps")
+        self._first_weights: list[Tensor] = []  # before the first step; a state before it would keep torch from its own
+        self._hook_before = optimizer.register_step_pre_hook(lambda *_: self._before_step())
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        """Before the first step, remember the weights that it begins at."""
+        if not self.steps:
+            self._first_weights = [wide_copy(p) for p in averaged(self.optimizer)]
+
+    def remove(self) -> None:
+        """Follow the optimizer no more."""
+        super().remove()
+        self._hook_before.remove()
 
     @property
     def is_ahead(self) -> bool:
@@ -57,14 +73,16 @@ class EMANesterov(StepFollower):
 
     def _follow(self) -> None:
         """Behind a step, take it into the mean and extrapolate for the next."""
-        for p in averaged(self.optimizer):
+        parameters = averaged(self.optimizer)
+        for p, start in zip(parameters, self._first_weights or parameters, strict=True):
             x, state = wide_copy(p), self.optimizer.state[p]
-            m, before = stored(state, "mean_step", torch.zeros_like(x)), stored(state, "iterate", x)
-            if self.first < self.steps <= self.last:
+            m, before = stored(state, "mean_step", torch.zeros_like(x)), stored(state, "iterate", start.to(x.dtype))
+            if self.steps <= self.last:
                 m.lerp_(x - before, 1 - self.decay)
             state["iterate"] = x
             if self.is_ahead:
                 p.copy_(x.add(m, alpha=self.beta()))
+        self._first_weights = []
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ class TailAverage(StepFollower):
         excluded: Roles whose weights are not averaged.
 
     Raises:
-        ValueError: A share is not from 0 to 1, or there are no steps.
+        ValueError: A share is not from 0 to 1, there are no steps, or `excluded` is text.
 
     Source:
         The record of modded-nanogpt, track 3: 0.83, 0.05, 0.6, without the embedding.
@@ -40,6 +40,8 @@ class TailAverage(StepFollower):
         share: float = 0.6,
         excluded: Collection[str] = ("embedding",),
     ) -> None:
+        if isinstance(excluded, str):
+            raise ValueError(f"excluded must be a collection of roles such as ('embedding',), got {excluded!r}")
         self.share, self.excluded = share, tuple(excluded)
         self.first, steps, _ = with_steps(total_steps, start=start, horizon=horizon, share=share)
         self.horizon = max(1, steps)

@@ -50,8 +50,8 @@ class GradientConductor:
         dtype: The dtype of the rows; the source has bfloat16. None is the parameters', at least fp32.
 
     Raises:
-        ValueError: Fewer than two losses, a name that is there twice, a momentum out of [0, 1), or a model without a
-            trainable parameter.
+        ValueError: Fewer than two losses, a name that is there twice, a momentum out of [0, 1), a dtype that no row
+            has, or a model without a trainable parameter.
 
     Source:
         Limarenko et al., arXiv 2509.07252.
@@ -65,10 +65,13 @@ class GradientConductor:
         momentum: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(losses, str) or len(losses) < 2 or len(set(losses)) < len(losses):
+        names = list(losses) if isinstance(losses, Sequence) and not isinstance(losses, str) else []
+        if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"a conductor needs the names of two losses or more, each once, got {losses!r}")
         if not 0 <= momentum < 1:
             raise ValueError(f"0 <= momentum < 1 for a conductor, got {momentum}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"a conductor's rows have a floating-point dtype such as torch.bfloat16, got {dtype!r}")
         self.model, self.losses, self.beta, self.dtype = model, tuple(losses), momentum, dtype
         self.last: Report | None = None
         self.skipped_steps = 0
@@ -99,11 +102,15 @@ class GradientConductor:
                 comes by a module's output, so that there zero times this is added to each loss.
 
         Raises:
-            ValueError: A name that the conductor was not given.
+            ValueError: A name that the conductor was not given, or a loss that is no scalar with a graph.
             RuntimeError: A loss reaches no trainable parameter.
         """
         if unknown := [name for name in losses if name not in self.losses]:
             raise ValueError(f"unknown losses {unknown}; the conductor was given {list(self.losses)}")
+        for name, loss in losses.items():
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+                got = f"{[*loss.shape]}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
+                raise ValueError(f"the loss {name!r} must be one number with a graph for its backward pass, got {got}")
         rows = self._made()
         sharded: list[Any] = [x for x in self.model.modules() if hasattr(x, "set_requires_gradient_sync")]
         if sharded:

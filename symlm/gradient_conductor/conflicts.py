@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import pi, sin
+from math import isfinite, pi, sin
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +69,15 @@ class Arbitration:
     norm_cap: float | None = None
 
     def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if value is not None}
+        if wrong := {name: value for name, value in numbers.items() if not _is_finite(value)}:
+            raise ValueError(f"the rules of a conductor must be finite numbers, got {wrong}")
         if not -1 <= self.critical < self.main < self.weak <= 1:
             thresholds = (self.critical, self.main, self.weak)
             raise ValueError(f"thresholds must rise from critical to main to weak within [-1, 1], got {thresholds}")
-        if self.power <= 0 or self.streak < 0 or not 0 <= self.norm_decay < 1:
+        if self.power <= 0 or self.streak < 0 or self.streak != int(self.streak) or not 0 <= self.norm_decay < 1:
             raise ValueError(
-                "power must be positive, streak not negative, and 0 <= norm_decay < 1, got "
+                "power must be positive, streak a whole number, not negative, and 0 <= norm_decay < 1, got "
                 f"{self.power}, {self.streak}, {self.norm_decay}"
             )
         if min(self.stability, self.strength) < 0 or (self.norm_cap is not None and self.norm_cap <= 0):
@@ -111,6 +114,11 @@ class Arbitration:
             (usual,) = recent
             return usual if self.streak_wins else i + j - usual
         return j if scores[j] > scores[i] else i
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is a number, not NaN nor infinite; a flag is one."""
+    return isinstance(value, int | float) and isfinite(value)
 
 
 class Arbiter:

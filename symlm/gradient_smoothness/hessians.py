@@ -69,7 +69,7 @@ def fisher(inner: Function, p: float) -> Hessian:
     Raises:
         ValueError: p is below 2.
     """
-    if p < 2:
+    if not p >= 2:
         raise ValueError(f"a Fisher term of a norm's power needs p >= 2, got {p}")
 
     def hessian(x: Tensor) -> RankOne:
@@ -85,7 +85,12 @@ def softmax_gauss_newton(inner: Function, mu: float = 1.0) -> Hessian:
     Args:
         inner: (n,) -> (m,).
         mu: μ, positive.
+
+    Raises:
+        ValueError: μ is not positive.
     """
+    if not mu > 0:
+        raise ValueError(f"a log-sum-exp needs mu > 0, got {mu}")
 
     def hessian(x: Tensor) -> Tensor:
         J = torch.func.jacrev(inner)(x)

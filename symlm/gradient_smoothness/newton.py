@@ -1,6 +1,7 @@
 """Newton's method regularized by the size of the gradient over one radius, which adapts."""
 
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -8,6 +9,10 @@ from torch import Tensor
 from symlm.gradient_smoothness.hessians import Function, Hessian, RankOne, exact
 
 RETRIES, SMALLEST = 40, 1e-9  # of the source
+
+
+class NotPositive(ValueError):
+    """`H + λB` is not positive definite; a smaller γ, which is a larger λ, may make it so."""
 
 
 class Metric:
@@ -38,6 +43,14 @@ class Metric:
         return H + amount * (torch.eye(len(H), dtype=H.dtype, device=H.device) if self.B is None else self.B)
 
 
+def _refuse_other_than_symmetric(what: str, A: Tensor, n: int) -> None:
+    """Raise ValueError for a matrix that is not a symmetric (n, n), beyond rounding; one with NaN is not refused."""
+    if A.shape != (n, n):
+        raise ValueError(f"the {what} must be a matrix of {n} rows and columns, as the gradient has, got {[*A.shape]}")
+    if (A - A.mT).norm() > 1e-3 * A.norm():
+        raise ValueError(f"the {what} is not symmetric: H + λB is factored as L Lᵀ; give (H + Hᵀ)/2")
+
+
 def _factored(A: Tensor) -> Tensor | None:
     """Return the Cholesky factor, None if there is none."""
     L, info = torch.linalg.cholesky_ex(A)
@@ -57,11 +70,13 @@ def newton_step(g: Tensor, H: Tensor | RankOne, gamma: float, metric: Metric | N
         The step, and λ.
 
     Raises:
-        ValueError: γ is not positive, or `H + λB` is not positive definite.
+        ValueError: γ is not positive and finite, H is not a symmetric (n, n), or `H + λB` is not positive definite.
     """
     metric = metric or Metric(None)
-    if not gamma > 0:
-        raise ValueError(f"the radius gamma must be positive, got {gamma}")
+    if not (isinstance(gamma, int | float) and 0 < gamma < inf):
+        raise ValueError(f"the radius gamma must be positive and finite, got {gamma!r}")
+    if not isinstance(H, RankOne):
+        _refuse_other_than_symmetric("Hessian", H, len(g))
     amount = metric.dual_norm(g) / gamma
     if isinstance(H, RankOne):
         direct, v = metric.raised(g) / amount, metric.raised(H.v) / amount
@@ -70,7 +85,7 @@ def newton_step(g: Tensor, H: Tensor | RankOne, gamma: float, metric: Metric | N
             return -(direct - H.c * (H.v @ direct) / bottom * v), amount
     elif (L := _factored(metric.regularized(H, amount))) is not None:
         return -torch.cholesky_solve(g[:, None], L)[:, 0], amount
-    raise ValueError(f"the Hessian plus {amount:g} B is not positive definite: take a smaller gamma than {gamma:g}")
+    raise NotPositive(f"the Hessian plus {amount:g} B is not positive definite: take a smaller gamma than {gamma:g}")
 
 
 @dataclass(frozen=True)
@@ -136,22 +151,28 @@ def minimize(
         What it reached. The iterates move with any affine map of x, if B moves along.
 
     Raises:
-        ValueError: B is not positive definite, γ is not positive, or no radius makes `H + λB` positive definite.
+        ValueError: B is not positive definite, γ is not positive and finite, x is no vector, f is not finite at it, or
+            no radius makes `H + λB` positive definite.
 
     Source:
         arXiv 2506.13710, algorithm 1.
     """
+    if x.ndim != 1 or (B is not None and B.shape != (len(x), len(x))):
+        got = [[*x.shape], None if B is None else [*B.shape]]
+        raise ValueError(f"minimize needs a vector x, (n,), and a metric B of (n, n), got {got[0]} and {got[1]}")
     metric, hessian = Metric(B), hessian or exact(f)
     gradient = torch.func.grad_and_value(f)
     record: list[Step] = []
     x, solves = x.detach().clone(), 0
     g, value = gradient(x)
+    if not (value.isfinite() and g.isfinite().all()):
+        raise ValueError("the function or its gradient is not finite where minimize begins: begin elsewhere")
     while (reason := _reason(value, metric.dual_norm(g), len(record), steps, target, tolerance)) is None:
         H = hessian(x)
         for retry in range(RETRIES):
             try:
                 h, amount = newton_step(g, H, gamma, metric)
-            except ValueError:
+            except NotPositive:
                 if retry == RETRIES - 1:
                     raise
                 gamma /= 2

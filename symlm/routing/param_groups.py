@@ -60,6 +60,12 @@ def param_groups(
         lr = lr.view(())  # shares its memory, so that what a caller writes there arrives
     settings = check_overrides(overrides or {})
     table = overridden(get_preset(preset), settings)
+    asked = settings.get(Role.VECTOR, {}).get("momentum_dtype")
+    if asked == "int8" and get_rule(table[Role.VECTOR].rule).elementwise:  # an option of all roles leaves vectors out
+        raise ValueError(
+            "overrides['vector']: momentum_dtype='int8' has no effect on AdamW's means of vectors, which stay in "
+            "float32; leave it out"
+        )
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for site, role in place(model, roles):
         if site.parameter.is_complex():

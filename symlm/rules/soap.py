@@ -116,7 +116,9 @@ def soap_rows_polar(M: Tensor, polar: Polar, right_basis: Tensor, roots: Tensor)
     return (polar(_whitened(X @ R, roots.to(X.dtype))) @ R.mT).to(M.dtype)
 
 
-VALUES = State(lambda M: torch.zeros_like(M[..., :1]), "left", lambda v, L: v)
+FIRST_VALUE = 0.1  # λ before the first step, of the source's code
+
+VALUES = State(lambda M: torch.full_like(M[..., :1], FIRST_VALUE), "left", lambda v, L: v)
 KL = {
     **LEFT,
     **RIGHT,
@@ -136,9 +138,8 @@ def _rms(M: Tensor) -> Tensor:
 
 
 def _inverse(values: Tensor) -> Tensor:
-    """Return `1/λ` with a floor; 1 before the first step."""
-    largest = values.amax((-2, -1), keepdim=True)
-    return torch.where(largest > 0, 1 / (values + FLOOR * largest), 1.0)
+    """Return `1/λ` with a floor."""
+    return 1 / (values + FLOOR * values.amax((-2, -1), keepdim=True))
 
 
 def _ahead(gram: Tensor, basis: Tensor, first: Tensor) -> Tensor:

@@ -158,9 +158,10 @@ def normuon(M: Tensor, polar: Polar, row_square: Tensor) -> Tensor:
 
 @rule(ROWS)
 def aurora(M: Tensor, polar: Polar) -> Tensor:
-    """Return `U = polar(D M)` with rows of nearly one length, D by two rounds of `D_i <- D_i·√(n/m)/|U_i|` from 1.
+    """Return `polar(D'D M)` with rows of nearly one length: `D_i = 1/|M_i|`, `D'_i = √(n/m)/|U_i|` of `U = polar(D M)`.
 
-    A wide matrix's factor has rows of one length already, and is `polar` alone. It costs three polar factors of a tall.
+    A wide matrix's factor has rows of one length already, and is `polar` alone, as a square's is. It costs two polar
+    factors of a tall.
 
     Args:
         M: The momentum, (..., m, n).
@@ -170,14 +171,13 @@ def aurora(M: Tensor, polar: Polar) -> Tensor:
         The directions, same shape.
 
     Source:
-        Aurora, as in modded-nanogpt, track 3, which does the same by columns for wide matrices.
+        Aurora, Tilde Research's code and modded-nanogpt, track 3, which do the same by columns for wide matrices.
     """
     m, n = M.shape[-2:]
-    U, X = polar(M), M
-    for _ in range(2 if m > n else 0):
-        X = X * (sqrt(n / m) / normal(row_norms(U)))
-        U = polar(X)
-    return U
+    if m <= n:
+        return polar(M)
+    X = unit_rows(M)
+    return polar(X * (sqrt(n / m) / normal(row_norms(polar(X)))))
 
 
 @rule(CENTERED_ROWS)

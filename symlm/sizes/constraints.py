@@ -171,7 +171,7 @@ def effective_decay(group: Mapping[str, Any]) -> Any:
 
 @_constraint(measures=False, cautious=True, symmetry=ELEMENTS)
 def cautious_decay(step: Step) -> Step:
-    """Decay the entries that the step makes smaller, `W <- W − ηλ·W·[U·W > 0] − ηU`; rotations change it.
+    """Decay the entries that the step does not make larger, `W <- W − ηλ·W·[U·W ≥ 0] − ηU`; rotations change it.
 
     It acts on the weight after all others that it is joined with.
 

@@ -44,10 +44,12 @@ def neuron_permutations(model: nn.Module, orders: Tensor) -> dict[str, Transport
         The transports by parameter name.
 
     Raises:
-        ValueError: The model has another number of layers than `orders`.
+        ValueError: The model has another number of layers than `orders`, or a row of these is no permutation.
     """
     transports = {}
     for path, order in zip(_paths(model, "up_proj", len(orders)), orders, strict=True):
+        if order.is_floating_point() or not torch.equal(order.sort().values, torch.arange(len(order)).to(order)):
+            raise ValueError(f"orders of {path} are no permutation of 0 to {len(order) - 1}; give torch.randperm's")
         P = torch.eye(len(order), dtype=_dtype(model), device=order.device)[order][None]
         for name in ("gate_proj", "up_proj"):
             transports[f"{path}.{name}.weight"] = Transport(left=P)

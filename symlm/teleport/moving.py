@@ -36,8 +36,9 @@ def teleport(
             1e-5 otherwise.
 
     Raises:
-        ValueError: The loss changed, a weight is unknown or below fp32, or a state cannot move: elementwise squares
-            under an element that is not a permutation, means of directions under one that is not a rotation.
+        ValueError: The loss changed, a weight is unknown, below fp32 or of another shape than the action's, or a state
+            cannot move: elementwise squares under an element that is not a permutation, means of directions under one
+            that is not a rotation.
     """
     weights = dict(model.named_parameters())
     if unknown := sorted(set(transports) - set(weights)):
@@ -47,6 +48,7 @@ def teleport(
             f"{narrow[0]} is {weights[narrow[0]].dtype}, whose rounding would change the loss: convert the model to "
             "float32 first"
         )
+    _refuse_other_shapes(weights, transports)
     tolerance = tolerance or (TOLERANCE if _dtype(model) == torch.float64 else 1e-5)
     states = [(value, moved(value)) for value, moved in _states(optimizer, transports, weights)] if optimizer else []
     original = {name: weights[name].detach().clone() for name in transports}
@@ -70,6 +72,23 @@ def teleport(
         gradient = weights[name].grad
         if gradient is not None:
             weights[name].grad = transport.covector(gradient).contiguous()  # fused steps read in memory order
+
+
+def _refuse_other_shapes(weights: Mapping[str, Tensor], transports: Transports) -> None:
+    """Raise ValueError for an action whose matrices do not fit a weight."""
+    for name, transport in transports.items():
+        rows, columns = weights[name].shape
+        for A, length, what in (
+            (transport.left, rows, "rows"),
+            (transport.right, columns, "columns"),
+            (transport.shift, columns, "columns"),
+        ):
+            size = length if A is None else len(A) * (A.shape[-1] if A.ndim == 3 else 1)
+            if size != length:
+                raise ValueError(
+                    f"the action moves {size} {what} of {name}, which has {length}: give one with the model's heads, "
+                    "neurons and widths"
+                )
 
 
 MEANS_OF_GRADIENTS = ("momentum", "momentum_buffer", "exp_avg")  # of symlm, SGD and Adam

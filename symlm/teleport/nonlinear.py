@@ -17,10 +17,16 @@ def act_on_quadratic(A: Tensor, R: Tensor, w: Tensor) -> Tensor:
     Returns:
         w', (n), at which the quadratic has the same value.
 
+    Raises:
+        ValueError: A is not positive definite, or R is not orthogonal: another w' would have another value.
+
     Source:
         Zhao et al., NeurIPS 2022.
     """
     values, vectors = torch.linalg.eigh(A)
+    eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+    if not (values > 0).all() or not torch.allclose(A, A.mT) or not torch.allclose(R @ R.mT, eye, atol=1e-5):
+        raise ValueError("the action on a quadratic needs a symmetric positive definite A and an orthogonal R")
     return vectors @ ((vectors.mT @ (R @ (vectors @ (values.sqrt() * (vectors.mT @ w))))) / values.sqrt())
 
 

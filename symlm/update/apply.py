@@ -91,13 +91,13 @@ def step_by(
 
 
 def _decay(group: dict[str, Any], weights: list[Tensor], updates: list[Tensor], lr: float | Tensor) -> None:
-    """Decay blocks of weights, in place: all entries, or those that the step makes smaller."""
+    """Decay blocks of weights, in place: all entries, or those that the step does not make larger."""
     constraint = get_constraint(group["constraint"])
     value = effective_decay(group)
     rate = lr * value
     if group["weight_decay"] and constraint.cautious:
         for W, U in zip(weights, updates, strict=True):
-            W.mul_(1 - rate * (U * W > 0))
+            W.mul_(1 - rate * (U * W >= 0).to(W.dtype))  # of a bool torch makes fp32
     elif value and constraint.decays:
         torch._foreach_mul_(weights, 1 - rate)
 

@@ -93,8 +93,7 @@ def test_ema_nesterov_is_its_formula():
         y = x + beta * m
         assert relative(p.detach(), y) < EXACT
         after = y - rate * H @ y
-        if 4 <= step < 30:
-            m = 0.8 * m + 0.2 * (after - x)
+        m = 0.8 * m + 0.2 * (after - x)  # from the first step on, before it is used
         x = after
         p.grad = H @ p.detach()
         optimizer.step()
@@ -153,6 +152,8 @@ def test_momentum_grows_over_its_warm_up_and_not_beyond():
         (lambda o: TailAverage(o, 10, start=1.5), "start must be from 0 to 1, got 1.5"),
         (lambda o: TailAverage(o, 10, share=float("nan")), "share must be from 0 to 1, got nan"),
         (lambda o: EMANesterov(o, 10, reach=-0.1), "reach must be from 0 to 1, got -0.1"),
+        (lambda o: TailAverage(o, 10, excluded="embedding"), "excluded must be a collection of roles"),
+        (lambda o: EMANesterov(o, 10, start=0.8, until=0.2), "start must be below until, got 0.8 and 0.2"),
         (lambda o: EMANesterov(o, 10, decay="0.9"), "decay must be from 0 to 1, got '0.9'"),
     ],
 )

@@ -323,12 +323,18 @@ def test_any_optimizer_takes_what_is_written():
 
 def test_bad_input_is_named():
     model = Vector()
-    for losses in (["one"], [], ["one", "one"], "text"):
+    for losses in (["one"], [], ["one", "one"], "text", None, [1, 2]):
         with pytest.raises(ValueError, match="needs the names of two losses or more, each once"):
             GradientConductor(model, losses)
     with pytest.raises(ValueError, match="0 <= momentum < 1"):
         GradientConductor(model, ("one", "two"), momentum=1.0)
+    for dtype in (torch.int8, "float32"):
+        with pytest.raises(ValueError, match="rows have a floating-point dtype"):
+            GradientConductor(model, ("one", "two"), dtype=dtype)
     conductor = GradientConductor(model, ("one", "two"))
+    for loss in (1.0, model.loss(random(N)).detach(), model.first):
+        with pytest.raises(ValueError, match="the loss 'two' must be one number with a graph for its backward pass"):
+            conductor.backward({"one": model.loss(random(N)), "two": loss})
     with pytest.raises(ValueError, match=r"unknown losses \['three'\]; the conductor was given \['one', 'two'\]"):
         conductor.backward({"three": model.loss(random(N))})
     conductor.backward({"one": model.loss(random(N))})
@@ -347,7 +353,10 @@ def test_bad_input_is_named():
 BAD_RULES = [{"main": -0.9}, {"weak": -0.5}, {"power": 0.0}, {"streak": -1}, {"norm_decay": 1.0}, {"norm_cap": 0.0}]
 
 
-@pytest.mark.parametrize("options", [*BAD_RULES, {"stability": -0.1}])
+NO_NUMBERS = [{name: float("nan")} for name in ("power", "stability", "strength", "norm_cap", "critical", "norm_decay")]
+
+
+@pytest.mark.parametrize("options", [*BAD_RULES, *NO_NUMBERS, {"stability": -0.1}, {"streak": 1.5}, {"weak": "0"}])
 def test_rules_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="must"):
         Arbitration(**options)

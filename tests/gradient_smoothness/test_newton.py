@@ -170,10 +170,25 @@ def test_bad_input_is_refused_and_a_minimum_that_cannot_be_bettered_ends():
     for B in ([[1.0, 2.0], [2.0, 1.0]], [[2.0, 1.0], [0.0, 2.0]]):
         with pytest.raises(ValueError, match="the metric B is not symmetric and positive definite"):
             minimize(rosenbrock, START, B=torch.tensor(B, dtype=torch.float64))
-    with pytest.raises(ValueError, match="the radius gamma must be positive, got 0"):
-        minimize(rosenbrock, START, gamma=0.0)
-    with pytest.raises(ValueError, match="power needs p >= 2, got 1"):
-        fisher(residuals, 1)
+    for gamma in (0.0, -1.0, float("nan"), float("inf"), "1"):
+        with pytest.raises(ValueError, match=f"the radius gamma must be positive and finite, got {gamma!r}"):
+            minimize(rosenbrock, START, gamma=gamma)
+    for p in (1, float("nan")):
+        with pytest.raises(ValueError, match=f"power needs p >= 2, got {p}"):
+            fisher(residuals, p)
+    for mu in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"a log-sum-exp needs mu > 0, got {mu}"):
+            softmax_gauss_newton(residuals, mu)
+    for H in (torch.eye(3), torch.ones(2, 3), torch.ones(2)):
+        with pytest.raises(ValueError, match="the Hessian must be a matrix of 2 rows and columns"):
+            minimize(rosenbrock, START, lambda x, H=H: H.double())
+    with pytest.raises(ValueError, match="the Hessian is not symmetric"):
+        minimize(rosenbrock, START, lambda x: torch.tensor([[1.0, 5.0], [0.0, 1.0]], dtype=torch.float64))
+    for x, B in ((torch.eye(2).double(), None), (START, torch.eye(3).double()), (START, torch.ones(2, 3).double())):
+        with pytest.raises(ValueError, match=r"minimize needs a vector x, \(n,\), and a metric B of \(n, n\)"):
+            minimize(lambda x: x.square().sum(), x, B=B)
+    with pytest.raises(ValueError, match="not finite where minimize begins"):
+        minimize(lambda x: x.log().sum(), START)
     with pytest.raises(ValueError, match=r"the Hessian plus .* B is not positive definite"):
         minimize(rosenbrock, START, lambda x: torch.full((2, 2), float("nan"), dtype=x.dtype))
     assert minimize(rosenbrock, START, steps=3).reason == "steps"

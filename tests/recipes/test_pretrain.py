@@ -316,6 +316,7 @@ SYSTEMS = {
     "bounded logits": ["--train.qk_clip=0.5"],
     "softmax radius": ["--train.r_target=0.5"],
     "softmax radius, a quantile": ["--train.r_target=0.5", "--train.r_over=0.95"],
+    "softmax radius, standalone": ["--train.r_target=0.1", "--train.r_standalone=true"],
     "smoothness": ["--train.smoothness_every=2"],
     "averages": ["--train.look_ahead=0.3", "--train.tail_average=true"],
 }
@@ -329,6 +330,7 @@ def test_each_system_is_switched_on_by_configuration(text, tmp_path, system):
     assert row["train/loss"] < 7
     assert system != "teleport" or row["teleport/gradient_ratio"] > 1
     assert "softmax radius" not in system or row["radius/taken"] <= 0.5 + 1e-6
+    assert "standalone" not in system or row["radius/taken"] == pytest.approx(0.1)
     assert ("attention/largest_logit" in row) == (system == "bounded logits")
     assert ("update_rms/mlp_in" in row) == (system != "agd")
     assert system != "smoothness" or 0 < row["smoothness/gamma/mlp_in"] < row["smoothness/gamma/all"]

@@ -57,7 +57,7 @@ def braked(W, U):
 
 
 def cautious(W, U):
-    return W * (1 - LR * DECAY * (U * W > 0))
+    return W * (1 - LR * DECAY * (U * W >= 0).to(W.dtype))
 
 
 def shrunk(W, U):
@@ -129,6 +129,19 @@ def test_constraint_is_its_formula(name, sign):
     found, U = stepped(name, W, G)
     assert relative(found, FORMULAS[name](W, U)) < EXACT
     assert relative(found, W - LR * U) > MUST_FAIL / 5 or name in ("none", "radial_brake")
+
+
+def test_an_entry_that_a_step_leaves_alone_decays_under_the_cautious_decay():
+    """The source's condition is U·W ≥ 0."""
+    net, G = nn.Module(), matrix(6, 9, 1)
+    G[2] = 0
+    W = matrix(6, 9)
+    net.weight = nn.Parameter(W.clone())
+    net.weight.grad = G.clone()
+    settings = {"matrix": {"rule": "sign", "constraint": "cautious_decay", "scale": "unit", "lr": LR}}
+    symlm.SymOptimizer(net, 0.02, "muon", settings, {"weight": "matrix"}, momentum=0.0, weight_decay=DECAY).step()
+    assert relative(net.weight.detach(), cautious(W, G.sign()) - LR * G.sign()) < EXACT
+    assert relative(net.weight[2].detach(), (1 - LR * DECAY) * W[2]) < EXACT
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "cautious" not in name])

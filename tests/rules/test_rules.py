@@ -164,7 +164,8 @@ def soap_start(m, n):
 
 
 def kl_start(m, n):
-    return [*soap_start(m, n)[:4], *(torch.zeros(k).double() for k in (m, n)), *[torch.zeros(m, n).double()] * 2, None]
+    values = [torch.full((k,), 0.1, dtype=torch.float64) for k in (m, n)]
+    return [*soap_start(m, n)[:4], *values, *[torch.zeros(m, n).double()] * 2, None]
 
 
 def kl_soap(G, state=None, beta1=0.9, beta2=0.95, step=1):
@@ -175,7 +176,7 @@ def kl_soap(G, state=None, beta1=0.9, beta2=0.95, step=1):
     G = G / unit
     K, L = (A, B) if A.any() else (G @ G.T, G.T @ G)
     Q, R = (basis(K @ X + 1e-3 * (K @ X).norm() / len(X) ** 0.5 * X) for K, X in ((K, Q), (L, R)))
-    over_a, over_b = (1 / (v + 1e-4 * v.max()) if v.any() else torch.ones_like(v) for v in (a, b))
+    over_a, over_b = (1 / (v + 1e-4 * v.max()) for v in (a, b))
     A = beta2 * A + (1 - beta2) / n * G @ R @ torch.diag(over_b) @ R.T @ G.T
     B = beta2 * B + (1 - beta2) / m * G.T @ Q @ torch.diag(over_a) @ Q.T @ G
     Y = Q.T @ G @ R
@@ -210,10 +211,9 @@ def basis(A):
 
 
 def balanced(M):
-    """Two rounds of scalings by the rows' lengths in the polar factor."""
-    scales = torch.ones(len(M), 1).double()
-    for _ in range(2):
-        scales = scales * ((M.shape[1] / len(M)) / exact(scales * M).square().sum(1, keepdim=True)) ** 0.5
+    """The polar factor of unit rows, and another one after a scaling by the rows' lengths in the first."""
+    scales = 1 / M.norm(dim=1, keepdim=True)
+    scales = scales * ((M.shape[1] / len(M)) / exact(scales * M).square().sum(1, keepdim=True)) ** 0.5
     return exact(scales * M)
 
 

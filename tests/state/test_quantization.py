@@ -86,6 +86,8 @@ def test_two_seeds_of_a_step_differ_and_one_is_repeatable():
 def test_where_there_is_no_such_momentum_it_is_refused():
     with pytest.raises(ValueError, match=r"group embedding: momentum_dtype='int8' is of one mean, and rule 'adamw'"):
         symlm.SymOptimizer(tiny(), preset="muon", **IN_8_BITS)
+    with pytest.raises(ValueError, match="has no effect on AdamW's means of vectors"):
+        symlm.SymOptimizer(tiny(), overrides={"vector": IN_8_BITS})
     with pytest.raises(ValueError, match="is float64, and momentum_dtype='int8' is of float32 and bfloat16"):
         symlm.SymOptimizer(tiny(dtype=torch.float64), **IN_8_BITS)
     wide = {"embedding": {"momentum_dtype": "float32"}, "lm_head": {"momentum_dtype": "float32"}}

@@ -241,6 +241,52 @@ def test_a_rotation_refuses_weights_that_it_does_not_know():
         t.residual_rotation(model, orthogonal(32))
 
 
+OTHER_MODELS = {
+    "value_output: head_dim": lambda model: t.value_output(model, random(2, 2, 5, 5)),
+    "value_output: heads": lambda model: t.value_output(model, random(2, 3, 8, 8)),
+    "rope_rotations: head_dim": lambda model: t.rope_rotations(model, random(2, 2, 3)),
+    "rope_rotations: heads": lambda model: t.rope_rotations(model, random(2, 3, 4)),
+    "neuron_permutations": lambda model: t.neuron_permutations(model, torch.arange(40).repeat(2, 1)),
+    "residual_rotation": lambda model: t.residual_rotation(model, orthogonal(16)),
+    "head_shift": lambda model: t.head_shift(model, random(5)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_an_action_of_another_models_size_is_refused_by_name(name):
+    model = model_of()
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"the action moves \d+ (rows|columns) of \S+weight, which has \d+: give one"):
+        t.teleport(model, OTHER_MODELS[name](model), lambda: loss_of(model, tokens()))
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "olmoe", "phi3"])
+def test_an_action_on_a_structure_that_it_does_not_know_is_refused(kind):
+    """Fused projections, experts and GPT-2's layers have no such modules."""
+    for family, T in ((t.neuron_scales, random(2, 24)), (t.neuron_permutations, torch.arange(24).repeat(2, 1))):
+        with pytest.raises(ValueError, match=r"has 0 modules up_proj, the action has 2 layers"):
+            family(tiny(kind), T)
+
+
+@pytest.mark.parametrize(
+    "orders", [torch.zeros(2, 48, dtype=torch.long), torch.zeros(2, 48), torch.arange(48.0).repeat(2, 1)]
+)
+def test_orders_that_are_no_permutation_are_refused(orders):
+    with pytest.raises(ValueError, match=r"are no permutation of 0 to 47; give torch\.randperm's"):
+        t.neuron_permutations(model_of(), orders)
+
+
+def test_a_quadratic_without_a_rotation_is_refused():
+    for A, R in (
+        (-torch.eye(3), torch.eye(3)),
+        (torch.eye(3), 2 * torch.eye(3)),
+        (torch.ones(3, 3).triu(), torch.eye(3)),
+    ):
+        with pytest.raises(ValueError, match="needs a symmetric positive definite A and an orthogonal R"):
+            t.act_on_quadratic(A, R, torch.ones(3))
+
+
 def test_a_quadratics_action_keeps_its_value():
     A = random(4, 4)
     A, w = A @ A.T + torch.eye(4).double(), random(4, seed=1)
