@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from symlm.roles.recognizers.layers import heads_of
 from symlm.roles.recognizers.logits import HEADS, caps_logits
-from symlm.roles.role import Role, Site, whole_shape
+from symlm.roles.role import Role, Site
+from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_module, unwrapped_path
 
 FEWEST = 16  # tokens of a vocabulary; a table of fewer is of classes, types or steps
@@ -47,8 +49,11 @@ class EndMatrices:
             The role, or None for any other parameter.
         """
         is_input = id(site.parameter) in self.inputs
-        if is_input and site.path and "bias" in site.path[-1]:
+        heads = heads_of(site.parent) if is_input else 0
+        if is_input and site.path and ("bias" in site.path[-1] or site.shape[1] == heads):
             return Role.VECTOR  # a number for each bucket and head: no rotation mixes heads
+        if isinstance(site.module, nn.Linear) and _is_adaptive(site):
+            return Role.LM_HEAD
         if id(site.parameter) in self.outputs or self._is_named_head(site):
             return Role.TIED_EMBEDDING if is_input else Role.LM_HEAD
         return Role.EMBEDDING if is_input else None
@@ -56,7 +61,8 @@ class EndMatrices:
     def is_unclear(self, site: Site) -> bool:
         """Tell whether a layer that no structure around it explains may be a head.
 
-        It has as many rows as there are tokens, or a few more, as a padded vocabulary has; or it is named like a head
+        It has as many rows as there are tokens, or a few more or less, as a padded vocabulary or one with tokens that
+        are never predicted has; or it is named like a head
         in a module with attention and without tokens, as a pipeline's last stage.
 
         Args:
@@ -68,7 +74,8 @@ class EndMatrices:
         if self.tables:
             rows, columns = site.shape[::-1] if site.transposed else site.shape
             widths = {whole_shape(table.weight)[1] for table in self.tables.values()}
-            padded = columns in widths and 0 < rows - self.vocabulary <= max(self.vocabulary // 8, 8)
+            more = rows - self.vocabulary
+            padded = columns in widths and more != 0 and -8 <= more <= max(self.vocabulary // 8, 8)
             over_tokens = (rows == self.vocabulary or padded) and rows not in widths and self.vocabulary >= FEWEST
             return over_tokens and not self._feeds_another(path, rows)
         blocks = any("attention" in type(module).__name__.lower() for module in self.modules.values())
@@ -81,6 +88,9 @@ class EndMatrices:
         Args:
             site: The head's site.
         """
+        owners = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path)))
+        if any(_scales_rows(owner, site.shape[0]) for owner in owners if owner is not None):
+            return True
         around = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
         said = (caps_logits(module) for module in around if module is not None)
         return next((capped for capped in said if capped is not None), False)
@@ -176,6 +186,19 @@ class EndMatrices:
         own, others = siblings.get(parts[-1]), (inner_module(child) for child in siblings.values())
         back = _shape_of(own)[::-1] if isinstance(own, nn.Linear) else None
         return any(isinstance(child, nn.Linear) and _shape_of(child) == back for child in others if child is not own)
+
+
+def _is_adaptive(site: Site) -> bool:
+    """Tell whether a layer makes the logits of torch's adaptive softmax: its head, or the last of a cluster's two."""
+    kinds = [isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) for module in site.ancestors[:3]]
+    last = [*site.parent.children()][-1] if isinstance(site.parent, nn.Sequential) else None
+    return any(kinds) and len(site.shape) == 2 and (kinds[0] or last is site.module)
+
+
+def _scales_rows(owner: nn.Module, rows: int) -> bool:
+    """Tell whether a module has a factor for each token, which makes the logits feel a shift of all rows."""
+    vectors = [name for name, p in owner.named_parameters(recurse=False) if whole_shape(p) == (rows,)]
+    return not isinstance(owner, nn.Linear) and any("bias" not in name for name in vectors)
 
 
 def _block(path: str) -> str:
