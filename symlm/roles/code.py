@@ -32,10 +32,19 @@ def multiplies_from_rows(kind: type) -> bool | None:
         None where the code shows neither.
     """
     called = {*functions_called(kind)}
+    if "einsum" in called:
+        texts = (text for code in _codes(kind) for text in code.co_consts if isinstance(text, str) and "->" in text)
+        found = {_sums_over_columns(*text.split("->")) for text in texts}
+        return found.pop() if len(found) == 1 else None
     called |= {"@" for code in _codes(kind) for op in dis.get_instructions(code) if op.argrepr == "@"}
-    if "einsum" in called or not called & (FROM_ROWS | PRODUCTS):
-        return None
-    return bool(called & FROM_ROWS)
+    return bool(called & FROM_ROWS) if called & (FROM_ROWS | PRODUCTS) else None
+
+
+def _sums_over_columns(operands: str, result: str) -> bool | None:
+    """Tell whether an einsum's last operand, of a layer or of stacked ones, is summed over its last axis."""
+    axes, left = (parts.split() if " " in parts.strip() else [*parts] for parts in (operands.split(",")[-1], result))
+    of_rows, of_columns = (axis in left for axis in axes[-2:]) if len(axes) > 1 else (False, False)
+    return None if of_rows == of_columns else of_rows
 
 
 def _codes(kind: type) -> list[CodeType]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from symlm.roles.recognizers.layers import heads_of
+from symlm.roles.recognizers.layers import heads_of, is_dense
 from symlm.roles.recognizers.logits import HEADS, caps_logits
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
@@ -109,7 +109,7 @@ class EndMatrices:
         in_a_list = len(site.path) > 1 and site.path[-1].isdigit() and site.path[-2].rstrip("s") in HEADS
         if (site.leaf not in HEADS and not in_a_list) or len(site.shape) != 2 or min(site.shape) < 2:
             return False
-        if not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not isinstance(site.module, nn.Linear):
+        if not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not is_dense(site.module):
             return False
         above = ".".join(site.path[: -2 if in_a_list else -1])
         has_tokens = any(_is_inside(path, above) for path in self.tables)

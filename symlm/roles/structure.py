@@ -22,6 +22,7 @@ from symlm.roles.recognizers.shapes import (
     role_by_shapes,
 )
 from symlm.roles.role import Role, Site
+from symlm.roles.storage import whole_shape
 
 EXPERTS = {
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "input_linear", "w1", "w3", "wi", "w13"), Role.EXPERT_IN),
@@ -71,6 +72,8 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return None
     mixes = site.parent is not None and is_mixer(site.parent)
     role = channel_role(site) if mixes else attention_role(site) or channel_role(site)
+    if role in (Role.MLP_IN, Role.MLP_OUT) and not mixes and ends.is_unclear(site):
+        return None  # the last of an MLP, or a head
     if role or fuses_a_gate(site) or (is_fused(site.leaf) and shape[0] != shape[1]) or site.leaf == "gate_up_proj":
         return role
     if ends.is_unclear(site):
@@ -103,14 +106,14 @@ def _is_router(site: Site, owner: str) -> bool:
 
 
 def _counts_experts(site: Site) -> bool:
-    """Tell whether a layer has an output for each of the MLPs in a list beside it, or beside the list that it is in."""
+    """Tell whether a layer has an output for each of the MLPs in a list or in stacks beside it, or beside its list."""
     listed = isinstance(site.parent, nn.ModuleList) and len(site.ancestors) > 1
     around, name = (site.ancestors[1], site.path[-2]) if listed else (site.parent, site.leaf)
-    lists = [child for child in around.children() if isinstance(child, nn.ModuleList)] if around is not None else []
-    alike = [
-        experts for experts in lists if len(experts) == shape_of(site.module)[1] > 1 and experts is not site.parent
-    ]
-    return name not in HEADS and any(all(_is_mlp(expert) for expert in experts) for experts in alike)
+    if around is None or name in HEADS or (count := shape_of(site.module)[1]) < 2:
+        return False
+    lists = (child for child in around.children() if isinstance(child, nn.ModuleList) and child is not site.parent)
+    stacks = [p for p in around.parameters(recurse=False) if len(whole_shape(p)) == 3 and len(p) == count]
+    return len(stacks) > 1 or any(len(experts) == count and all(map(_is_mlp, experts)) for experts in lists)
 
 
 def _is_mlp(module: nn.Module) -> bool:

@@ -80,7 +80,11 @@ def parametrized(how, *args):
     return holder(proj=layer)
 
 
-def by_einsum(self, x):
+def by_einsum(self, x, sums="...i,oi->...o"):
+    return torch.einsum(sums, x, self.weight)
+
+
+def by_sum(self, x):
     return torch.einsum("...i,oi->...o", x, self.weight)
 
 
@@ -121,6 +125,22 @@ REFUSED = {  # what is refused, and the parameter that the error has to name
     ),
     "square experts whose code does not": (lambda: holder("Experts", by_einsum, w1=(4, 8, 8), w2=(4, 8, 8)), "w1"),
     "a maximum over four": (lambda: holder("MLP", activated, up=dense(32, 96), down=dense(24, 32)), "up"),
+    "a square behind one of twice its width": (
+        lambda: holder("minGRU", activated, to_hidden=dense(32, 64), to_y=dense()),
+        r"to_hidden.*\n.*to_y",
+    ),
+    "the gates of a cell": (
+        lambda: holder("Cell", activated, **{f"W{x}": dense(32, 24) for x in "ifoc"}, out=dense(24, 32)),
+        "Wi",
+    ),
+    "an MLP's last layer over tokens": (
+        lambda: holder("Model", activated, emb=nn.Embedding(64, 10), fc1=dense(30, 40), fc2=dense(40, 64)),
+        "fc2",
+    ),
+    "layers around torch's attention under no name": (
+        lambda: holder("Block", lambda self, x: F.scaled_dot_product_attention(x, x, x), a=dense(), b=dense()),
+        r"\.a\.weight.*\n.*\.b\.weight",
+    ),
     "a layer of torch's under the name of tokens": (lambda: holder(token_mix=nn.Bilinear(8, 8, 8)), "token_mix"),
     "what makes elements": (lambda: holder(dynamic_alpha_fn=(32, 5)), "dynamic_alpha_fn"),
     "an orthogonal weight": (lambda: parametrized(parametrizations.orthogonal), "proj.*original"),
@@ -166,6 +186,18 @@ PLACED = {
             "Model", activated, wte=nn.Embedding(64, 32), fc1=dense(32, 48), fc2=dense(48, 32), lm_head=dense(32, 64)
         ),
         {"fc1": "mlp_in", "fc2": "mlp_out", "lm_head": "lm_head"},
+    ),
+    "a layer and a head of one's own, by an einsum": (
+        lambda: holder("Model", wte=nn.Embedding(64, 32), lm_head=holder("Linear", by_sum, weight=(64, 32))),
+        {"lm_head": "lm_head"},
+    ),
+    "experts beside their stacks": (
+        lambda: holder("MoE", activated, gate=dense(32, 4), in_gate_weight=(4, 48, 32), out_gate_weight=(4, 32, 24)),
+        {"gate": "router"},
+    ),
+    "the last layer of a mixer": (
+        lambda: holder(conv1d=nn.Conv1d(48, 48, 3, groups=48), in_proj=dense(32, 96), proj_out=dense(48, 32)),
+        {"in_proj": "mlp_in", "proj_out": "mlp_out"},
     ),
     "a projection of shifts and scales": (
         lambda: holder(adaLN_modulation=dense(32, 192), to_gamma=dense()),

@@ -4,6 +4,7 @@ import re
 
 from torch import nn
 
+from symlm.roles.code import functions_called
 from symlm.roles.recognizers.layers import CONTAINERS, dense_children, heads_of, is_alone, shape_of
 from symlm.roles.recognizers.names import QKV, gated_projection, is_fused, is_gate, parts_of, projection
 from symlm.roles.role import Role, Site
@@ -39,6 +40,7 @@ BESIDE_FUSED = {
 }
 ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
 CHOOSES = re.compile(r"Indexer|Scorer")  # which keys a sparse attention reads; the loss does not reach it
+ATTENDING = {"scaled_dot_product_attention", "flash_attn_func", "flash_attn_qkvpacked_func", "flex_attention"}
 ATTENDS = re.compile(r"attention|attn|multi_?head|mha\b|mla\b", re.IGNORECASE)
 
 
@@ -117,14 +119,17 @@ def is_attention(module: nn.Module | None) -> bool:
 def is_inside_attention(site: Site) -> bool:
     """Tell whether one of the two nearest modules around a layer that are more than a list is an attention.
 
-    A module is one too that states a number of heads and has no attention inside.
+    A module is one too that states a number of heads, or calls torch's attention, and has no attention inside.
 
     Args:
         site: The site of a dense layer.
     """
     around = [module for module in site.ancestors if not isinstance(module, CONTAINERS)][:2]
     chooses = any(CHOOSES.search(type(module).__name__) for module in around)
-    attends = (is_attention(module) or (heads_of(module) and not _holds_attention(module)) for module in around)
+    states = (heads_of(module) or functions_called(type(module)) & ATTENDING for module in around)
+    attends = (
+        is_attention(m) or (of_heads and not _holds_attention(m)) for m, of_heads in zip(around, states, strict=True)
+    )
     return not chooses and any(attends)
 
 

@@ -30,6 +30,8 @@ ALONE = {  # where no layer stands beside that reads the channels
     **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
     **dict.fromkeys(("vocab_transform", "weight_proj", "sampling_offsets", "attention_weights"), Role.MLP_IN),
     **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT, "head_linear": Role.MLP_IN},
+    **dict.fromkeys(("up_proj_for_speech", "up_proj_for_vision_speech", "action_time_mlp_in"), Role.MLP_IN),
+    **dict.fromkeys(("down_proj_for_speech", "down_proj_for_vision_speech", "action_time_mlp_out"), Role.MLP_OUT),
     **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
 POINTWISE = {  # convolutions over single places, by the classes and the names of their boxes
@@ -88,7 +90,8 @@ def channel_role(site: Site) -> Role | None:
     if is_mixer(parent):
         if is_fused(site.leaf) and _blocks_of_mixer(site.leaf, parent, site.shape[int(site.transposed)]) is None:
             return None
-        return Role.MLP_OUT if site.leaf in LEAVES_MIXER else Role.MLP_IN
+        leaves = site.leaf in LEAVES_MIXER or projection(site.leaf) is Role.ATTENTION_O
+        return Role.MLP_OUT if leaves else Role.MLP_IN
     if (is_fused(site.leaf) and len(set(site.shape)) > 1) or fuses_a_gate(site):
         return None
     if _modulates(site):

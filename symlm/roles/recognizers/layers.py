@@ -53,13 +53,22 @@ def is_convolution(module: nn.Module | None) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
 
 
+def kind_of(module: nn.Module | None) -> str:
+    """Return the name of a module's class in small letters.
+
+    Args:
+        module: A module.
+    """
+    return type(module).__name__.lower()
+
+
 def is_norm(module: nn.Module | None) -> bool:
     """Tell whether a module is a norm, by its class's name.
 
     Args:
         module: The module that holds the parameter.
     """
-    return "norm" in type(module).__name__.lower()
+    return "norm" in kind_of(module)
 
 
 def is_pointwise(module: nn.Module | None) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 
 from symlm.roles.code import functions_called
 from symlm.roles.recognizers.attention import BESIDE_FUSED, fuses, has_qkv, is_attention
-from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, is_pointwise, shape_of
+from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, is_pointwise, kind_of, shape_of
 from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.recognizers.names import is_fused, projection
 from symlm.roles.role import Role, Site
@@ -30,15 +30,6 @@ def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
     return next((role for role in roles if role), None)
 
 
-def kind_of(module: nn.Module | None) -> str:
-    """Return the name of a module's class in small letters.
-
-    Args:
-        module: A module.
-    """
-    return type(module).__name__.lower()
-
-
 def is_activated_alone(site: Site) -> bool:
     """Tell whether a layer goes through an activation, and its module has no more but norms, and a head behind it.
 
@@ -47,8 +38,7 @@ def is_activated_alone(site: Site) -> bool:
     Args:
         site: The site of a dense layer.
     """
-    parent = site.parent
-    sequential = isinstance(parent, nn.Sequential)
+    parent, sequential = site.parent, isinstance(site.parent, nn.Sequential)
     if parent is None or not (len(site.shape) == 2 or sequential) or not activates(parent):
         return False
     children = dict(parent.named_children())
@@ -77,9 +67,10 @@ def is_activated_first(site: Site) -> bool:
 
 
 def is_ambiguous(site: Site) -> bool:
-    """Tell whether a layer is one of two or three equal squares around an activation; no name says which is last.
+    """Tell whether a layer is one of several around an activation of which no name says what they are.
 
-    One into three or more times the width that another leads back from is too: of how many, in turn or not, is unknown.
+    Equal squares are, four or more layers into one width (a recurrent cell), a square beside one into twice its width,
+    and one into three or more times the width that another leads back from.
 
     Args:
         site: The site of a dense layer.
@@ -89,8 +80,12 @@ def is_ambiguous(site: Site) -> bool:
         return True
     if site.parent is None or not activates(site.parent):
         return False
-    widths = {width for _, *both in layers for width in both}
-    return 2 <= len(layers) == len(dense_children(site.parent)) <= 3 and len(widths) == 1
+    sizes = {(inputs, outputs) for _, inputs, outputs in layers}
+    gated = [both for _, *both in layers] == [[n, k * n] for n, _ in list(sizes)[:1] for k in (2, 1)]
+    alike = [layer for layer, _, outputs in layers if outputs == shape_of(site.module)[1]]  # of a recurrent cell
+    cell = len(alike) > 3 and functions_called(type(site.parent)) & {"sigmoid", "tanh"}
+    equal = len(sizes) == 1 and all(n == m for n, m in sizes) and len(layers) <= 3
+    return len(layers) == len(dense_children(site.parent)) > 1 and (equal or gated or bool(cell))
 
 
 def _are_several(layers: list[Layer]) -> bool:
@@ -150,16 +145,21 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
     places = [place for place, (layer, _, _) in enumerate(layers) if layer is site.module]
     if _are_several(layers) or not places or not 2 <= len(layers) <= 3:
         return None
-    for last in (*range(len(layers) - 1, -1, -1),):
-        _, width, _ = layers[last]
-        others = [layer for place, layer in enumerate(layers) if place != last]
-        fits = all(outputs in (width, 2 * width) for _, _, outputs in others)
-        alike = len({inputs for _, inputs, _ in others}) == 1
-        numbered = len(layers) == 2 and last == 1 and _are_numbered(scope, [layer for layer, _, _ in layers])
-        parallel = width != layers[last][2] and layers[last][1:] in {layer[1:] for layer in others}
-        if fits and alike and not parallel and (layers[last][2] != width or numbered):
+    numbered = len(layers) == 2 and _are_numbered(scope, [layer for layer, _, _ in layers])
+    fitting = [last for last in range(len(layers) - 1, -1, -1) if _fits_last(layers, last)]
+    back = [last for last in fitting if layers[last][2] == layers[last - 1][1]]  # to what the others read
+    for last in back or fitting:
+        if layers[last][2] != layers[last][1] or (numbered and last == 1):
             return Role.MLP_OUT if places[0] == last else Role.MLP_IN
     return None
+
+
+def _fits_last(layers: list[Layer], last: int) -> bool:
+    """Tell whether a layer may read what the others write, each alone or as one of two halves."""
+    _, width, outputs = layers[last]
+    others = [layer[1:] for place, layer in enumerate(layers) if place != last]
+    parallel = width != outputs and (width, outputs) in others
+    return len({inputs for inputs, _ in others}) == 1 and not parallel and {n for _, n in others} <= {width, 2 * width}
 
 
 def without_others(scope: nn.Module, layers: list[Layer]) -> list[Layer]:
