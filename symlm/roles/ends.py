@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from symlm.roles.recognizers.layers import heads_of, is_dense
-from symlm.roles.recognizers.logits import HEADS, caps_logits
+from symlm.roles.recognizers.logits import HEADS, caps_logits, normalizes
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_module, unwrapped_path
@@ -33,8 +33,8 @@ class EndMatrices:
         self.inputs = {id(p) for table in self.tables.values() for p in _weights_of(table)}
         self.inputs |= {id(p) for end in self._ends("get_input_embeddings") if _is_table(end) for p in _weights_of(end)}
         self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in _weights_of(end)}
-        self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
         self.vocabulary = max((table.num_embeddings for table in self.tables.values()), default=0)
+        self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
 
     def role(self, site: Site) -> Role | None:
         """Return the role of a parameter if it is a token matrix.
@@ -92,6 +92,8 @@ class EndMatrices:
         if any(_scales_rows(owner, site.shape[0]) for owner in owners if owner is not None):
             return True
         around = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
+        if site.parent is not None and normalizes(site.parent):
+            return True
         said = (caps_logits(module) for module in around if module is not None)
         return next((capped for capped in said if capped is not None), False)
 
@@ -140,9 +142,9 @@ class EndMatrices:
             if isinstance(module, nn.Linear) and any(p.requires_grad for p in _weights_of(module))
         }
         for table_path, table in self.tables.items():
-            if self._has_getter(table_path):
-                continue
             shape = whole_shape(table.weight)
+            if self._has_getter(table_path) or shape[0] < min(FEWEST, self.vocabulary):
+                continue
             alike = {path: linear for path, linear in linears.items() if _shape_of(linear) == shape and shape[0] > 1}
             heads = {path: linear for path, linear in alike.items() if not self._is_hidden(path, linear, alike)}
             named = {path for path in heads if unwrapped_path(path.split("."))[-1] in HEADS}

@@ -11,9 +11,10 @@ from symlm.roles.role import Site
 
 HEADS = (
     *("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier"),
+    *("seq_relationship",),
     *("to_logits", "logits", "unembedding", "vocab_proj"),
 )
-CAPS = re.compile(r"soft_?cap|cap_logits|clamp_logits|normalize|cosine_sim", re.IGNORECASE)
+CAPS = re.compile(r"soft_?cap|cap_logits|clamp_logits", re.IGNORECASE)
 OTHER_SCORES = {"relu", "softplus", "tanh", "exp", "elu"}  # of routers without a softmax or a sigmoid
 NOT_INVARIANT = ("PhimoeTopKRouter",)  # thresholds are relative to the largest logit's size
 
@@ -29,7 +30,7 @@ def ignores_a_shift(site: Site) -> bool:
     if type(site.module).__name__ in NOT_INVARIANT or "noise" in site.leaf:
         return False
     around = (site.module, *site.ancestors[:2])
-    if any(CAPS.search(name) for module in around[:2] for name in functions_called(type(module))):
+    if any(map(normalizes, around[:2])):
         return False
     for module in around:
         scoring = [type(child).__name__.lower() for name, child in module.named_children() if name.startswith("scor")]
@@ -56,6 +57,15 @@ def caps_logits(module: nn.Module) -> bool | None:
             return any(bool(getattr(one, name)) for name in caps)
     called = functions_called(type(module))
     return True if called & {"tanh", "sigmoid"} or any(CAPS.search(name) for name in called) else None
+
+
+def normalizes(module: nn.Module) -> bool:
+    """Tell whether the code of a module normalizes vectors, those of its weights it may be, or takes cosines.
+
+    Args:
+        module: The module that holds a head or a router.
+    """
+    return bool(functions_called(type(module)) & {"normalize", "cosine_similarity"})
 
 
 def _functions(module: nn.Module) -> frozenset[str]:
