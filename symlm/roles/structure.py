@@ -72,7 +72,7 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return None
     mixes = site.parent is not None and is_mixer(site.parent)
     role = channel_role(site) if mixes else attention_role(site) or channel_role(site)
-    if role in (Role.MLP_IN, Role.MLP_OUT) and not mixes and ends.is_unclear(site):
+    if role is Role.MLP_OUT and not mixes and ends.is_unclear(site):
         return None  # the last of an MLP, or a head
     if role or fuses_a_gate(site) or (is_fused(site.leaf) and shape[0] != shape[1]) or site.leaf == "gate_up_proj":
         return role

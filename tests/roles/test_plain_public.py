@@ -130,7 +130,9 @@ REFUSED = {  # what is refused, and the parameter that the error has to name
         r"to_hidden.*\n.*to_y",
     ),
     "the gates of a cell": (
-        lambda: holder("Cell", activated, **{f"W{x}": dense(32, 24) for x in "ifoc"}, out=dense(24, 32)),
+        lambda: holder(
+            "Cell", lambda self, x: torch.sigmoid(x), **{f"W{x}": dense(32, 24) for x in "ifoc"}, out=dense(24, 32)
+        ),
         "Wi",
     ),
     "an MLP's last layer over tokens": (
