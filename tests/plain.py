@@ -239,5 +239,8 @@ class Model(nn.Module):
         x, norms = self.tok(input_ids), iter(self.norms)
         for layer in (layer for block in self.layers for layer in block):
             x = x + layer(next(norms)(x))
-        logits = self.lm_head(next(norms)(x))
+        logits = self.logits(next(norms)(x))
         return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+    def logits(self, x):
+        return self.lm_head(x)

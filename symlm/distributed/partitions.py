@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from symlm.distributed.layout import Layout, intervals_of_all, rank_in, rows_held
-from symlm.roles.role import whole_shape
+from symlm.roles.storage import whole_shape
 
 
 def refuse_settings() -> None:

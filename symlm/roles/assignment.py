@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from symlm.roles.ends import EndMatrices
-from symlm.roles.recognizers.attention import ORDERS
+from symlm.roles.recognizers.attention import ORDERS, fuses_a_gate
 from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.recognizers.names import is_fused
 from symlm.roles.role import Role, Site
@@ -115,6 +115,8 @@ def _remedy(site: Site, ends: EndMatrices) -> str:
         return "lm_head"
     if any(name in site.name for name in ("lora_A", "lora_B", "lora_a", "lora_b")):
         return "lora"
+    if fuses_a_gate(site):
+        return "attention_q"  # whose heads are matrices: of queries or of gates, in either order
     if is_fused(site.leaf):
         return "attention_qkv"
     if any(name in site.name.lower() for name in ("trainable_tokens", "oft_", ".hada_", ".lokr_")):

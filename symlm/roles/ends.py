@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from symlm.roles.recognizers.logits import HEADS, caps_logits
-from symlm.roles.role import Role, Site, whole_shape
+from symlm.roles.recognizers.layers import heads_of, is_dense
+from symlm.roles.recognizers.logits import HEADS, caps_logits, normalizes
+from symlm.roles.role import Role, Site
+from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_module, unwrapped_path
 
 FEWEST = 16  # tokens of a vocabulary; a table of fewer is of classes, types or steps
@@ -31,8 +33,8 @@ class EndMatrices:
         self.inputs = {id(p) for table in self.tables.values() for p in _weights_of(table)}
         self.inputs |= {id(p) for end in self._ends("get_input_embeddings") if _is_table(end) for p in _weights_of(end)}
         self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in _weights_of(end)}
-        self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
         self.vocabulary = max((table.num_embeddings for table in self.tables.values()), default=0)
+        self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
 
     def role(self, site: Site) -> Role | None:
         """Return the role of a parameter if it is a token matrix.
@@ -47,8 +49,11 @@ class EndMatrices:
             The role, or None for any other parameter.
         """
         is_input = id(site.parameter) in self.inputs
-        if is_input and site.path and "bias" in site.path[-1]:
+        heads = heads_of(site.parent) if is_input else 0
+        if is_input and site.path and ("bias" in site.path[-1] or site.shape[1] == heads):
             return Role.VECTOR  # a number for each bucket and head: no rotation mixes heads
+        if isinstance(site.module, nn.Linear) and _is_adaptive(site):
+            return Role.LM_HEAD
         if id(site.parameter) in self.outputs or self._is_named_head(site):
             return Role.TIED_EMBEDDING if is_input else Role.LM_HEAD
         return Role.EMBEDDING if is_input else None
@@ -56,7 +61,8 @@ class EndMatrices:
     def is_unclear(self, site: Site) -> bool:
         """Tell whether a layer that no structure around it explains may be a head.
 
-        It has as many rows as there are tokens, or a few more, as a padded vocabulary has; or it is named like a head
+        It has as many rows as there are tokens, or a few more or less, as a padded vocabulary or one with tokens that
+        are never predicted has; or it is named like a head
         in a module with attention and without tokens, as a pipeline's last stage.
 
         Args:
@@ -68,7 +74,8 @@ class EndMatrices:
         if self.tables:
             rows, columns = site.shape[::-1] if site.transposed else site.shape
             widths = {whole_shape(table.weight)[1] for table in self.tables.values()}
-            padded = columns in widths and 0 < rows - self.vocabulary <= max(self.vocabulary // 8, 8)
+            more = rows - self.vocabulary
+            padded = columns in widths and more != 0 and -8 <= more <= max(self.vocabulary // 8, 8)
             over_tokens = (rows == self.vocabulary or padded) and rows not in widths and self.vocabulary >= FEWEST
             return over_tokens and not self._feeds_another(path, rows)
         blocks = any("attention" in type(module).__name__.lower() for module in self.modules.values())
@@ -81,7 +88,12 @@ class EndMatrices:
         Args:
             site: The head's site.
         """
+        owners = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path)))
+        if any(_scales_rows(owner, site.shape[0]) for owner in owners if owner is not None):
+            return True
         around = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
+        if site.parent is not None and normalizes(site.parent):
+            return True
         said = (caps_logits(module) for module in around if module is not None)
         return next((capped for capped in said if capped is not None), False)
 
@@ -99,7 +111,7 @@ class EndMatrices:
         in_a_list = len(site.path) > 1 and site.path[-1].isdigit() and site.path[-2].rstrip("s") in HEADS
         if (site.leaf not in HEADS and not in_a_list) or len(site.shape) != 2 or min(site.shape) < 2:
             return False
-        if not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not isinstance(site.module, nn.Linear):
+        if not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not is_dense(site.module):
             return False
         above = ".".join(site.path[: -2 if in_a_list else -1])
         has_tokens = any(_is_inside(path, above) for path in self.tables)
@@ -130,9 +142,9 @@ class EndMatrices:
             if isinstance(module, nn.Linear) and any(p.requires_grad for p in _weights_of(module))
         }
         for table_path, table in self.tables.items():
-            if self._has_getter(table_path):
-                continue
             shape = whole_shape(table.weight)
+            if self._has_getter(table_path) or shape[0] < min(FEWEST, self.vocabulary):
+                continue
             alike = {path: linear for path, linear in linears.items() if _shape_of(linear) == shape and shape[0] > 1}
             heads = {path: linear for path, linear in alike.items() if not self._is_hidden(path, linear, alike)}
             named = {path for path in heads if unwrapped_path(path.split("."))[-1] in HEADS}
@@ -176,6 +188,19 @@ class EndMatrices:
         own, others = siblings.get(parts[-1]), (inner_module(child) for child in siblings.values())
         back = _shape_of(own)[::-1] if isinstance(own, nn.Linear) else None
         return any(isinstance(child, nn.Linear) and _shape_of(child) == back for child in others if child is not own)
+
+
+def _is_adaptive(site: Site) -> bool:
+    """Tell whether a layer makes the logits of torch's adaptive softmax: its head, or the last of a cluster's two."""
+    kinds = [isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) for module in site.ancestors[:3]]
+    last = [*site.parent.children()][-1] if isinstance(site.parent, nn.Sequential) else None
+    return any(kinds) and len(site.shape) == 2 and (kinds[0] or last is site.module)
+
+
+def _scales_rows(owner: nn.Module, rows: int) -> bool:
+    """Tell whether a module has a factor for each token, which makes the logits feel a shift of all rows."""
+    vectors = [name for name, p in owner.named_parameters(recurse=False) if whole_shape(p) == (rows,)]
+    return not isinstance(owner, nn.Linear) and any("bias" not in name for name in vectors)
 
 
 def _block(path: str) -> str:

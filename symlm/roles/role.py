@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from torch import Tensor, nn
+from torch import nn
+
+from symlm.roles.storage import inputs_first, whole_shape
 
 
 class Role(StrEnum):
@@ -33,18 +35,6 @@ class Role(StrEnum):
     LORA = "lora"
     MATRIX = "matrix"
     VECTOR = "vector"
-
-
-def whole_shape(p: Tensor) -> tuple[int, ...]:
-    """Return the full shape of a parameter, also of one that ZeRO-3 has emptied between uses.
-
-    Args:
-        p: The parameter; ZeRO-3 stores the full shape in `ds_shape`.
-
-    Returns:
-        The shape.
-    """
-    return tuple(getattr(p, "ds_shape", p.shape))
 
 
 @dataclass(frozen=True)
@@ -81,15 +71,13 @@ class Site:
 
     @property
     def transposed(self) -> bool:
-        """Whether the module stores [..., inputs, outputs], as Conv1D and some experts do.
+        """Whether the module stores [..., inputs, outputs], as Conv1D and some experts do."""
+        return bool(self.inputs_first)
 
-        Of experts the shapes decide: stored [..., outputs, inputs], the last axis of gate and up and the middle one of
-        down are both the model's width.
-        """
-        into, out = (getattr(self.module, leaf, None) for leaf in ("gate_up_proj", "down_proj"))
-        if isinstance(into, Tensor) and isinstance(out, Tensor) and len(whole_shape(into)) == 3:
-            return whole_shape(into)[-1] != whole_shape(out)[-2]
-        return type(self.module).__name__.endswith("Conv1D") or bool(getattr(self.module, "is_transposed", False))
+    @property
+    def inputs_first(self) -> bool | None:
+        """Whether the module stores [..., inputs, outputs]; None where nothing shows it, see `storage.inputs_first`."""
+        return inputs_first(self.module, self.parent)
 
     @property
     def parent(self) -> nn.Module | None:

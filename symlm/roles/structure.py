@@ -3,20 +3,26 @@
 from torch import nn
 
 from symlm.roles.ends import EndMatrices
-from symlm.roles.recognizers.attention import attention_role, is_inside_attention
+from symlm.roles.recognizers.attention import (
+    attention_role,
+    fuses_a_gate,
+    is_attention,
+    is_inside_attention,
+    mixes_heads,
+)
 from symlm.roles.recognizers.channels import POINTWISE, channel_role, is_mixer
-from symlm.roles.recognizers.layers import is_dense, is_pointwise, shape_of
-from symlm.roles.recognizers.leaves import leaf_role
-from symlm.roles.recognizers.logits import ignores_a_shift
+from symlm.roles.recognizers.layers import is_computed, is_dense, is_pointwise, is_weight_of_dense, shape_of
+from symlm.roles.recognizers.leaves import leaf_role, role_by_filters
+from symlm.roles.recognizers.logits import HEADS, ignores_a_shift
 from symlm.roles.recognizers.names import is_fused
 from symlm.roles.recognizers.shapes import (
     is_activated_alone,
     is_activated_first,
     is_ambiguous,
-    role_by_filters,
     role_by_shapes,
 )
 from symlm.roles.role import Role, Site
+from symlm.roles.storage import whole_shape
 
 EXPERTS = {
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "input_linear", "w1", "w3", "wi", "w13"), Role.EXPERT_IN),
@@ -45,22 +51,30 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return Role.CAPPED_LM_HEAD if role is Role.LM_HEAD and ends.is_capped(site) else role
     if len(shape) == 3 and owner.endswith("Experts"):
         queries = type(site.parent).__name__.endswith("MoA")  # experts that are queries and outputs of an attention
-        return (QUERIES if queries else EXPERTS).get(site.leaf)
-    if len(shape) == 2 and any(name in site.name for name in ADAPTERS):
+        return (QUERIES if queries else EXPERTS).get(site.leaf) if site.inputs_first is not None else None
+    if len(shape) == 2 and any(name in f"{site.name}." for name in ADAPTERS):
         return Role.LORA
     if len(shape) <= 1 or site.name.endswith("bias") or (len(shape) == 2 and 1 in shape):
         return Role.VECTOR
     if len(shape) == 2 and _is_router(site, owner):
         return Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
+    if mixes_heads(site):
+        return Role.VECTOR
     if is_pointwise(site.module) and len(shape) > 2:
         box = (type(site.parent).__name__, "".join(site.path[-2:-1]))
         if role := attention_role(site) or POINTWISE.get(box) or role_by_filters(site):
             return role
-    if len(shape) != 2 or not (is_dense(site.module) or isinstance(site.module, nn.MultiheadAttention)):
+        if is_activated_alone(site):
+            return Role.MLP_IN
+    if len(shape) != 2 or not is_weight_of_dense(site):
         return leaf_role(site)
+    if site.inputs_first is None or is_computed(site):
+        return None
     mixes = site.parent is not None and is_mixer(site.parent)
     role = channel_role(site) if mixes else attention_role(site) or channel_role(site)
-    if role or (is_fused(site.leaf) and shape[0] != shape[1]) or site.leaf == "gate_up_proj":
+    if role is Role.MLP_OUT and not mixes and ends.is_unclear(site):
+        return None  # the last of an MLP, or a head
+    if role or fuses_a_gate(site) or (is_fused(site.leaf) and shape[0] != shape[1]) or site.leaf == "gate_up_proj":
         return role
     if ends.is_unclear(site):
         return None
@@ -87,4 +101,22 @@ def _is_router(site: Site, owner: str) -> bool:
     named = site.path[-1:] in (("gate",), ("router",), ("gating",)) or site.path[-2:-1] == ("router",)
     beside = named and (experts is not None or "router" in site.path)
     scores = isinstance(experts, nn.ModuleList) and shape_of(site.module)[1] == len(experts) > 1
+    scores |= _counts_experts(site)
     return boxed or held or (isinstance(site.module, nn.Linear) and (beside or scores))
+
+
+def _counts_experts(site: Site) -> bool:
+    """Tell whether a layer has an output for each of the MLPs in a list or in stacks beside it, or beside its list."""
+    listed = isinstance(site.parent, nn.ModuleList) and len(site.ancestors) > 1
+    around, name = (site.ancestors[1], site.path[-2]) if listed else (site.parent, site.leaf)
+    if around is None or name in HEADS or (count := shape_of(site.module)[1]) < 2:
+        return False
+    lists = (child for child in around.children() if isinstance(child, nn.ModuleList) and child is not site.parent)
+    stacks = [p for p in around.parameters(recurse=False) if len(whole_shape(p)) == 3 and len(p) == count]
+    return len(stacks) > 1 or any(len(experts) == count and all(map(_is_mlp, experts)) for experts in lists)
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Tell whether a module has two dense layers or more inside, and no attention."""
+    inside = [*module.modules()]
+    return sum(map(is_dense, inside)) > 1 and not any(is_attention(other) for other in inside)

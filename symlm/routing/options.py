@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from symlm.polar.precision import refuse_gram_iteration, resolve_dtype
-from symlm.roles.role import whole_shape
+from symlm.roles.storage import whole_shape
 from symlm.routing.values import check_constraint, check_momentum, check_options
 from symlm.rules import get_rule
 from symlm.views.matrix_view import MatrixView

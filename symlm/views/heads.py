@@ -4,22 +4,11 @@ from torch import nn
 
 from symlm.roles.recognizers.attention import core_of, fused_order
 from symlm.roles.recognizers.layers import CONTAINERS
+from symlm.roles.recognizers.names import HEAD_COUNTS
 from symlm.roles.role import Role, Site
 
 HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "d_head", "d_kv")
 HEAD_DIMS_BY_ROLE = {Role.ATTENTION_Q: ("qk_head_dim",), Role.ATTENTION_O: ("v_head_dim",)}
-HEAD_COUNTS = (
-    "num_heads",
-    "n_head",
-    "n_heads",
-    "num_attention_heads",
-    "heads",
-    "nhead",
-    "nheads",
-    "num_head",
-    "n_local_heads",
-    "groups",
-)
 KV_COUNTS = (
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups", "num_query_groups"),
     *("n_local_kv_heads", "multi_query_group_num", "kv_heads", "num_kv", "nheads_kv"),

@@ -3,7 +3,9 @@
 from symlm.roles.recognizers.attention import fused_order
 from symlm.roles.recognizers.channels import Blocks, blocks_of_outputs
 from symlm.roles.recognizers.layers import is_convolution
-from symlm.roles.role import Role, Site, whole_shape
+from symlm.roles.recognizers.leaves import halves_of_filters
+from symlm.roles.role import Role, Site
+from symlm.roles.storage import whole_shape
 from symlm.views.heads import head_dim, kv_heads, shared_heads
 from symlm.views.matrix_view import MatrixView
 
@@ -14,6 +16,10 @@ STACK = MatrixView("b m n -> b m n")
 TRANSPOSED_STACK = MatrixView("b n m -> b m n")
 ATTENTION = (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_O)
 CHANNELS = (Role.MLP_IN, Role.MLP_OUT)
+OF_HEADS = {  # what a module calls the widths of the parts of a head
+    "heads of k v": ("qk_nope_head_dim", "v_head_dim"),
+    "heads of q gate": ("qk_head_dim", "v_head_dim"),
+}
 STACKED = (Role.EXPERT_IN, Role.EXPERT_OUT, Role.MLP_IN, Role.MLP_OUT, Role.MATRIX)
 
 
@@ -145,6 +151,8 @@ def _filters(site: Site, role: Role, granularity: str) -> MatrixView:
     columns, groups = f"(c {' '.join(places)})", int(getattr(site.module, "groups", 1))
     if role in (Role.ATTENTION_Q, Role.ATTENTION_K) and granularity in ("heads", "qk_heads"):
         groups = max(site.shape[0] // head_dim(site, role), groups)
+    if role is Role.MLP_IN:
+        groups = max(halves_of_filters(site), groups)
     if granularity == "transposed":
         return MatrixView(f"(g m) c {' '.join(places)} -> g {columns} m", {"g": (groups,)})
     if getattr(site.module, "transposed", False):
@@ -166,10 +174,10 @@ def _blocks_view(site: Site, blocks: Blocks, role: Role, granularity: str) -> Ma
 def _fused_view(site: Site, granularity: str) -> MatrixView:
     """Return the view of a fused projection, in its `fused_order`."""
     order = fused_order(site)
-    if order == "heads of k v":
+    if order in OF_HEADS:
         stacks = {"heads": "h m n", "qk_heads": "h m n | 1 (h m) n"}.get(granularity, "1 (h m) n")
-        heads = site.shape[0] // sum(_sizes(site, "qk_nope_head_dim", "v_head_dim"))
-        return MatrixView(f"(h m) n -> {stacks}", {"h": (heads,), "m": _sizes(site, "qk_nope_head_dim", "v_head_dim")})
+        sizes = _sizes(site, *OF_HEADS[order])
+        return MatrixView(f"(h m) n -> {stacks}", {"h": (site.shape[0] // sum(sizes),), "m": sizes})
     channels, width = site.shape[int(site.transposed)], head_dim(site, Role.ATTENTION_QKV)
     if channels % width:
         raise ValueError(f"{site}: head_dim {width} does not divide its {channels} channels; set the module's head_dim")
@@ -177,8 +185,8 @@ def _fused_view(site: Site, granularity: str) -> MatrixView:
     if order == "four of q v k":
         stored = _stored("(g p h m)", "n", site.transposed)
         by_head = {"heads": "(g p h) m n", "qk_heads": "(g p h) m n | p (g h m) n | (g p h) m n"}
-        sizes: dict[str, tuple[int, ...]] = {"g": (4,), "p": (1, 1, 1), "m": (width,)}
-        return MatrixView(f"{stored} -> {by_head.get(granularity, 'p (g h m) n')}", sizes)
+        of_four: dict[str, tuple[int, ...]] = {"g": (4,), "p": (1, 1, 1), "m": (width,)}
+        return MatrixView(f"{stored} -> {by_head.get(granularity, 'p (g h m) n')}", of_four)
     if order in ("heads of q k v", "groups of q k v"):
         return _groups_view(site, granularity, heads, width)
     if granularity == "heads":

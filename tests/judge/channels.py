@@ -96,12 +96,15 @@ def filter_moves(sites):
         outs = [site for site, role in members if role is Role.MLP_OUT and is_pointwise(site.module)]
         if len(outs) != 1 or all(role is not Role.MLP_IN for _, role in members):
             continue
-        order = torch.randperm(outs[0].shape[1], generator=torch.Generator().manual_seed(2))
-        yield {
-            site.name: site.parameter.detach().index_select(int(site is outs[0]), order)
-            for site, role in members
-            if site.module is not outs[0].module or site is outs[0]
-        }
+        width = outs[0].shape[1]
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
+        moved = {}
+        for site, _ in members:
+            if site.module is not outs[0].module or site is outs[0]:
+                axis = int(site is outs[0])
+                index = torch.cat([order + k * width for k in range(site.shape[axis] // width)])
+                moved[site.name] = site.parameter.detach().index_select(axis, index)
+        yield moved
 
 
 def expert_moves(sites):

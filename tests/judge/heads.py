@@ -140,7 +140,7 @@ def groups_of(members):
             return site.shape[1]
         if role in (Role.ATTENTION_K, Role.ATTENTION_V):
             return site.shape[int(site.transposed)] // head_dim(site, role)
-        if role is Role.ATTENTION_QKV and fused_order(site) == "heads of k v":
+        if role is Role.ATTENTION_QKV and fused_order(site) in ("heads of k v", "heads of q gate"):
             return view_of(site, role, "heads").shape(site.shape)[0] // 2 or None
         if role is Role.ATTENTION_QKV:
             heads = site.shape[int(site.transposed)] // head_dim(site, role)
@@ -193,7 +193,7 @@ def moved_heads(site, role, groups, move_groups, blocks=1):
 def by_order(site, role, groups, move_groups):
     """Return the function that moves the outputs (for o: the inputs) of a projection by heads."""
     order = fused_order(site) if role is Role.ATTENTION_QKV else None
-    if order in (None, "heads of q k v", "groups of q k v", "heads of k v"):
+    if order in (None, "heads of q k v", "groups of q k v", "heads of k v", "heads of q gate"):
         return lambda x: move_groups(x, groups)
     if order == "four of q v k":
         width = head_dim(site, role)

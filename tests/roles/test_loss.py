@@ -170,10 +170,35 @@ def roles_of(kind, name, part):
         ("ovis2", "Ovis2ForConditionalGeneration", "head_linear.weight", {"mlp_in"}),
         ("glm46v", "Glm46VForConditionalGeneration", "merger.proj.weight", {"mlp_in"}),
         ("lfm3_vl", "Lfm3VlForConditionalGeneration", "conv.in_proj", {"mlp_in"}),
+        ("bert", "BertForQuestionAnswering", "qa_outputs.weight", {"matrix"}),
+        ("bert", "BertForNextSentencePrediction", "seq_relationship.weight", {"lm_head"}),
+        ("flava", "FlavaForPreTraining", "mim_head.decoder.weight", {"lm_head"}),
+        ("axk2", "AXK2ForCausalLM", "q_gate_proj.weight", {"attention_qkv"}),
+        ("wavlm", "WavLMForCTC", "rel_attn_embed.weight", {"vector"}),
+        ("mobilevitv2", "MobileViTV2ForImageClassification", "attention.qkv_proj.convolution.weight", {"mlp_in"}),
+        ("wav2vec2-conformer", "Wav2Vec2ConformerForCTC", "pointwise_conv1.weight", {"mlp_in"}),
+        ("pi0", "PI0ForConditionalGeneration", "action_time_mlp_in.weight", {"mlp_in"}),
     ],
 )
 def test_a_parameter_has_the_role_that_its_loss_shows(kind, name, part, roles):
     assert roles_of(kind, name, part) == roles
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "labels", "free"),
+    [
+        ("BertForQuestionAnswering", "qa_outputs", ("start_positions", "end_positions"), False),
+        ("BertForNextSentencePrediction", "cls.seq_relationship", ("labels",), True),
+    ],
+)
+def test_two_rows_are_a_head_only_where_a_softmax_is_over_them(name, head, labels, free):
+    """As many rows as there are types of tokens: a softmax over places feels a shift, one over classes does not."""
+    model = loud(small("bert", name, "cpu"))
+    given = {"input_ids": torch.arange(24).view(2, 12)} | {label: torch.tensor([0, 1]) for label in labels}
+    weight, loss = model.get_submodule(head).weight.detach(), model(**given).loss.item()
+    weight += torch.randn(weight.shape[1], dtype=torch.float64)
+    assert (abs(model(**given).loss.item() - loss) < LOSS_STAYS) == free
+    assert (str(symlm.assign_roles(model)[f"{head}.weight"]) == "lm_head") == free
 
 
 def test_experts_of_queries_are_cut_into_heads():

@@ -4,9 +4,11 @@ import re
 
 from torch import nn
 
-from symlm.roles.recognizers.layers import CONTAINERS, dense_children, is_alone, shape_of
-from symlm.roles.recognizers.names import QKV, is_fused, is_gate, parts_of, projection
-from symlm.roles.role import Role, Site, whole_shape
+from symlm.roles.code import functions_called
+from symlm.roles.recognizers.layers import CONTAINERS, dense_children, heads_of, is_alone, shape_of
+from symlm.roles.recognizers.names import QKV, gated_projection, is_fused, is_gate, parts_of, projection
+from symlm.roles.role import Role, Site
+from symlm.roles.storage import whole_shape
 
 OF_LATENTS = ("kv_b_proj", "wkv_b")
 FUSED_ORDERS = (
@@ -23,6 +25,7 @@ FUSED_ORDERS = (
     (r"(Granite|Evolla)\w+Attention", "to_kv", "k v"),
     (r"(GPTNeoX|GPTNeoXJapanese|Bloom|Persimmon|Falcon)Attention", "query_key_value", "heads of q k v"),
     (r"DisentangledSelfAttention", "in_proj", "heads of q k v"),
+    (r"AXK2Attention", "q_gate_proj", "heads of q gate"),
     (r"CodeGenAttention", "qkv_proj", "four of q v k"),
 )
 ONE_HEAD = (r"DeepseekV4\w+", "kv_proj")  # which is k and v at once
@@ -36,6 +39,8 @@ BESIDE_FUSED = {
     **dict.fromkeys(("to_out", "Wo", "output", "dense", "projection", "projection_layer"), Role.ATTENTION_O),
 }
 ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
+CHOOSES = re.compile(r"Indexer|Scorer")  # which keys a sparse attention reads; the loss does not reach it
+ATTENDING = {"scaled_dot_product_attention", "flash_attn_func", "flash_attn_qkvpacked_func", "flex_attention"}
 ATTENDS = re.compile(r"attention|attn|multi_?head|mha\b|mla\b", re.IGNORECASE)
 
 
@@ -45,7 +50,7 @@ def attention_role(site: Site) -> Role | None:
     Args:
         site: The site of a dense layer.
     """
-    if is_fused(site.leaf) and fused_order(site):
+    if (is_fused(site.leaf) or gated_projection(site.leaf)) and fused_order(site):
         return Role.ATTENTION_QKV
     if isinstance(site.module, nn.MultiheadAttention):  # with keys or values of other widths
         return projection(site.leaf)
@@ -70,7 +75,7 @@ def attention_role(site: Site) -> Role | None:
         cores = (child for _, child in site.ancestors[1].named_children() if child is not parent)
         if site.leaf in BESIDE_FUSED and any(has_qkv(core) or fuses(core) for core in cores):
             return Role.ATTENTION_O
-    if not (ATTENDS.search(type(parent).__name__) or fuses(parent, square=False)):
+    if not (ATTENDS.search(type(parent).__name__) or fuses(parent, square=False) or _states_heads(parent)):
         return None
     low_rank = {"a", "b"} & set(parts_of(site.leaf))
     return BESIDE_FUSED.get(site.leaf) or (role if role is Role.ATTENTION_O and not low_rank else None)
@@ -112,12 +117,47 @@ def is_attention(module: nn.Module | None) -> bool:
 
 
 def is_inside_attention(site: Site) -> bool:
-    """Tell whether the nearest module around a layer that is more than a list is an attention.
+    """Tell whether one of the two nearest modules around a layer that are more than a list is an attention.
+
+    A module is one too that states a number of heads, or calls torch's attention, and has no attention inside.
 
     Args:
         site: The site of a dense layer.
     """
-    return is_attention(next((module for module in site.ancestors if not isinstance(module, CONTAINERS)), None))
+    around = [module for module in site.ancestors if not isinstance(module, CONTAINERS)][:2]
+    chooses = any(CHOOSES.search(type(module).__name__) for module in around)
+    states = (heads_of(module) or functions_called(type(module)) & ATTENDING for module in around)
+    attends = (
+        is_attention(m) or (of_heads and not _holds_attention(m)) for m, of_heads in zip(around, states, strict=True)
+    )
+    return not chooses and any(attends)
+
+
+def fuses_a_gate(site: Site) -> bool:
+    """Tell whether a projection of an attention holds a gate too: its name says both, and no other is the projection.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    role = gated_projection(site.leaf)
+    if role is None or site.parent is None or not is_inside_attention(site):
+        return False
+    return all(projection(name) is not role for name in dense_children(site.parent))
+
+
+def mixes_heads(site: Site) -> bool:
+    """Tell whether a matrix has a row and a column for each head of the attention around it: nothing rotates heads.
+
+    Args:
+        site: The parameter's site.
+    """
+    owners = [
+        module for module in (site.module, *site.ancestors[:2]) if not isinstance(module, nn.modules.conv._ConvNd)
+    ]
+    heads = next((count for module in owners if (count := heads_of(module))), 0)
+    if CHOOSES.search(type(site.parent).__name__) or projection(site.leaf) or is_gate(site.leaf):
+        return False
+    return site.shape[0] == site.shape[1] == heads and all(length == 1 for length in site.shape[2:])
 
 
 def fused_order(site: Site) -> str | None:
@@ -128,8 +168,8 @@ def fused_order(site: Site) -> str | None:
 
     Returns:
         "q k v" one after the other, "k v", "heads of q k v", "groups of q k v" (query heads, then the k and v that they
-        share), "four of q v k" (four blocks, each with all three), or "heads of k v" (of latent attention); None for
-        any other layer.
+        share), "four of q v k" (four blocks, each with all three), "heads of k v" (of latent attention) or "heads of q
+        gate"; None for any other layer.
 
     Raises:
         ValueError: The module's `fused_order` is none of these.
@@ -174,6 +214,12 @@ def has_qkv(module: nn.Module) -> bool:
         module: A module.
     """
     return {projection(name) for name, _ in module.named_children()} >= QKV
+
+
+def _states_heads(module: nn.Module) -> bool:
+    """Tell whether a module states a number of heads and has one of the projections of an attention."""
+    named = any(projection(name) in QKV for name in dense_children(module))
+    return named and bool(heads_of(module)) and not _holds_attention(module)
 
 
 def _holds_attention(module: nn.Module) -> bool:

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from symlm.roles.recognizers.attention import is_attention
-from symlm.roles.recognizers.layers import dense_children, is_convolution, shape_of
-from symlm.roles.recognizers.names import is_fused, is_gate
-from symlm.roles.recognizers.shapes import activates, dense_layers, role_by_shapes, scope_of
-from symlm.roles.role import Role, Site, whole_shape
+from symlm.roles.recognizers.attention import fuses_a_gate, is_attention
+from symlm.roles.recognizers.layers import dense_children, heads_of, is_convolution, shape_of
+from symlm.roles.recognizers.names import is_fused, is_gate, projection
+from symlm.roles.recognizers.shapes import activates, dense_layers, role_by_shapes, scope_of, without_others
+from symlm.roles.role import Role, Site
+from symlm.roles.storage import whole_shape
 
 INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
 OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_out")
@@ -27,20 +28,28 @@ ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
     **dict.fromkeys(("per_layer_projection", "conv_kernel_layer"), Role.MLP_OUT),
     **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
-    **dict.fromkeys(("vocab_transform", "sampling_offsets", "attention_weights"), Role.MLP_IN),
+    **dict.fromkeys(("vocab_transform", "weight_proj", "sampling_offsets", "attention_weights"), Role.MLP_IN),
     **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT, "head_linear": Role.MLP_IN},
+    **dict.fromkeys(("up_proj_for_speech", "up_proj_for_vision_speech", "action_time_mlp_in"), Role.MLP_IN),
+    **dict.fromkeys(("down_proj_for_speech", "down_proj_for_vision_speech", "action_time_mlp_out"), Role.MLP_OUT),
     **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
 }
 POINTWISE = {  # convolutions over single places, by the classes and the names of their boxes
     ("ConvDropoutLayerNorm", "post_attention"): Role.ATTENTION_O,
     ("ConvActivation", "intermediate"): Role.MLP_IN,
     ("ConvDropoutLayerNorm", "output"): Role.MLP_OUT,
+    **{
+        ("MobileViTV2ConvLayer", box): Role.MLP_IN for box in ("qkv_proj", "conv1")
+    },  # k and v by channel, one q for all
+    **{("MobileViTV2ConvLayer", box): Role.MLP_OUT for box in ("out_proj", "conv2")},
 }
 TOKENS_IN_COLUMNS = (("MobileBertLMPredictionHead", "dense"),)  # the head of the channels that an embedding has not
 ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
 NUMBERED = re.compile(r"(fc|lin|linear|layer|dense)_?\d")
-MODULATES = re.compile(r"ada_?ln|ada_?layer_?norm|ada_?norm|modulation", re.IGNORECASE)
+MODULATES = re.compile(
+    r"ada_?ln|ada_?layer_?norm|ada_?norm|modulation|film$|to_(gamma|beta|scale|shift)", re.IGNORECASE
+)
 GATES = (
     "gate_proj",
     "q_gate_proj",
@@ -81,8 +90,9 @@ def channel_role(site: Site) -> Role | None:
     if is_mixer(parent):
         if is_fused(site.leaf) and _blocks_of_mixer(site.leaf, parent, site.shape[int(site.transposed)]) is None:
             return None
-        return Role.MLP_OUT if site.leaf in LEAVES_MIXER else Role.MLP_IN
-    if is_fused(site.leaf) and len(set(site.shape)) > 1:
+        leaves = site.leaf in LEAVES_MIXER or projection(site.leaf) is Role.ATTENTION_O
+        return Role.MLP_OUT if leaves else Role.MLP_IN
+    if (is_fused(site.leaf) and len(set(site.shape)) > 1) or fuses_a_gate(site):
         return None
     if _modulates(site):
         return Role.MLP_IN  # rows are factors of the stream's coordinates
@@ -94,6 +104,8 @@ def channel_role(site: Site) -> Role | None:
         return Role.MLP_IN  # the second factor of what is added to the neurons
     if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ATTENDING):
         return Role.MLP_IN
+    if heads_of(parent) == shape_of(site.module)[1] > 1 and is_attention(parent) and projection(site.leaf) is None:
+        return Role.MLP_IN  # a number a head
     if is_gate(site.leaf) and any(is_attention(module) for module in site.ancestors[:2]):
         return Role.MLP_IN
     if isinstance(parent, nn.Sequential) and is_gate("".join(site.path[-2:-1])) and is_attention(site.ancestors[1]):
@@ -108,6 +120,8 @@ def channel_role(site: Site) -> Role | None:
 
 def _modulates(site: Site) -> bool:
     """Tell whether a layer makes shifts, scales and gates for the coordinates of the stream, by the names around it."""
+    if MODULATES.search(site.leaf):
+        return True
     names = (*site.path[-2:], type(site.parent).__name__)
     layers = [*dense_children(site.parent).values()] if site.parent is not None else []
     return any(MODULATES.search(name) for name in names) and layers[-1:] == [site.module]
@@ -201,7 +215,7 @@ def _is_doubled(site: Site) -> bool:
     if scope is None or (channel_role(site) or role_by_shapes(site)) is not Role.MLP_IN:
         return False
     _, outputs = shape_of(site.module)
-    widths = [width for layer, width, _ in dense_layers(scope) if layer is not site.module]
+    widths = [width for layer, width, _ in without_others(scope, dense_layers(scope)) if layer is not site.module]
     return len(widths) == 1 and outputs == 2 * widths[0]
 
 

@@ -2,9 +2,12 @@
 
 from torch import Tensor, nn
 
-from symlm.roles.role import whole_shape
+from symlm.roles.recognizers.names import HEAD_COUNTS
+from symlm.roles.role import TENSORS, Site
+from symlm.roles.storage import inputs_first, whole_shape
 from symlm.roles.wrappers import inner_module
 
+NORMS = ("_WeightNorm", "_SpectralNorm")  # torch's, of a weight that is stored
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -17,6 +20,30 @@ def is_dense(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__.endswith(("Linear", "Conv1D"))
 
 
+def is_weight_of_dense(site: Site) -> bool:
+    """Tell whether a parameter is the weight of a dense layer, and nothing else that such a layer holds.
+
+    Args:
+        site: The parameter's site.
+    """
+    last = site.name.rpartition(".")[2]
+    attention = isinstance(site.module, nn.MultiheadAttention)
+    return attention or (is_dense(site.module) and (last in TENSORS or ".parametrizations." in site.name))
+
+
+def is_computed(site: Site) -> bool:
+    """Tell whether a weight is computed from what is stored by other means than norms and adapters.
+
+    Args:
+        site: The site of a weight.
+    """
+    if ".parametrizations." not in site.name:
+        return False
+    tensor = site.name.rpartition(".parametrizations.")[2].partition(".")[0]
+    steps = getattr(site.module, "parametrizations")[tensor]  # noqa: B009
+    return any(type(step).__name__ not in NORMS and not hasattr(step, "lora_A") for step in steps)
+
+
 def is_convolution(module: nn.Module | None) -> bool:
     """Tell whether a module is a convolution, of torch or of a subclass.
 
@@ -24,6 +51,24 @@ def is_convolution(module: nn.Module | None) -> bool:
         module: The module that holds the parameter.
     """
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def kind_of(module: nn.Module | None) -> str:
+    """Return the name of a module's class in small letters.
+
+    Args:
+        module: A module.
+    """
+    return type(module).__name__.lower()
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    """Tell whether a module is a norm, by its class's name.
+
+    Args:
+        module: The module that holds the parameter.
+    """
+    return "norm" in kind_of(module)
 
 
 def is_pointwise(module: nn.Module | None) -> bool:
@@ -45,6 +90,16 @@ def dense_children(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in inner.items() if child is not None and is_dense(child)}
 
 
+def heads_of(module: object) -> int:
+    """Return the number of heads that a module or a config states; 0 without one.
+
+    Args:
+        module: A module or a config.
+    """
+    counts = (getattr(module, name, None) for name in HEAD_COUNTS if name != "groups")
+    return next((count for count in counts if isinstance(count, int) and count > 1), 0)
+
+
 def is_alone(module: nn.Module) -> bool:
     """Tell whether a module holds one dense layer and nothing else that has a matrix, as BERT's output layers do.
 
@@ -64,4 +119,4 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
         return 0, 0
     rows, columns = whole_shape(weight)
-    return (rows, columns) if type(layer).__name__.endswith("Conv1D") else (columns, rows)
+    return (rows, columns) if inputs_first(layer) else (columns, rows)

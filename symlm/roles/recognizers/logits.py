@@ -1,17 +1,21 @@
 """Whether a loss ignores a shift of all logits, which a softmax does, and a sigmoid or a capped head does not."""
 
+import re
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+from symlm.roles.code import functions_called
 from symlm.roles.role import Site
 
 HEADS = (
     *("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier"),
+    *("seq_relationship",),
     *("to_logits", "logits", "unembedding", "vocab_proj"),
 )
+CAPS = re.compile(r"soft_?cap|cap_logits|clamp_logits", re.IGNORECASE)
+OTHER_SCORES = {"relu", "softplus", "tanh", "exp", "elu"}  # of routers without a softmax or a sigmoid
 NOT_INVARIANT = ("PhimoeTopKRouter",)  # thresholds are relative to the largest logit's size
 
 
@@ -25,16 +29,19 @@ def ignores_a_shift(site: Site) -> bool:
     """
     if type(site.module).__name__ in NOT_INVARIANT or "noise" in site.leaf:
         return False
-    for module in (site.module, *site.ancestors[:2]):
+    around = (site.module, *site.ancestors[:2])
+    if any(map(normalizes, around[:2])):
+        return False
+    for module in around:
         scoring = [type(child).__name__.lower() for name, child in module.named_children() if name.startswith("scor")]
         if scoring:
             return "softmax" in scoring[0]
-        called = functions_called(type(module)) & {"softmax", "sigmoid"}
+        called = {score for name in _functions(module) for score in ("softmax", "sigmoid") if score in name}
         if len(called) == 2:
             return not any("sigmoid" in value for value in _texts(module))
         if called:
             return called == {"softmax"}
-    return True
+    return not any(_functions(module) & OTHER_SCORES for module in around)
 
 
 def caps_logits(module: nn.Module) -> bool | None:
@@ -48,20 +55,24 @@ def caps_logits(module: nn.Module) -> bool | None:
         caps = [name for name in vars(one or object) if "cap" in name and "logit" in name and "attn" not in name]
         if caps:
             return any(bool(getattr(one, name)) for name in caps)
-    return True if "tanh" in functions_called(type(module)) else None
+    called = functions_called(type(module))
+    return True if called & {"tanh", "sigmoid"} or any(CAPS.search(name) for name in called) else None
 
 
-def functions_called(kind: type) -> set[str]:
-    """Return the names that the methods of a class call or read, without those of other classes.
+def normalizes(module: nn.Module) -> bool:
+    """Tell whether the code of a module normalizes vectors, those of its weights it may be, or takes cosines.
 
     Args:
-        kind: A class.
+        module: The module that holds a head or a router.
     """
-    if kind.__module__.startswith("torch."):
-        return set()
-    methods = (getattr(value, "__wrapped__", value) for value in vars(kind).values())
-    codes = (method.__code__ for method in methods if isinstance(method, FunctionType))
-    return {name for code in codes for name in code.co_names}
+    return bool(functions_called(type(module)) & {"normalize", "cosine_similarity"})
+
+
+def _functions(module: nn.Module) -> frozenset[str]:
+    """Return what the code of a module calls, and the activations that stand in it, by their names in small letters."""
+    children = {type(child) for child in module.children()}
+    acts = {kind.__name__.lower() for kind in children if kind.__module__ == "torch.nn.modules.activation"}
+    return functions_called(type(module)) | acts
 
 
 def _texts(module: nn.Module) -> Iterator[str]:

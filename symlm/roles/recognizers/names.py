@@ -21,6 +21,11 @@ FUSED_TOKENS = {
 }
 FUSED_NAMES = ("c_attn", "query_key_value", "key_value", "in_proj", "in_proj_weight")
 NOT_FUSED = ("kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "index_qk_proj")  # low ranks; what only chooses keys
+HEAD_COUNTS = (
+    *("num_heads", "n_head", "n_heads", "num_attention_heads", "heads", "nhead", "nheads", "num_head"),
+    *("n_local_heads", "groups"),
+)
+GATING = {"gate", "gating", "g", "gk", "wg"}
 QKV = {Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V}
 
 
@@ -30,7 +35,18 @@ def is_gate(leaf: str) -> bool:
     Args:
         leaf: The name of the layer.
     """
-    return bool(set(parts_of(leaf)) & {"gate", "gating", "g", "gk", "wg"}) and not is_fused(leaf)
+    return bool(set(parts_of(leaf)) & GATING) and not is_fused(leaf)
+
+
+def gated_projection(leaf: str) -> Role | None:
+    """Return which projection a name is for together with a gate, as `q_gate_proj`; None for other names.
+
+    Args:
+        leaf: The name of the layer.
+    """
+    words = set(parts_of(leaf))
+    known = [role for role, names in TOKENS.items() if words & names and role in QKV]
+    return known[0] if len(known) == 1 and words & GATING else None
 
 
 def projection(leaf: str) -> Role | None:

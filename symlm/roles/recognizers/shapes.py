@@ -5,16 +5,16 @@ from collections.abc import Collection
 
 from torch import nn
 
+from symlm.roles.code import functions_called
 from symlm.roles.recognizers.attention import BESIDE_FUSED, fuses, has_qkv, is_attention
-from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, is_pointwise, shape_of
-from symlm.roles.recognizers.logits import HEADS, functions_called
+from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, is_pointwise, kind_of, shape_of
+from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.recognizers.names import is_fused, projection
 from symlm.roles.role import Role, Site
 from symlm.roles.wrappers import inner_module
 
 ACTIVATION = re.compile(r"(^|_)act|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
-
-
+Layer = tuple[nn.Module, int, int]  # with its inputs and outputs
 INERT = re.compile(r"drop|identity|flatten|norm|rearrange|permute|transpose|reshape|pool")
 
 
@@ -30,37 +30,6 @@ def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
     return next((role for role in roles if role), None)
 
 
-def role_by_filters(site: Site) -> Role | None:
-    """Return the role of one of two convolutions over single places, into a width and out of it; None elsewhere.
-
-    Between them may be an activation, norms, and filters of single channels.
-
-    Args:
-        site: The site of a convolution.
-    """
-    children = [inner_module(child) for child in site.parent.children()] if site.parent is not None else []
-    if site.parent is None or not activates(site.parent) or any(is_dense(child) for child in children):
-        return None
-    filters = [child for child in children if isinstance(child, nn.modules.conv._ConvNd) and child.groups == 1]
-    mixing = [child for child in children if isinstance(child, nn.modules.conv._ConvNd) and not _is_by_channel(child)]
-    if len(filters) != 2 or mixing != filters or not all(is_pointwise(child) for child in filters):
-        return None
-    between = children[children.index(filters[0]) + 1 : children.index(filters[1])]
-    active = not isinstance(site.parent, nn.Sequential) or any(not INERT.search(_kind(child)) for child in between)
-    fits = filters[0].out_channels == filters[1].in_channels
-    return (Role.MLP_IN if site.module is filters[0] else Role.MLP_OUT) if active and fits else None
-
-
-def _is_by_channel(module: nn.modules.conv._ConvNd) -> bool:
-    """Tell whether a convolution has a filter for each channel."""
-    return module.groups == module.in_channels == module.out_channels > 1
-
-
-def _kind(module: nn.Module | None) -> str:
-    """Return the name of a module's class in small letters."""
-    return type(module).__name__.lower()
-
-
 def is_activated_alone(site: Site) -> bool:
     """Tell whether a layer goes through an activation, and its module has no more but norms, and a head behind it.
 
@@ -69,13 +38,13 @@ def is_activated_alone(site: Site) -> bool:
     Args:
         site: The site of a dense layer.
     """
-    parent = site.parent
-    if parent is None or len(site.shape) != 2 or not activates(parent):
+    parent, sequential = site.parent, isinstance(site.parent, nn.Sequential)
+    if parent is None or not (len(site.shape) == 2 or sequential) or not activates(parent):
         return False
     children = dict(parent.named_children())
-    if isinstance(parent, nn.Sequential) and [*children][-1:] == [site.leaf]:
+    if sequential and [*children][-1:] == [site.leaf]:
         return False  # the activation is before it
-    layers = {name for name, child in children.items() if is_dense(inner_module(child))}
+    layers = {n for n, child in children.items() if is_dense(inner := inner_module(child)) or is_pointwise(inner)}
     others = [child for name, child in children.items() if name not in layers]
     return layers - {*HEADS, "decoder"} == {site.leaf} and all(
         p.ndim < 2 for child in others for p in child.parameters()
@@ -92,22 +61,37 @@ def is_activated_first(site: Site) -> bool:
     layers = [*dense_children(parent).values()] if parent is not None else []
     if parent is None or isinstance(parent, nn.Sequential) or len(layers) < 3 or layers[0] is not site.module:
         return False
-    activations = sum(bool(ACTIVATION.search(_kind(child))) for child in parent.children())
+    activations = sum(bool(ACTIVATION.search(kind_of(child))) for child in parent.children())
     (_, width), *between, (channels, _) = [shape_of(layer) for layer in layers]
     return activations > 1 and all(shape == (width, channels) for shape in between)
 
 
 def is_ambiguous(site: Site) -> bool:
-    """Tell whether a layer is one of two or three equal squares around an activation; no name says which is last.
+    """Tell whether a layer is one of several around an activation of which no name says what they are.
+
+    Equal squares are, four or more layers into one width (a recurrent cell), a square beside one into twice its width,
+    and one into three or more times the width that another leads back from.
 
     Args:
         site: The site of a dense layer.
     """
+    layers = dense_layers(site.parent) if site.parent is not None else []
+    if _are_several(layers) and any(layer is site.module for layer, _, _ in layers):
+        return True
     if site.parent is None or not activates(site.parent):
         return False
-    layers = dense_layers(site.parent)
-    widths = {width for _, *both in layers for width in both}
-    return 2 <= len(layers) == len(dense_children(site.parent)) <= 3 and len(widths) == 1
+    sizes = {(inputs, outputs) for _, inputs, outputs in layers}
+    gated = [both for _, *both in layers] == [[n, k * n] for n, _ in list(sizes)[:1] for k in (2, 1)]
+    alike = [layer for layer, _, outputs in layers if outputs == shape_of(site.module)[1]]  # of a recurrent cell
+    cell = len(alike) > 3 and functions_called(type(site.parent)) & {"sigmoid", "tanh"}
+    equal = len(sizes) == 1 and all(n == m for n, m in sizes) and len(layers) <= 3
+    return len(layers) == len(dense_children(site.parent)) > 1 and (equal or gated or bool(cell))
+
+
+def _are_several(layers: list[Layer]) -> bool:
+    """Tell whether two layers lead into some width and back from a third of it, or from less."""
+    inputs, outputs, width, back = [size for _, *both in layers for size in both] if len(layers) == 2 else [0, 0, 1, 1]
+    return inputs == back != width and outputs % width == 0 and outputs > 2 * width
 
 
 def scope_of(site: Site) -> nn.Module | None:
@@ -145,8 +129,8 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
         return None
     if _is_linear(scope):
         return None
-    if any(isinstance(child, nn.Embedding) for child in scope.children()):  # a model, not a block of one
-        return None
+    if any(isinstance(child, nn.Embedding) for child in scope.children()) and not activates(scope):
+        return None  # a model, not a block of one
     layers = [layer for layer in dense_layers(scope) if id(getattr(layer[0], "weight", None)) not in ends]
     own = [layer for layer in layers if layer[0] in dense_children(scope).values()]
     if len(layers) > len(own) == 2 and activates(scope) and _are_numbered(scope, [layer for layer, _, _ in own]):
@@ -157,18 +141,39 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
         reversed_ = len(layers) == 2 and layers[0][1:] == layers[1][:0:-1]
         if any(layer is site.module and reversed_ and width == layers[1][2] for layer, width, _ in squares):
             return Role.MLP_IN  # its outputs are factors of channels
+    layers = without_others(scope, layers)
     places = [place for place, (layer, _, _) in enumerate(layers) if layer is site.module]
-    if not places or not 2 <= len(layers) <= 3:
+    if _are_several(layers) or not places or not 2 <= len(layers) <= 3:
         return None
-    for last in (*range(len(layers) - 1, -1, -1),):
-        _, width, _ = layers[last]
-        others = [layer for place, layer in enumerate(layers) if place != last]
-        fits = all(outputs in (width, 2 * width) for _, _, outputs in others)
-        alike = len({inputs for _, inputs, _ in others}) == 1
-        numbered = len(layers) == 2 and last == 1 and _are_numbered(scope, [layer for layer, _, _ in layers])
-        if fits and alike and (layers[last][2] != width or numbered):
+    numbered = len(layers) == 2 and _are_numbered(scope, [layer for layer, _, _ in layers])
+    fitting = [last for last in range(len(layers) - 1, -1, -1) if _fits_last(layers, last)]
+    back = [last for last in fitting if layers[last][2] == layers[last - 1][1]]  # to what the others read
+    for last in back or fitting:
+        if layers[last][2] != layers[last][1] or (numbered and last == 1):
             return Role.MLP_OUT if places[0] == last else Role.MLP_IN
     return None
+
+
+def _fits_last(layers: list[Layer], last: int) -> bool:
+    """Tell whether a layer may read what the others write, each alone or as one of two halves."""
+    _, width, outputs = layers[last]
+    others = [layer[1:] for place, layer in enumerate(layers) if place != last]
+    parallel = width != outputs and (width, outputs) in others
+    return len({inputs for inputs, _ in others}) == 1 and not parallel and {n for _, n in others} <= {width, 2 * width}
+
+
+def without_others(scope: nn.Module, layers: list[Layer]) -> list[Layer]:
+    """Return the layers of a block without those alone with an activation whose outputs the last does not read.
+
+    Args:
+        scope: The block.
+        layers: Its layers.
+    """
+    boxes = [child for child in scope.children() if isinstance(child, nn.Sequential) and activates(child)]
+    alone = {id(layer) for box in boxes if is_alone(box) for layer in dense_children(box).values()}
+    width = layers[-1][1] if layers else 0
+    others = [layer for layer in layers if id(layer[0]) in alone and layer[2] not in (width, 2 * width)]
+    return [layer for layer in layers if layer not in others] if len(alone) - len(others) == 1 else layers
 
 
 def activates(module: nn.Module) -> bool:
@@ -196,13 +201,13 @@ def _role_in_sequence(scope: nn.Module, site: Site, ends: Collection[int]) -> Ro
     active = False
     if isinstance(scope, nn.ModuleList) and not dense_children(scope):  # boxes side by side
         return None
-    for child in scope.children():
+    for child in filter(None, scope._modules.values()):  # one activation may stand at several places
         inner = inner_module(child) or child
         dense = [inner] if is_dense(inner) else list(dense_children(inner).values())
         if len(dense) == 1 and not (layers and not active):
             layers += dense
             active = dense[0] is not inner and activates(inner)
-        elif dense or any(p.ndim > 1 for p in inner.parameters()):
+        elif dense or any(min(p.shape) > 1 for p in inner.parameters() if p.ndim > 1):
             return None
         else:
             active |= not INERT.search(type(inner).__name__.lower())
@@ -218,7 +223,7 @@ def _are_numbered(scope: nn.Module, layers: list[nn.Module]) -> bool:
     return len(names) == 2 and len({name.rstrip("0123456789") for name in names}) == 1 and names[0][-1:].isdigit()
 
 
-def dense_layers(scope: nn.Module) -> list[tuple[nn.Module, int, int]]:
+def dense_layers(scope: nn.Module) -> list[Layer]:
     """Return the layers of a block with their inputs and outputs, of boxes of one or two layers too.
 
     Those of an attention are left out, whether it is in a box or beside the others.

@@ -1,0 +1,83 @@
+"""How a weight is stored: its full shape, and whether its outputs come before its inputs."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from symlm.roles.code import multiplies_from_rows
+
+BLOCKS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("w1", "w2"), ("wi", "wo"))  # of stacked experts
+SIZES = (
+    *(("in_features", "out_features"), ("input_size", "output_size"), ("in_dim", "out_dim")),
+    *(("input_dim", "output_dim"), ("d_in", "d_out")),
+)
+
+
+def whole_shape(p: Tensor) -> tuple[int, ...]:
+    """Return the full shape of a parameter, also of one that ZeRO-3 has emptied between uses.
+
+    Args:
+        p: The parameter; ZeRO-3 stores the full shape in `ds_shape`.
+
+    Returns:
+        The shape.
+    """
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
+def inputs_first(module: nn.Module, around: nn.Module | None = None) -> bool | None:
+    """Tell whether a module stores [..., inputs, outputs], as Conv1D and some experts do, and not as torch's layers.
+
+    Sizes decide where they differ, then the code: `x @ W` or `x @ W.T`.
+
+    Args:
+        module: The module that holds the weight.
+        around: The module around it, where a router may stand beside experts.
+
+    Returns:
+        None where neither sizes nor code show it.
+    """
+    stated = getattr(module, "is_transposed", None)
+    name = type(module).__name__
+    if isinstance(stated, bool) or name.endswith("Conv1D") or isinstance(module, nn.Linear):
+        return bool(stated) or name.endswith("Conv1D")
+    if pair := _block_of_experts(module):
+        return _of_experts(*pair, around, type(module))
+    if not name.endswith("Linear") or not isinstance(weight := getattr(module, "weight", None), Tensor):
+        return False
+    rows, columns = (*whole_shape(weight), 0, 0)[:2]
+    for names in SIZES:
+        inputs, outputs = (getattr(module, size, None) for size in names)
+        if inputs != outputs and {inputs, outputs} == {rows, columns}:
+            return inputs == rows
+    return _by_code(type(module))
+
+
+def _of_experts(into: Tensor, out: Tensor, around: nn.Module | None, kind: type) -> bool | None:
+    """Decide for experts: by shapes where gate and up are one, by the router's width, then by the code."""
+    (_, first, second), (_, third, last) = whole_shape(into), whole_shape(out)
+    if (first, second) != (last, third):  # gate and up are in one tensor, which is twice as wide
+        return second != third
+    routers = {shape[1] for shape in _matrices(around) if shape[0] == len(into)}
+    routers |= {shape[0] for shape in _matrices(around) if shape[1] == len(into)}
+    fits = {first, second} & routers
+    return (first in fits) if len(fits) == 1 and first != second else _by_code(kind)
+
+
+def _by_code(kind: type) -> bool | None:
+    rows = multiplies_from_rows(kind)
+    return None if rows is None else not rows
+
+
+def _block_of_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return the matrices into the neurons of stacked experts and out of them, where a module holds both."""
+    if not type(module).__name__.endswith("Experts"):
+        return None
+    stacks = {name: p for name, p in module.named_parameters(recurse=False) if len(whole_shape(p)) == 3}
+    return next(((stacks[into], stacks[out]) for into, out in BLOCKS if {into, out} <= {*stacks}), None)
+
+
+def _matrices(around: nn.Module | None) -> Iterator[tuple[int, ...]]:
+    """Yield the shapes of the matrices that stand beside experts."""
+    shapes = (whole_shape(p) for p in around.parameters()) if around is not None else ()
+    yield from (shape for shape in shapes if len(shape) == 2)
