@@ -82,6 +82,8 @@ def train_step(
                 job.optimizer.step()
             if job.probe and steps:
                 job.probe.after_step(x)
+            if steps and accelerator.optimizer_step_was_skipped and isinstance(job.plain, symlm.SymOptimizer):
+                job.plain.count_skipped_step()  # which DeepSpeed or the scaler of fp16 did not call
             job.optimizer.zero_grad()
         loss += output.loss.detach() / train.accumulate
     return loss, output

@@ -126,6 +126,11 @@ class SymOptimizer(torch.optim.Optimizer):
         """How many steps were skipped for non-finite gradients (reads the device); under DeepSpeed of all groups."""
         return sum(int(group.get("skipped", 0)) for group in self.param_groups)
 
+    def count_skipped_step(self) -> None:
+        """Count a step that DeepSpeed or a loss scaler skipped by itself, which `step` never learns of."""
+        self.param_groups[0]["skipped"] = torch.as_tensor(self.param_groups[0].get("skipped", 0)).add_(1)
+        self.update_size, self._moved = None, frozenset()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Do one step, in three phases for each batch of equal shapes: momentum, direction, update.
