@@ -155,7 +155,7 @@ def run(
                     row |= evaluate(job.model, job.held, accelerator)
             if logged or validated:
                 write(row, folder, accelerator)
-            if (back := job.spikes.go_back(checkpoints, folder, row)) is not None:
+            if (back := job.spikes.go_back(checkpoints, folder, row, lost == PATIENCE)) is not None:
                 bar.update((back - step) * per_step)
                 step, lost = back, 0
                 continue
