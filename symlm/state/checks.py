@@ -89,9 +89,9 @@ def flaw_of(group: dict[str, Any], name: str, p: Tensor, state: Mapping[str, Any
             return f"is of another size: its saved {key} is {list(x.shape)}, the parameter is {list(p.shape)}"
         if x.dtype != first.dtype and not (x.is_floating_point() and first.is_floating_point()):
             return f"is damaged: its saved {key} is {x.dtype}; take another checkpoint"
-        if local(x).is_meta != p.is_meta:
+        if local(x).is_meta != local(p).is_meta:
             return f"is incomplete: its saved {key} has no numbers; take another checkpoint"
-        if not p.is_meta and not _can_go_on(key, local(x)):
+        if not local(p).is_meta and not _can_go_on(key, local(x)):
             return f"is damaged: its saved {key} is not finite; take another checkpoint, or the rest by strict=False"
     return ""
 
@@ -103,5 +103,5 @@ def _can_go_on(key: str, x: Tensor) -> bool:
 def _begun(group: dict[str, Any], name: str, p: Tensor) -> Mapping[str, Tensor]:
     """Return the state of a parameter before a first step, without memory; of shards and partitions the means alone."""
     if hasattr(p, "placements") or (p.ndim < 2 and not get_rule(group["rule"]).elementwise):
-        return {key: torch.empty_like(p, device="meta") for key in MEANS if group["momentum_dtype"] != "int8"}
+        return dict.fromkeys(MEANS, p) if group["momentum_dtype"] != "int8" else {}
     return new_state(group, name, torch.empty_like(p, device="meta"), [])
