@@ -15,7 +15,9 @@ class Schedules:
     """Watch the rates and betas of parameter groups, which schedulers write to.
 
     A scheduler that cycles momentum writes to `betas` where an optimizer has them: every group's momentum follows its
-    β₁, but for rules that store a mean of β₁ themselves. A rate given as a tensor, which its owner fills, is followed by the groups' own. A scheduler that gives all
+    β₁, but for rules that store a mean of β₁ themselves.
+
+    A rate given as a tensor, which its owner fills, is followed by the groups' own. A scheduler that gives all
     groups one rate breaks the table's proportions: that is warned of once.
     """
 
