@@ -52,7 +52,7 @@ PLAN: dict[str, tuple[Act, dict[str, int]]] = {
     "files of two checkpoints": (damage.mixed, {ONE: 6, FSDP2: 4, ZERO2: 3}),
     "a pickle in a checkpoint": (damage.hostile, {ONE: 7, FSDP2: 5, ZERO2: 5}),
     "a pickle elsewhere": (texts.pickles, {ONE: 10}),
-    "a bad gradient": (ranks.bad_gradient, {ONE: 4, DDP: 4, FSDP2: 4, ZERO2: 3, ZERO3: 1, NODES: 2, TRAINER: 2}),
+    "a bad gradient": (ranks.bad_gradient, {ONE: 4, DDP: 4, FSDP2: 4, ZERO2: 3, ZERO3: 2, NODES: 2, TRAINER: 2}),
     "a bad loss": (ranks.bad_loss, {ONE: 4, DDP: 4, FSDP2: 3, ZERO2: 2, ZERO3: 1, NODES: 1, TRAINER: 2}),
     "hostile text": (texts.text, {ONE: len(texts.TEXTS)}),
     "a growing file": (texts.growing, {ONE: 2}),

@@ -82,6 +82,8 @@ def train_step(
                 job.optimizer.step()
             if job.probe and steps:
                 job.probe.after_step(x)
+            if steps and accelerator.optimizer_step_was_skipped and isinstance(job.plain, symlm.SymOptimizer):
+                job.plain.count_skipped_step()  # which DeepSpeed or the scaler of fp16 did not call
             job.optimizer.zero_grad()
         loss += output.loss.detach() / train.accumulate
     return loss, output
@@ -153,7 +155,7 @@ def run(
                     row |= evaluate(job.model, job.held, accelerator)
             if logged or validated:
                 write(row, folder, accelerator)
-            if (back := job.spikes.go_back(checkpoints, folder, row)) is not None:
+            if (back := job.spikes.go_back(checkpoints, folder, row, lost == PATIENCE)) is not None:
                 bar.update((back - step) * per_step)
                 step, lost = back, 0
                 continue

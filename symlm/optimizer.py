@@ -17,7 +17,7 @@ from symlm.rules import get_rule
 from symlm.state.agreement import Agreement, shapes_of_several_ranks
 from symlm.state.checks import check_parameters, warn_of_no_gradient
 from symlm.state.creation import count_step, create_state
-from symlm.state.loading import FORMAT, fitting, matched, restore_dtypes
+from symlm.state.loading import FORMAT, fitting, groups_in, matched, restore_dtypes
 from symlm.state.originals import Originals
 from symlm.state.schedules import Schedules
 from symlm.step.buckets import buckets_of, bytes_to_receive, join, overlapped
@@ -126,6 +126,11 @@ class SymOptimizer(torch.optim.Optimizer):
         """How many steps were skipped for non-finite gradients (reads the device); under DeepSpeed of all groups."""
         return sum(int(group.get("skipped", 0)) for group in self.param_groups)
 
+    def count_skipped_step(self) -> None:
+        """Count a step that DeepSpeed or a loss scaler skipped by itself, which `step` never learns of."""
+        self.param_groups[0]["skipped"] = torch.as_tensor(self.param_groups[0].get("skipped", 0)).add_(1)
+        self.update_size, self._moved = None, frozenset()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Do one step, in three phases for each batch of equal shapes: momentum, direction, update.
@@ -227,6 +232,7 @@ class SymOptimizer(torch.optim.Optimizer):
             self._loading = (matched if strict else fitting)(given, self.param_groups)
             return self._loading
 
+        groups_in(state_dict)  # before torch copies it
         hook = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)

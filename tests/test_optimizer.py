@@ -176,6 +176,25 @@ def test_a_skipped_group_is_counted_where_groups_step_by_themselves():
     assert opt.skipped_steps == 1
 
 
+def test_a_step_that_others_skipped_is_counted_and_is_in_the_state():
+    model = tiny()
+    opt = symlm.SymOptimizer(model)
+    opt.count_skipped_step()
+    train(model, opt, 1)
+    assert opt.update_size is not None
+    opt.count_skipped_step()
+    assert opt.skipped_steps == 2
+    assert opt.update_size is None
+    again = symlm.SymOptimizer(tiny())
+    again.load_state_dict(opt.state_dict())
+    assert again.skipped_steps == 2
+    model.zero_grad()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    model.lm_head.weight.grad[3, 4] = float("nan")
+    opt.step()
+    assert (opt.skipped_steps, again.skipped_steps) == (3, 2)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_gradients_change_nothing(bad):
     model = tiny()

@@ -151,6 +151,34 @@ def test_whatever_is_drawn_is_refused_by_name_or_trained(preset):
     assert refused < 4  # or nothing was tried
 
 
+class Every(nn.Module):
+    """A parameter of each of the common roles."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.roles = {f"w{k}": role for k, role in enumerate((*TWO_AXES[:-2], "vector"))}
+        for name in self.roles:
+            self.register_parameter(name, nn.Parameter(make_tensor((6, 4), dtype=dtype, device="cpu", low=-1, high=1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", sorted(symlm.PRESETS))
+def test_gradients_at_the_ends_of_fp32_reach_no_weight_as_nan(preset, dtype):
+    """Denormals, in which a product with a floor vanishes; and numbers whose sums over rows are infinite."""
+    for size in (1e-38, 1e-40, 1e-42, 1.4e-45, 3e38):
+        module = Every(dtype)
+        opt = symlm.SymOptimizer(module, preset=preset, roles=module.roles)
+        before = bits(module, opt)
+        for _ in range(3):
+            for p in module.parameters():
+                p.grad = make_tensor(p.shape, dtype=dtype, device="cpu", low=-1, high=1) * size
+            opt.step()
+        assert not [key for key, x in bits(module, opt).items() if x.isnan().any()], size
+        assert all(p.isfinite().all() for p in module.parameters()), size
+        assert opt.skipped_steps == (3 if size > 1 else 0)
+        assert size < 1 or same(before, bits(module, opt))
+
+
 @pytest.mark.parametrize("preset", sorted(symlm.PRESETS))
 def test_a_model_without_memory_gets_the_groups_of_one_with_it(preset):
     rng = random.Random(preset)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from pretraining.checkpoints import Checkpoints
 from pretraining.config import TrainConfig
@@ -73,21 +73,29 @@ class Spikes:
         """Whether a checkpoint would be of a state that the run may want to leave."""
         return bool(self.train.rewind and self.streak)
 
-    def go_back(self, checkpoints: Checkpoints, folder: Path, row: dict[str, Any]) -> int | None:
+    def go_back(self, checkpoints: Checkpoints, folder: Path, row: dict[str, Any], hopeless: bool) -> int | None:
         """Load the last whole checkpoint if it is time, from which the run goes on with the data behind `row`.
+
+        Args:
+            checkpoints: The run's.
+            folder: Of its metrics.
+            row: The last one.
+            hopeless: Whether the run would end here otherwise.
 
         Returns: The checkpoint's step; None where the run goes on as it is.
 
         Raises: SystemExit where going back did not help several times.
         """
-        if not self.train.rewind or self.streak < self.train.rewind:
+        if not self.train.rewind or (self.streak < self.train.rewind and not hopeless):
             return None
-        step, self.streak = row["step"], 0
+        step = row["step"]
         consumed = step + self.passed
-        if not (back := checkpoints.load(self.accelerator)):
+        back = checkpoints.load(self.accelerator)  # and with it the rows that were before it
+        self.streak = 0
+        if not back:
             self.accelerator.print(f"step {step}: there is no checkpoint yet to go back to")
             return None
-        self.passed, self._skipped = consumed - back, getattr(self.optimizer, "skipped_steps", 0)
+        self.passed = consumed - back
         self._tries[back] += 1
         if self._tries[back] > TRIES:
             raise SystemExit(
@@ -102,18 +110,28 @@ class Spikes:
 
     def batches(self, loader: DataLoader, first: int) -> Iterator[Tensor]:
         """Yield the batches behind `first` steps and those passed over; in a run that goes back, round and round."""
-        self._skipped = getattr(self.optimizer, "skipped_steps", 0)
+        if not self.train.rewind:  # with which the count is in the checkpoint
+            self._skipped = getattr(self.optimizer, "skipped_steps", 0)
         consumed = (first + self.passed) * self.train.accumulate
-        skipped = consumed % len(loader) if self.train.rewind else consumed
+        goes_round = self.train.rewind and not isinstance(loader.dataset, IterableDataset)  # whose length nobody knows
+        skipped = consumed % len(loader) if goes_round else consumed
         yield from self.accelerator.skip_first_batches(loader, skipped) if skipped else loader
+        batch: Tensor | None = None
         while self.train.rewind:
-            yield from loader
+            for batch in loader:
+                yield batch
+            if batch is None:
+                return
 
-    def state_dict(self) -> dict[str, int]:
-        return {"passed": self.passed}
+    def state_dict(self) -> dict[str, Any]:
+        rows = {key: list(sizes) for key, sizes in self._before.items()}
+        return {"passed": self.passed, "streak": self.streak, "skipped": self._skipped, "rows": rows}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.passed = state["passed"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.passed, self.streak, self._skipped = state["passed"], state["streak"], state["skipped"]
+        self._before.clear()
+        for key, sizes in state["rows"].items():
+            self._before[key].extend(sizes)
 
     def _roles(self) -> list[str]:
         return list(dict.fromkeys(group.get("role", "all") for group in self.optimizer.param_groups))

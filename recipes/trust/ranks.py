@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import torch
+from pretraining.folder import read_metrics
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -23,11 +24,10 @@ BAD = (float("nan"), float("inf"), -float("inf"))
 
 
 def bad_gradient(run: Run, random: Random, number: int) -> Outcome:
-    """NaN or infinity in one entry of one gradient of one rank: all skip that update together, and count it.
-
-    DeepSpeed makes the update of each group by itself, and its group alone is skipped.
-    """
+    """NaN or infinity in one entry of one gradient of one rank: all skip that update together, and count it."""
     updates = {update: _draw(run, random) for update in sorted(random.sample(range(2, STEPS), run.links))}
+    if run.launcher.config.startswith("zero"):  # which looks at the gradients before it calls the optimizer
+        return _skipped(run, partial(poison_backwards, updates), partial(leave_out_steps, set(updates)), len(updates))
     return _skipped(run, partial(poison_gradients, updates), partial(leave_out_updates, set(updates)), len(updates))
 
 
@@ -92,8 +92,8 @@ def _skipped(run: Run, poison: Before, leave_out: Before, times: int) -> Outcome
         raise Lost("other weights than those of a run without the updates")
     if digest(run.weights) == digest(run.whole.weights):
         raise Lost("nothing was left out")
-    if not run.trainer and '"skipped_steps": 0' in (run.results / "metrics.jsonl").read_text().splitlines()[-1]:
-        raise Lost("what was skipped is not counted")
+    if not run.trainer and (counted := read_metrics(run.results)[-1]["skipped_steps"]) != times:
+        raise Lost(f"{times} steps were skipped, and {counted} counted")
     return [(1, 0.0)] * times
 
 
@@ -112,14 +112,14 @@ def _at_update(act: Any) -> None:
     register_optimizer_step_pre_hook(hook)
 
 
-def _at_forward(act: Any) -> None:
-    """Call `act(number, output)` behind the model's forward pass of every step, the first of which is 1."""
+def _at_forward(act: Callable[[int, torch.nn.Module, Any], Any]) -> None:
+    """Call `act(number, model, output)` behind the model's forward pass of every step, the first of which is 1."""
     steps = count(1)
 
     def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         trains = module.training and torch.is_grad_enabled() and getattr(output, "loss", None) is not None
         if trains and type(module).__name__.endswith("ForCausalLM"):
-            act(next(steps), output)
+            act(next(steps), module, output)
 
     register_module_forward_hook(hook)
 
@@ -138,8 +138,26 @@ def poison_gradients(updates: dict[int, tuple[int, float, float]]) -> None:
     _at_update(act)
 
 
+def poison_backwards(steps: dict[int, tuple[int, float, float]]) -> None:
+    def act(number: int, model: torch.nn.Module, output: Any) -> None:
+        rank, value, where = steps.get(number, (None, 0.0, 0.0))
+        if rank != _rank():
+            return
+        parameters = list(model.parameters())
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            gradient = gradient.clone()
+            gradient.view(-1)[int(where * gradient.numel())] = value
+            return gradient
+
+        handle = parameters[int(where * len(parameters))].register_hook(spoil)
+
+    _at_forward(act)
+
+
 def poison_losses(steps: dict[int, tuple[int, float, float]]) -> None:
-    def act(number: int, output: Any) -> None:
+    def act(number: int, model: torch.nn.Module, output: Any) -> None:
         rank, value, _ = steps.get(number, (None, 0.0, 0.0))
         if rank == _rank():
             output.loss = output.loss * value
@@ -156,7 +174,7 @@ def leave_out_updates(updates: set[int]) -> None:
 def leave_out_steps(steps: set[int]) -> None:
     """Make all calls of the optimizer behind some forward passes do nothing."""
     now = []
-    _at_forward(lambda number, output: now.append(number))
+    _at_forward(lambda number, *_: now.append(number))
     _leave_out(lambda: now[-1] in steps)
 
 

@@ -59,6 +59,12 @@ def _is_warmup(value: Any) -> bool:
     return _is_count(value) or (value == 0 and isinstance(value, int) and not isinstance(value, bool))
 
 
+def _is_counter(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dtype in (torch.int64, torch.int32)
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _is_of_rule(value: Any) -> bool:
     return value is None or is_not_negative(value)
 
@@ -92,6 +98,7 @@ class Kind:
     holds: Callable[[Any], bool]
 
 
+COUNTS = ("step", "skipped")  # which a group counts itself
 MOST_STEPS = 100  # of Newton–Schulz, which has converged to any dtype's rounding long before
 NOT_NEGATIVE = Kind("a finite number, not negative", is_not_negative)
 MEAN = Kind("a finite number from 0 to below 1", _is_mean)
@@ -108,6 +115,7 @@ KINDS = {
     "momentum_warmup": Kind("a whole number, 0 or more", _is_warmup),
     **dict.fromkeys(("gamma", "retained"), Kind("None or a number >= 0", _is_of_rule)),
     "compute_dtype": Kind("'auto' or a floating-point dtype such as 'float32'", _is_compute_dtype),
+    **dict.fromkeys(COUNTS, Kind("a whole number, 0 or more", _is_counter)),
     "role": NAME,
     "view": NAME,
     "constraint": NAME,

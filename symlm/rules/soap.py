@@ -42,8 +42,8 @@ def _unit(M: Tensor) -> Tensor:
 
 def _whitened(P: Tensor, roots: Tensor) -> Tensor:
     """Return `P/√V` by entries, with a floor."""
-    largest = roots.amax((-2, -1), keepdim=True)
-    return P / torch.where(largest > 0, roots + FLOOR * largest, 1.0)
+    bounds = roots + FLOOR * roots.amax((-2, -1), keepdim=True)
+    return P / torch.where(bounds > 0, bounds, 1.0)  # of denormals both may vanish
 
 
 def _refresh(

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from symlm.distributed.layout import layout_of
+from symlm.distributed.tensors import local
 from symlm.routing.options import named_parameters
+from symlm.rules import get_rule
 from symlm.sizes.constraints import get_constraint
+from symlm.state.creation import MEANS, new_state
 
-MEANS = ("momentum", "exp_avg")
+SQUARES = ("exp_avg_sq",)  # of a large gradient they are infinite, and its entry stands still as in torch's AdamW
 
 
 def check_parameters(group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -25,7 +28,7 @@ def check_parameters(group: dict[str, Any], states: Mapping[Tensor, dict[str, An
         RuntimeError: Names the parameter, what it was and what it is, and the remedy. Nothing has moved.
     """
     for name, p in named_parameters(group):
-        mean = next((states[p][key] for key in MEANS if key in states.get(p, ())), None)
+        mean = next((states[p][key] for key in MEANS[:2] if key in states.get(p, ())), None)
         if p.dtype not in (torch.float64, torch.float32, torch.bfloat16) or (
             mean is not None and (p.dtype == torch.float64) != (mean.dtype == torch.float64)
         ):
@@ -62,3 +65,43 @@ def warn_of_no_gradient(groups: Sequence[dict[str, Any]]) -> bool:
         stacklevel=6,
     )
     return True
+
+
+def flaw_of(group: dict[str, Any], name: str, p: Tensor, state: Mapping[str, Any], needed: set[str]) -> str:
+    """Say why no step can go on from a saved state of a parameter.
+
+    Args:
+        group: The parameter group with every option.
+        name: The parameter's name.
+        p: The parameter.
+        state: What was saved of it.
+        needed: The tensors that it must have.
+
+    Returns:
+        What it lacks, or has in another shape or dtype or not finite; nothing for a state that is whole.
+    """
+    if missing := sorted(key for key in needed if not isinstance(state.get(key), Tensor)):
+        return f"lacks {missing}: it is incomplete, save it anew"
+    begun = _begun(group, name, p)
+    for key in sorted(needed | ({"compensation"} & state.keys())):
+        x, first = state[key], begun.get(key, state[key])
+        if x.shape != first.shape:
+            return f"is of another size: its saved {key} is {list(x.shape)}, the parameter is {list(p.shape)}"
+        if x.dtype != first.dtype and not (x.is_floating_point() and first.is_floating_point()):
+            return f"is damaged: its saved {key} is {x.dtype}; take another checkpoint"
+        if local(x).is_meta != local(p).is_meta:
+            return f"is incomplete: its saved {key} has no numbers; take another checkpoint"
+        if not local(p).is_meta and not _can_go_on(key, local(x)):
+            return f"is damaged: its saved {key} is not finite; take another checkpoint, or the rest by strict=False"
+    return ""
+
+
+def _can_go_on(key: str, x: Tensor) -> bool:
+    return not x.isnan().any() if key in SQUARES else bool(x.isfinite().all())
+
+
+def _begun(group: dict[str, Any], name: str, p: Tensor) -> Mapping[str, Tensor]:
+    """Return the state of a parameter before a first step, without memory; of shards and partitions the means alone."""
+    if hasattr(p, "placements") or (p.ndim < 2 and not get_rule(group["rule"]).elementwise):
+        return dict.fromkeys(MEANS, p) if group["momentum_dtype"] != "int8" else {}
+    return new_state(group, name, torch.empty_like(p, device="meta"), [])

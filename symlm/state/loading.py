@@ -11,8 +11,10 @@ from torch import Tensor
 
 from symlm.polar.precision import accumulation_dtype
 from symlm.routing.options import DEFAULTS, ROUTED, check_group, named_parameters
+from symlm.routing.values import COUNTS, check_values
 from symlm.rules import get_rule
-from symlm.state.creation import MEANS, stored_keys
+from symlm.state.checks import flaw_of
+from symlm.state.creation import stored_keys
 from symlm.state.names import Place, names_of, places_of, some
 
 FORMAT = 1  # of what state_dict() returns; a state without a number is of before there was one
@@ -42,12 +44,12 @@ def matched(state_dict: State, groups: Sequence[State]) -> State:
             incomplete.
     """
     result: State = {"state": {}, "param_groups": []}
-    for (theirs, order), ours in zip(_pairs(_groups_in(state_dict), groups), groups, strict=True):
+    for (theirs, order), ours in zip(_pairs(groups_in(state_dict), groups), groups, strict=True):
         first = sum(len(group["params"]) for group in result["param_groups"])
         indices = [theirs["params"][k] for k in order]
         for number, (index, (name, p)) in enumerate(zip(indices, named_parameters(ours), strict=True), start=first):
             if index in state_dict["state"]:
-                result["state"][number] = _completed(theirs, name, p, state_dict["state"][index])
+                result["state"][number] = _completed({**DEFAULTS, **theirs}, name, p, state_dict["state"][index])
         options: State = {**DEFAULTS, **theirs}
         options.pop("param_names", None)
         own_names: State = {key: ours[key] for key in ("param_names", "name") if key in ours}
@@ -73,7 +75,7 @@ def fitting(state_dict: State, groups: Sequence[State]) -> State:
     Raises:
         ValueError: The state is of another optimizer, or of a newer format.
     """
-    saved = _groups_in(state_dict)
+    saved = groups_in(state_dict)
     places, extra = places_of(saved, groups)
     result: State = {"state": {}, "param_groups": []}
     lost = Counter(f"{name}, which this optimizer does not have" for name in extra)
@@ -83,7 +85,7 @@ def fitting(state_dict: State, groups: Sequence[State]) -> State:
         numbers = list(range(number, number + len(ours["params"])))
         result["param_groups"].append({**ours, **counted, "params": numbers})
         for place, (name, p) in zip_longest(row[: len(numbers)], named_parameters(ours)):
-            before, taken = _taken(place, ours, p, state_dict["state"])
+            before, taken = _taken(place, ours, name, p, state_dict["state"])
             result["state"] |= {number: taken} if taken else {}
             left = ", ".join(sorted(before.keys() - taken.keys()))
             lost.update([f"{left} of {ours['role']}"] if left else [] if place else [f"{name}, which it does not have"])
@@ -110,9 +112,16 @@ def restore_dtypes(state: Mapping[Tensor, State], saved: Mapping[int, State], gr
                 state[p][key] = value.to(device=p.device, copy=True)
 
 
-def _groups_in(state_dict: State) -> list[State]:
-    """Return the groups of a saved state.  Raises: ValueError for another optimizer's, or a format from the future."""
-    if not {"state", "param_groups"} <= set(state_dict):
+def groups_in(state_dict: State) -> list[State]:
+    """Return the groups of a saved state.
+
+    Args:
+        state_dict: What may be the state of a SymOptimizer.
+
+    Raises:
+        ValueError: It is another optimizer's, no state at all, or of a format from the future.
+    """
+    if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict) and _is_one(state_dict)):
         raise ValueError("this is not the state of a SymOptimizer: it has no 'state' and 'param_groups'")
     if (version := state_dict.get("format", FORMAT)) not in range(1, FORMAT + 1):
         raise ValueError(
@@ -122,7 +131,17 @@ def _groups_in(state_dict: State) -> list[State]:
     for group in state_dict["param_groups"]:
         if missing := [key for key in (*ROUTED, "params") if key not in group]:
             raise ValueError(f"this is not the state of a SymOptimizer: a group of it has no {missing[0]!r}")
+        check_values(f"group {group['role']} of the state", {key: group[key] for key in COUNTS if key in group})
+        if lists := [key for key in ("params", "param_names") if not isinstance(group.get(key, []), list | tuple)]:
+            raise ValueError(f"group {group['role']} of the state: {lists[0]} must be a list, got {group[lists[0]]!r}")
     return state_dict["param_groups"]
+
+
+def _is_one(state_dict: State) -> bool:
+    """Tell whether what a state consists of is what a state consists of."""
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    parts = [*states.values(), *groups] if isinstance(states, Mapping) and isinstance(groups, list | tuple) else [None]
+    return all(isinstance(part, Mapping) for part in parts)
 
 
 def _pairs(saved: Sequence[State], groups: Sequence[State]) -> list[tuple[State, list[int]]]:
@@ -158,7 +177,7 @@ def _check_table(theirs: State, ours: State) -> None:
         )
 
 
-def _taken(place: Place | None, ours: State, p: Tensor, states: Mapping[Any, State]) -> tuple[State, State]:
+def _taken(place: Place | None, ours: State, name: str, p: Tensor, states: Mapping[Any, State]) -> tuple[State, State]:
     """Return one parameter's saved state, and what of it means the same in our group."""
     if place is None:
         return {}, {}
@@ -167,31 +186,24 @@ def _taken(place: Place | None, ours: State, p: Tensor, states: Mapping[Any, Sta
     stores = HOW_A_RULE_STORES + (("rotation",) if get_rule(ours["rule"]).pull else ())
     same = all(theirs.get(key, DEFAULTS.get(key)) == ours[key] for key in stores)
     wanted = stored_keys(ours) if same or get_rule(ours["rule"]).elementwise else {"momentum"}
-    of_its_shape = all(state[key].shape == p.shape for key in MEANS if key in state)
     of_its_kind = theirs.get("momentum_of", DEFAULTS["momentum_of"]) == ours["momentum_of"]
-    if not (of_its_shape and of_its_kind and wanted <= state.keys()):
-        return state, {}
-    besides = {"compensation"} & state.keys() if ours["rounding"] == "compensated" else set()
-    taken = {key: state[key] for key in wanted | besides}
-    if "momentum" in taken and accumulation_dtype(p.dtype) == torch.float32:
-        taken["momentum"] = taken["momentum"].to(getattr(torch, ours["momentum_dtype"]))
-    return state, taken
+    besides = {"compensation"} if ours["rounding"] == "compensated" else set()
+    taken = {key: state[key] for key in (wanted | besides) & state.keys()}
+    M, dtype = taken.get("momentum"), getattr(torch, ours["momentum_dtype"])
+    if isinstance(M, Tensor) and accumulation_dtype(p.dtype) == torch.float32:
+        taken["momentum"] = M.to(dtype) if M.is_floating_point() and dtype.is_floating_point else M
+    return state, (taken if of_its_kind and not flaw_of(ours, name, p, taken, wanted) else {})
 
 
 def _completed(group: State, name: str, p: Tensor, state: State) -> State:
     """Return one parameter's saved state with its count of steps as a tensor.
 
-    Raises: ValueError for a state of another shape, or without what the rule stores.
+    Raises: ValueError for a state from which no step can go on.
     """
-    tensors = {key for key, value in _with_count(state).items() if isinstance(value, Tensor)}
-    if missing := sorted(stored_keys(group) - tensors):
-        raise ValueError(
-            f"the state of {name} ({group['role']}, {group['rule']}) lacks {missing}: it is incomplete, save it anew"
-        )
-    for key in MEANS:
-        if key in state and state[key].shape != p.shape:
-            raise ValueError(f"{name}: its saved {key} is {list(state[key].shape)}, the parameter is {list(p.shape)}")
-    return _with_count(state)
+    state = _with_count(state)
+    if flaw := flaw_of(group, name, p, state, stored_keys(group)):
+        raise ValueError(f"the state of {name} ({group['role']}, {group['rule']}) {flaw}")
+    return state
 
 
 def _with_count(state: State) -> State:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from symlm.routing.values import check_values
+from symlm.rules import get_rule
 
 Group = dict[str, Any]
 
@@ -14,7 +15,9 @@ class Schedules:
     """Watch the rates and betas of parameter groups, which schedulers write to.
 
     A scheduler that cycles momentum writes to `betas` where an optimizer has them: every group's momentum follows its
-    β₁. A rate given as a tensor, which its owner fills, is followed by the groups' own. A scheduler that gives all
+    β₁, but for rules that store a mean of β₁ themselves.
+
+    A rate given as a tensor, which its owner fills, is followed by the groups' own. A scheduler that gives all
     groups one rate breaks the table's proportions: that is warned of once.
     """
 
@@ -52,7 +55,8 @@ class Schedules:
         for k, group in enumerate(groups):
             if group["betas"][0] != self._beta1[k] or "max_momentum" in group:  # which torch's cyclic schedulers leave
                 self._beta1[k] = group["betas"][0]
-                group["momentum"] = group["betas"][0]
+                if not get_rule(group["rule"]).own_mean:  # whose mean is of β₁ already
+                    group["momentum"] = group["betas"][0]
         self._follow_tensor(groups, _dial_of(groups, dial))
         self._check_proportions(groups)
 

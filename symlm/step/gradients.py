@@ -16,6 +16,9 @@ from symlm.distributed.collectives import anywhere
 from symlm.rules import get_rule
 from symlm.step.member import Member
 
+# Entries from here on count as not finite: sums of a million of them, as over a vocabulary, would not be.
+LARGEST = 2.0**107
+
 
 def examine(pairs: Sequence[tuple[dict[str, Any], Member]], common: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Check on all ranks whether all gradients are finite, and mark the matrices that have a gradient.
@@ -36,14 +39,14 @@ def examine(pairs: Sequence[tuple[dict[str, Any], Member]], common: Mapping[str,
     device, on_cpu = members[0].gradient.device, members[0].gradient.device.type == "cpu"
     pieces = [_matrices_of(member) for member in members]
     sizes = _sizes([piece for part in pieces for piece in part], device)
-    if on_cpu and not common and all(0 < size < torch.inf for size in sizes.tolist()):
+    if on_cpu and not common and all(0 < size < LARGEST for size in sizes.tolist()):
         return ~anywhere(torch.zeros((), dtype=torch.bool))
     counts = [len(part) for part in pieces]
     places, total = {}, 1
     for name, shape in common.items():
         places[name], total = total, total + (shape[0] if len(shape) == 3 else 1)
     flags = torch.zeros(total, dtype=torch.bool, device=device)
-    flags[0] = ~sizes.isfinite().all()
+    flags[0] = ~(sizes < LARGEST).all()
     for member, nonzero in zip(members, (sizes != 0).split(counts), strict=True):
         if member.name in places and len(nonzero):
             flags[_flags_of(member, places[member.name])] = nonzero
@@ -85,7 +88,7 @@ def _sizes(tensors: list[Tensor], device: torch.device) -> Tensor:
         return torch.stack([size.to(device) for size in torch._foreach_norm(tensors, torch.inf)])
     # Euclidean norms are eight times faster there, but squares overflow and vanish: then the entries are looked at.
     sizes = torch.stack([size.float() for size in torch._foreach_norm(tensors)])
-    for k in (k for k, size in enumerate(sizes.tolist()) if not 0 < size < torch.inf):
+    for k in (k for k, size in enumerate(sizes.tolist()) if not 0 < size < LARGEST):
         low, high = torch.aminmax(tensors[k])
         sizes[k] = torch.maximum(high, -low)
     return sizes
@@ -102,7 +105,7 @@ def refuse_nonfinite(members: Sequence[Member], finite: Tensor) -> None:
         FloatingPointError: They are not; names this rank's parameters whose gradients are not.
     """
     if not finite:
-        bad = [member.name for member in members if not member.gradient.isfinite().all()]
+        bad = [member.name for member in members if not (member.gradient.abs() < LARGEST).all()]
         raise FloatingPointError(f"non-finite gradients in {bad or 'other ranks'}; nothing was updated")
 
 

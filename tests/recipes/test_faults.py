@@ -80,3 +80,13 @@ def test_a_rank_with_another_table_writes_nothing_and_the_restart_goes_on(tmp_pa
     faults.main(tmp_path, tmp_path / "faults.json", seed=seed, names=names, launchers=launchers, most=1)
     (record,) = recorded(tmp_path / "faults.json").values()
     assert record["survived"] == record["tried"] == 1, record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize("fault", ["a bad loss", "a bad gradient"])
+def test_what_deepspeed_skips_by_itself_is_counted(tmp_path, launcher, fault):
+    names, launchers = (fault,), (launcher,)
+    faults.main(tmp_path, tmp_path / "faults.json", names=names, launchers=launchers, most=1, links=1)
+    (record,) = recorded(tmp_path / "faults.json").values()
+    assert record["survived"] == record["tried"] == 1, record

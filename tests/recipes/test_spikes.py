@@ -4,14 +4,20 @@ import json
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
+import trust.runs
 from accelerate import Accelerator
 from models import tiny
 from pretraining.config import TrainConfig
+from pretraining.folder import read_metrics
 from pretraining.spikes import ROWS, Spikes
 from recipe import SCRIPT, command, write_text
+from torch.utils.data import DataLoader, IterableDataset
+from trust.launchers import warm_up
+from trust.ranks import poison_losses
 
 import symlm
 
@@ -108,3 +114,58 @@ def test_a_spike_is_what_leaves_the_spread_of_the_rows_before(capsys):
     spikes.look()
     spikes.judge({"step": 34, "train/loss": 9.0})
     assert spikes.streak == 1
+
+
+def judged(spikes, losses, first=0):
+    """Return the streak of bad rows behind each loss."""
+    streaks = []
+    for step, loss in enumerate(losses, start=first):
+        spikes.judge({"step": step, "train/loss": loss})
+        streaks.append(spikes.streak)
+    return streaks
+
+
+def test_behind_going_back_losses_are_compared_with_those_before_the_checkpoint():
+    spikes, other = (Spikes(symlm.SymOptimizer(tiny()), Accelerator(cpu=True), TrainConfig(rewind=2)) for _ in range(2))
+    falling = [6 / (1 + 0.1 * step) for step in range(60)]
+    assert set(judged(spikes, falling[:12])) == {0}
+    state = json.loads(json.dumps(spikes.state_dict()))
+    assert set(judged(spikes, falling[12:], 12)) == {0}
+    assert judged(spikes, falling[12:13]) == [1]  # what was usual long ago
+    for resumed in (spikes, other):
+        resumed.load_state_dict(state)
+        assert judged(resumed, [*falling[12:16], 20.0]) == [0, 0, 0, 0, 1]
+
+
+class Stream(IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        yield from self.items
+
+
+@pytest.mark.parametrize(("items", "streamed"), [(range(4), True), (range(4), False), (range(0), True)])
+def test_data_go_round_in_a_run_that_goes_back(items, streamed):
+    spikes = Spikes(symlm.SymOptimizer(tiny()), Accelerator(cpu=True), TrainConfig(rewind=2))
+    batches = spikes.batches(DataLoader(Stream(items) if streamed else list(items), batch_size=1), 1)
+    assert [x.item() for x, _ in zip(batches, range(6), strict=False)] == [*items[1:], *items, *items][:6]
+
+
+LAUNCHED = ["DDP", "FSDP2", "ZeRO-2", "ZeRO-3"]
+
+
+@pytest.mark.parametrize("launcher", ["one process", *(pytest.param(x, marks=pytest.mark.slow) for x in LAUNCHED)])
+def test_a_run_whose_loss_is_none_goes_back_under_every_launcher(tmp_path, launcher):
+    """Three losses that are no number end a run, if it does not go back: whatever it was asked to wait for."""
+    trust.runs.write_text(tmp_path / "text")
+    warm_up()
+    run = trust.runs.Run(tmp_path / "run", launcher, tmp_path)
+    run.more = ("--train.rewind=5",)
+    job = run.start(before=partial(poison_losses, {step: (0, float("nan"), 0.0) for step in (8, 9, 10)}))
+    assert not any(run.end()), job.text[-3000:]
+    assert job.text.count("step 10: back to step 6, and on with other data") == 1
+    rows = read_metrics(run.results)
+    assert [row["rewind/from"] for row in rows if "rewind/from" in row] == [10]
+    assert [row["step"] for row in rows] == [*range(1, 7), 6, *range(7, trust.runs.STEPS + 1)]
+    assert rows[-1]["skipped_steps"] == 0

@@ -1,5 +1,6 @@
 """A state goes to the parameters of its names, whoever saved it, or is refused before anything changes."""
 
+import copy
 import warnings
 
 import pytest
@@ -58,6 +59,16 @@ def test_one_prefix_may_be_another(before, after):
         (lambda state: state["state"][0].update(step=None), r"lacks \['step'\]"),
         (lambda state: state["state"][0].update(momentum=[1.0]), r"lacks \['momentum'\]"),
         (lambda state: state["state"][0].update(momentum=torch.ones(2)), r"its saved momentum is \[2\]"),
+        (lambda state: state.update(state=None), "has no 'state' and 'param_groups'"),
+        (lambda state: state.update(state={0: None}), "has no 'state' and 'param_groups'"),
+        (lambda state: state.update(param_groups=[None]), "has no 'state' and 'param_groups'"),
+        (lambda state: state["param_groups"][0].update(params=3), "params must be a list, got 3"),
+        (lambda state: state["param_groups"][0].update(param_names=None), "param_names must be a list, got None"),
+        (lambda state: state["param_groups"][0].update(step="x"), "step must be a whole number, 0 or more, got 'x'"),
+        (
+            lambda state: state["param_groups"][0].update(skipped=-1),
+            "skipped must be a whole number, 0 or more, got -1",
+        ),
     ],
 )
 def test_a_damaged_state_is_refused_and_the_optimizer_goes_on(change, message):
@@ -70,6 +81,53 @@ def test_a_damaged_state_is_refused_and_the_optimizer_goes_on(change, message):
         opt.load_state_dict(state)
     assert torch.equal(opt.state[model["emb"].weight]["momentum"], before)
     opt.step()
+
+
+DAMAGES = {
+    "type": (lambda x: None, "lacks"),
+    "shape": (lambda x: torch.zeros(3, 3, 3, 3), "is of another size: its saved"),
+    "whole numbers": (lambda x: x.to(torch.int64), r"is damaged: its saved \w+ is torch.int64"),
+    "complex": (lambda x: x.to(torch.complex64), r"is damaged: its saved \w+ is torch.complex64"),
+    "meta": (lambda x: x.to("meta"), "has no numbers"),
+    "nan": (lambda x: torch.full_like(x, torch.nan, dtype=torch.float32), "is not finite|is torch.float32"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "kl-soap"}, {"momentum_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_any_damaged_tensor_is_refused_or_begun_anew(damage, options):
+    """Also what a rule stores beside its momentum: it would fail in the middle of a step, or reach a weight."""
+    change, message = DAMAGES[damage]
+    good = made(Three(), **options).state_dict()
+    for index, key in [(index, key) for index, state in good["state"].items() for key in state]:
+        state = copy.deepcopy(good)
+        state["state"][index][key] = change(state["state"][index][key])
+        model = Three()
+        opt = made(model, 1, **options)
+        before = {(p, key): x.clone() for p, of in opt.state.items() for key, x in of.items()}
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(state)
+        assert all(torch.equal(opt.state[p][key], x) for (p, key), x in before.items())
+        with pytest.warns(UserWarning, match=f"begun anew: .*{key}"):
+            opt.load_state_dict(state, strict=False)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_levels_of_eight_bits_are_no_momentum():
+    model = Three()
+    opt = symlm.SymOptimizer(model)
+    with pytest.warns(UserWarning, match="begun anew: momentum"):
+        opt.load_state_dict(made(Three(), momentum_dtype="int8").state_dict(), strict=False)
+    assert model.mid.weight not in opt.state
+
+
+@pytest.mark.parametrize("state", [None, "state", [{}]])
+def test_what_is_no_state_at_all_is_refused(state):
+    with pytest.raises(ValueError, match="this is not the state of a SymOptimizer"):
+        symlm.SymOptimizer(Three()).load_state_dict(state)
 
 
 def test_a_state_that_lacks_a_tensor_before_a_step_is_completed():

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnP
 from torch.optim.swa_utils import SWALR
 
 import symlm
+from symlm.rules import get_rule
 
 
 def step(model, opt, scheduler=None, steps=1):
@@ -39,6 +40,19 @@ def test_every_groups_momentum_is_cycled(make):
         scheduler.step()
     assert len(seen) > 3
     assert max(seen) == 0.9
+
+
+@pytest.mark.parametrize("preset", ["kl-soap", "dion"])
+def test_a_rule_with_a_mean_of_its_own_is_cycled_once(preset):
+    opt = symlm.SymOptimizer(model := tiny(), preset=preset)
+    rates = [group["lr"] for group in opt.param_groups]
+    scheduler = OneCycleLR(opt, max_lr=rates, total_steps=10, base_momentum=0.6, max_momentum=0.9)
+    own = [get_rule(group["rule"]).own_mean for group in opt.param_groups]
+    assert any(own)
+    step(model, opt, scheduler)
+    assert [group["momentum"] for group in opt.param_groups] == [0.0 if alone else 0.9 for alone in own]
+    step(model, opt)
+    assert all(0.6 < group["betas"][0] < 0.9 for group in opt.param_groups)
 
 
 def test_momenta_of_the_table_stay_where_nobody_cycles_them():
