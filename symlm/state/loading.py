@@ -138,7 +138,7 @@ def groups_in(state_dict: State) -> list[State]:
 
 
 def _is_one(state_dict: State) -> bool:
-    """Tell whether what a state consists of is what a state consists of."""
+    """Return whether states and groups are mappings, in the containers that a state has."""
     states, groups = state_dict["state"], state_dict["param_groups"]
     parts = [*states.values(), *groups] if isinstance(states, Mapping) and isinstance(groups, list | tuple) else [None]
     return all(isinstance(part, Mapping) for part in parts)
