@@ -17,7 +17,7 @@ from symlm.rules import get_rule
 from symlm.state.agreement import Agreement, shapes_of_several_ranks
 from symlm.state.checks import check_parameters, warn_of_no_gradient
 from symlm.state.creation import count_step, create_state
-from symlm.state.loading import FORMAT, fitting, groups_in, matched, restore_dtypes
+from symlm.state.loading import FORMAT, fitting, matched, refuse_other_than_mapping, restore_dtypes
 from symlm.state.originals import Originals
 from symlm.state.schedules import Schedules
 from symlm.step.buckets import buckets_of, bytes_to_receive, join, overlapped
@@ -232,7 +232,7 @@ class SymOptimizer(torch.optim.Optimizer):
             self._loading = (matched if strict else fitting)(given, self.param_groups)
             return self._loading
 
-        groups_in(state_dict)  # before torch copies it
+        refuse_other_than_mapping(state_dict)  # which torch copies before it calls hooks
         hook = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)

@@ -44,7 +44,7 @@ def matched(state_dict: State, groups: Sequence[State]) -> State:
             incomplete.
     """
     result: State = {"state": {}, "param_groups": []}
-    for (theirs, order), ours in zip(_pairs(groups_in(state_dict), groups), groups, strict=True):
+    for (theirs, order), ours in zip(_pairs(_groups_in(state_dict), groups), groups, strict=True):
         first = sum(len(group["params"]) for group in result["param_groups"])
         indices = [theirs["params"][k] for k in order]
         for number, (index, (name, p)) in enumerate(zip(indices, named_parameters(ours), strict=True), start=first):
@@ -75,7 +75,7 @@ def fitting(state_dict: State, groups: Sequence[State]) -> State:
     Raises:
         ValueError: The state is of another optimizer, or of a newer format.
     """
-    saved = groups_in(state_dict)
+    saved = _groups_in(state_dict)
     places, extra = places_of(saved, groups)
     result: State = {"state": {}, "param_groups": []}
     lost = Counter(f"{name}, which this optimizer does not have" for name in extra)
@@ -112,16 +112,22 @@ def restore_dtypes(state: Mapping[Tensor, State], saved: Mapping[int, State], gr
                 state[p][key] = value.to(device=p.device, copy=True)
 
 
-def groups_in(state_dict: State) -> list[State]:
-    """Return the groups of a saved state.
+def refuse_other_than_mapping(state_dict: Any) -> None:
+    """Refuse what is no state at all.
 
     Args:
         state_dict: What may be the state of a SymOptimizer.
 
     Raises:
-        ValueError: It is another optimizer's, no state at all, or of a format from the future.
+        ValueError: It is no mapping.
     """
-    if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict) and _is_one(state_dict)):
+    if not isinstance(state_dict, Mapping):
+        raise ValueError("this is not the state of a SymOptimizer: it has no 'state' and 'param_groups'")
+
+
+def _groups_in(state_dict: State) -> list[State]:
+    """Return the groups of a saved state.  Raises: ValueError for another optimizer's, or a format from the future."""
+    if not ({"state", "param_groups"} <= set(state_dict) and _is_one(state_dict)):
         raise ValueError("this is not the state of a SymOptimizer: it has no 'state' and 'param_groups'")
     if (version := state_dict.get("format", FORMAT)) not in range(1, FORMAT + 1):
         raise ValueError(
