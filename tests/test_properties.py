@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import make_tensor
 
 import symlm
+from symlm.rules.soap import FIRST_VALUE
 
 PACKAGE = str(Path(symlm.__file__).parent)
 SIZES = (0, 1, 1, 2, 3, 5, 8, 17)
@@ -80,12 +81,15 @@ def bits(module, opt):
 
 
 def same(before, after):
-    """Compare all numbers; a state that was not there before is as it begins: zeros, or a rotation that is none."""
+    """Compare all numbers; a state that was not there before is as it begins, see `is_a_beginning`."""
     return all(torch.equal(x, before[key]) if key in before else is_a_beginning(x) for key, x in after.items())
 
 
 def is_a_beginning(x):
-    return not x.any() or torch.equal(x, torch.eye(*x.shape[-2:]).to(x).expand_as(x))
+    """Tell whether a state is zeros, a rotation that is none, or KL-SOAP's first eigenvalues."""
+    if not x.any() or bool((x == torch.tensor(FIRST_VALUE, dtype=x.dtype)).all()):
+        return True
+    return torch.equal(x, torch.eye(*x.shape[-2:]).to(x).expand_as(x))
 
 
 def step(rng, module, opt):
