@@ -27,7 +27,7 @@ class EMANesterov(StepFollower):
         until: The share at which it ends.
 
     Raises:
-        ValueError: A share is not from 0 to 1, or there are no steps in which to look ahead.
+        ValueError: A share is not from 0 to 1, or there are no steps to extrapolate in.
 
     Source:
         arXiv 2605.25395; modded-nanogpt, track 3: 0.3 and 0.99 from step 300 to 1,950 of 2,900.

@@ -157,9 +157,7 @@ def minimize(
     Source:
         arXiv 2506.13710, algorithm 1.
     """
-    if x.ndim != 1 or (B is not None and B.shape != (len(x), len(x))):
-        got = [[*x.shape], None if B is None else [*B.shape]]
-        raise ValueError(f"minimize needs a vector x, (n,), and a metric B of (n, n), got {got[0]} and {got[1]}")
+    _refuse_other_shapes(x, B)
     metric, hessian = Metric(B), hessian or exact(f)
     gradient = torch.func.grad_and_value(f)
     record: list[Step] = []
@@ -188,6 +186,13 @@ def minimize(
         gamma = max(2 * gamma, SMALLEST)
         x, g, value = x + h, g_new, new
     return Minimum(x, float(value), reason, solves, record)
+
+
+def _refuse_other_shapes(x: Tensor, B: Tensor | None) -> None:
+    """Raise ValueError unless x is a vector and the metric as wide."""
+    if x.ndim != 1 or (B is not None and B.shape != (len(x), len(x))):
+        got = [[*x.shape], None if B is None else [*B.shape]]
+        raise ValueError(f"minimize needs a vector x, (n,), and a metric B of (n, n), got {got[0]} and {got[1]}")
 
 
 def _reason(value: Tensor, size: Tensor, done: int, steps: int, target: float | None, tolerance: float) -> str | None:
