@@ -53,7 +53,7 @@ class EMANesterov(StepFollower):
     @torch.no_grad()
     def _before_step(self) -> None:
         """Before the first step, remember the weights that it begins at."""
-        if not self.steps:
+        if self.steps == 0 < self.last:
             self._first_weights = [wide_copy(p) for p in averaged(self.optimizer)]
 
     def remove(self) -> None:
@@ -73,12 +73,13 @@ class EMANesterov(StepFollower):
 
     def _follow(self) -> None:
         """Behind a step, take it into the mean and extrapolate for the next."""
+        if self.steps > self.last:
+            return
         parameters = averaged(self.optimizer)
         for p, start in zip(parameters, self._first_weights or parameters, strict=True):
             x, state = wide_copy(p), self.optimizer.state[p]
             m, before = stored(state, "mean_step", torch.zeros_like(x)), stored(state, "iterate", start.to(x.dtype))
-            if self.steps <= self.last:
-                m.lerp_(x - before, 1 - self.decay)
+            m.lerp_(x - before, 1 - self.decay)
             state["iterate"] = x
             if self.is_ahead:
                 p.copy_(x.add(m, alpha=self.beta()))
