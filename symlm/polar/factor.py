@@ -57,14 +57,7 @@ def polar(
     Source:
         Higham 2008, ch. 8; arXiv 2505.16932 (Polar Express); Nakatsukasa & Higham 2013 (QDWH).
     """
-    if M.ndim < 2:
-        raise ValueError(f"polar expects matrices (..., m, n), got shape {tuple(M.shape)}; reshape M")
-    if not M.is_floating_point():
-        raise TypeError(f"polar expects a real floating-point matrix, got {M.dtype}; convert M, e.g. to torch.float32")
-    if method not in METHODS:
-        raise ValueError(f"unknown polar method {method!r}; choose one of {METHODS}")
-    if side not in (None, "left", "right"):
-        raise ValueError(f"side is 'left', 'right' or None, got {side!r}; None forms the smaller Gram matrix")
+    _refuse_unusable(M, method, side)
     if M.numel() == 0:
         return torch.zeros_like(M)
     m, n = M.shape[-2:]
@@ -81,6 +74,18 @@ def polar(
         divided = [iteration(_normalize(part, iteration.bound, iteration.dtype)) for part in _parts(X)]
         U = torch.cat(divided) if len(divided) > 1 else divided[0]
     return (U.mT if flipped else U).to(M.dtype).reshape(M.shape)
+
+
+def _refuse_unusable(M: Tensor, method: str, side: str | None) -> None:
+    """Raise what `polar` raises for no real matrices, or an unknown method or side."""
+    if M.ndim < 2:
+        raise ValueError(f"polar expects matrices (..., m, n), got shape {tuple(M.shape)}; reshape M")
+    if not M.is_floating_point():
+        raise TypeError(f"polar expects a real floating-point matrix, got {M.dtype}; convert M, e.g. to torch.float32")
+    if method not in METHODS:
+        raise ValueError(f"unknown polar method {method!r}; choose one of {METHODS}")
+    if side not in (None, "left", "right"):
+        raise ValueError(f"side is 'left', 'right' or None, got {side!r}; None forms the smaller Gram matrix")
 
 
 def _parts(X: Tensor) -> Sequence[Tensor]:
