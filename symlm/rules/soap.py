@@ -118,6 +118,10 @@ def soap_rows_polar(M: Tensor, polar: Polar, right_basis: Tensor, roots: Tensor)
 
 FIRST_VALUE = 0.1  # λ before the first step, of the source's code
 
+# A gradient that many times the first begins anew: beside its square nothing of what was is left in fp32, and its
+# fourth power has to stay finite.
+FORGOTTEN = 1e8
+
 VALUES = State(lambda M: torch.full_like(M[..., :1], FIRST_VALUE), "left", lambda v, L: v)
 KL = {
     **LEFT,
@@ -170,7 +174,10 @@ def _refresh_kl(
         x.to(X.dtype)
         for x in (left_gram, right_gram, left_basis, right_basis, left_values, right_values, coordinates, roots, size)
     )
-    s = torch.where(s > 0, s, _rms(X))
+    begins = _rms(X) > FORGOTTEN * s
+    s = torch.where(begins, _rms(X), s)
+    A, B, P, V = (torch.where(begins, 0.0, x) for x in (A, B, P, V))
+    a, b = (torch.where(begins, FIRST_VALUE, x) for x in (a, b))
     G = X / torch.where(s > 0, s, 1.0)
     mean = Q @ P @ R.mT
     Q, R = _ahead(A, Q, G @ G.mT), _ahead(B, R, G.mT @ G)
@@ -204,7 +211,8 @@ def kl_soap(
     """Return `Q_a (P/√V) Q_bᵀ`, Adam in the eigenbases of two factors that whiten each other.
 
     `S_a` is the mean of `GS_b⁻¹Gᵀ/n` and `S_b` that of `GᵀS_a⁻¹G/m`, of β₂; `S⁻¹ = QΛ⁻¹Qᵀ`, λ the mean of the diagonal
-    in Q. A basis is one power step and a QR ahead of the last. M is the gradient, in units of its first RMS.
+    in Q. A basis is one power step and a QR ahead of the last. M is the gradient, in units of its first RMS; a gradient
+    1e8 times as large begins anew.
 
     Args:
         M: The gradient, (..., m, n).

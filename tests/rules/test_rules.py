@@ -328,6 +328,16 @@ def test_a_mean_before_a_rule_with_one_is_refused(name):
         symlm.SymOptimizer(tiny(), overrides={"mlp_in": {"rule": name}})
 
 
+def test_kl_soap_begins_anew_at_a_gradient_far_beyond_the_first():
+    rule, G = RULES["kl_soap"], matrix((7, 12), seed=1).float()
+    kwargs = {"beta1": 0.9, "beta2": 0.98}
+    noise = rule.refreshed(matrix((7, 12)).float() * 1e-41, rule.start(G), **kwargs)
+    bases = {key: noise[key] for key in ("left_basis", "right_basis")}
+    found, expected = rule.refreshed(G, noise, **kwargs), rule.refreshed(G, rule.start(G) | bases, **kwargs)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(x.isfinite().all() for x in found.values())
+
+
 def test_soap_is_its_formula_over_steps():
     rule = RULES["soap_polar"]
     state = rule.start(matrix((7, 12)))
