@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from symlm_kernels.reference import is_plain, normal
+from symlm_kernels.reference import SMALLEST_PLAIN, is_plain, normal
 from symlm_kernels.selection import select_products
 from torch import Tensor
 
@@ -159,9 +159,9 @@ def _normalize(X: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
     wide = X.to(torch.promote_types(accumulation_dtype(X.dtype), dtype))
     axes, on_cpu = (-2, -1), wide.device.type == "cpu"
     norm = torch.linalg.vector_norm(wide, dim=axes, keepdim=True) if on_cpu else None
-    if norm is None or not (plain := is_plain(norm)).all():
+    if norm is None or not all(SMALLEST_PLAIN < size < 1 / SMALLEST_PLAIN for size in norm.flatten().tolist()):
         largest = normal(torch.maximum(wide.amax(dim=axes, keepdim=True), -wide.amin(dim=axes, keepdim=True)))
-        wide = wide / (largest if norm is None else torch.where(plain, 1.0, largest))
+        wide = wide / (largest if norm is None else torch.where(is_plain(norm), 1.0, largest))
         norm = torch.linalg.vector_norm(wide, dim=axes, keepdim=True)
     size = normal(norm) * bound
     if on_cpu:

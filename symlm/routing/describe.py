@@ -31,7 +31,8 @@ class RoutedParameter:
         view: The view as text, see `symlm.views.MatrixView`.
         rule: The name of the rule.
         scale: The name of the scale.
-        constraint: What a step may do to the weight's size, see `symlm.sizes.constraints`.
+        constraint: What a step may do to the weight's size, see `symlm.sizes.constraints`, with a λ that the
+            table or an override sets; "none" where a decay is multiplied by 0.
         lr_multiplier: Its rate over the dial.
         products: Whose matrix products or fused rows its update takes, "torch", "triton" or "triton, fused"; "" for
             neither.
@@ -186,7 +187,7 @@ def _routed(
         str(view),
         route.rule,
         route.scale,
-        route.constraint,
+        _constraint(route, settings),
         settings.get("lr", lr * route.lr) / lr,
         _products(site, role, route, {"kernels": kernels, **settings}),
         "set by overrides" if set(settings) & {"rule", "view"} else route.why,
@@ -194,6 +195,14 @@ def _routed(
         least_bytes(site, view, rule),
         moved(site, view, rule, {"kernels": kernels, **chosen}),
     )
+
+
+def _constraint(route: Route, settings: Mapping[str, Any]) -> str:
+    """Name a route's constraint: with λ where the table or an override has one, and none where a decay is times 0."""
+    if route.constraint == "decay" and route.weight_decay == 0 and "weight_decay" not in settings:
+        return "none"
+    value = {**route.options, **settings}.get("weight_decay", 0)
+    return f"{route.constraint} {value:g}" if value else route.constraint
 
 
 def _products(site: Site, role: Role, route: Route, settings: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from symlm_kernels.reference.products import apply, apply_polynomial, gram, is_transposed, symmetric_product
 from symlm_kernels.reference.rows import (
+    SMALLEST_PLAIN,
     MeanNorms,
     center,
     centered_row_norm_step,
@@ -19,6 +20,7 @@ from symlm_kernels.reference.rows import (
 from symlm_kernels.reference.stacks import stack_inputs, stack_step
 
 __all__ = [
+    "SMALLEST_PLAIN",
     "MeanNorms",
     "apply",
     "apply_polynomial",
