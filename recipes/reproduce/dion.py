@@ -10,9 +10,7 @@ import tiny_lm
 import torch
 from shared import Check, finish
 from torch import Tensor
-from tqdm import tqdm
 
-import symlm
 from symlm.polar import polar
 from symlm.rules import RULES
 
@@ -45,26 +43,11 @@ def to_polar(axes) -> list[Check]:
     return checks
 
 
-def language_model(axes) -> list[Check]:
-    """Train at three rates, seed 0, and report the best of a second seed."""
-    checks = []
-    for preset in tqdm(("muon", "dion", "dion-quarter"), desc="language model", mininterval=2):
-        found = {}
-        for rate in RATES:
-            found[rate] = tiny_lm.train(partial(symlm.SymOptimizer, lr=rate, preset=preset), STEPS)[1]
-        best = min(found, key=found.__getitem__)
-        loss = tiny_lm.train(partial(symlm.SymOptimizer, lr=best, preset=preset), STEPS, seed=1)[1]
-        axes.plot(found.keys(), found.values(), marker="o", label=preset)
-        checks.append(Check(f"bytes, {preset}, dial {best:g}: held-out loss", "none published", loss))
-    axes.set(xscale="log", xlabel="dial", ylabel="held-out loss", title=f"tiny Qwen3, {STEPS} steps, seed 0")
-    axes.legend()
-    return checks
-
-
 def main() -> None:
     torch.set_num_threads(1)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    finish(__file__, to_polar(panels[0]) + language_model(panels[1]), figure)
+    arms = {name: partial(tiny_lm.preset, name) for name in ("muon", "dion", "dion-quarter")}
+    finish(__file__, to_polar(panels[0]) + tiny_lm.compare(panels[1], arms, RATES, STEPS, [1]), figure)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import tiny_lm
 import torch
 from shared import Check, finish
 from torch import Tensor
-from tqdm import tqdm
 
 import symlm
 from symlm.rules import RULES
@@ -61,26 +60,12 @@ def factors(axes) -> list[Check]:
     return [*checks, Check("their ratio", "< 1 (claim 2)", ratio, ratio < 0.8)]
 
 
-def language_model(axes) -> list[Check]:
-    """Train at three rates, seed 0, and report the best of a second seed."""
-    checks = []
-    for preset in tqdm(("adamw", "soap-muon", "kl-soap"), desc="language model", mininterval=2):
-        found, scale = {}, 0.25 if preset == "adamw" else 1.0  # AdamW's dial is its rate
-        for rate in RATES:
-            found[rate] = tiny_lm.train(partial(symlm.SymOptimizer, lr=scale * rate, preset=preset), STEPS)[1]
-        best = min(found, key=found.__getitem__)
-        loss = tiny_lm.train(partial(symlm.SymOptimizer, lr=scale * best, preset=preset), STEPS, seed=1)[1]
-        axes.plot(found.keys(), found.values(), marker="o", label=preset)
-        checks.append(Check(f"bytes, {preset}, dial {scale * best:g}: held-out loss", "none published", loss))
-    axes.set(xscale="log", xlabel="dial (AdamW: a quarter)", ylabel="held-out loss", title=f"tiny Qwen3, {STEPS} steps")
-    axes.legend()
-    return checks
-
-
 def main() -> None:
     torch.set_num_threads(1)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    finish(__file__, factors(panels[0]) + language_model(panels[1]), figure)
+    arms = {name: partial(tiny_lm.preset, name) for name in ("soap-muon", "kl-soap")}
+    arms["adamw, its rate a quarter of the dial"] = lambda dial, model: symlm.SymOptimizer(model, dial / 4, "adamw")
+    finish(__file__, factors(panels[0]) + tiny_lm.compare(panels[1], arms, RATES, STEPS, [1]), figure)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import tiny_lm
 import torch
 from shared import Check, finish
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import symlm
 from symlm.polar import get_schedule, polar
@@ -85,21 +84,6 @@ def lengths(axes) -> list[Check]:
     ]
 
 
-def language_model(axes, steps: int) -> list[Check]:
-    """Train each arm at three dials on one seed, and at the best on two others."""
-    checks = []
-    for name, arm in tqdm(ARMS.items(), desc="language model", mininterval=2):
-        found = {dial: tiny_lm.train(partial(arm, dial), steps)[1] for dial in DIALS}
-        best = min(found, key=found.__getitem__)
-        others = [tiny_lm.train(partial(arm, best), steps, seed)[1] for seed in (1, 2)]
-        axes.plot(found.keys(), found.values(), marker="o", label=name)
-        text = f"{sum(others) / 2:.3f} ({others[0]:.3f}, {others[1]:.3f})"
-        checks.append(Check(f"bytes, {name}, dial {best:g}: held-out loss", "none published", text))
-    axes.set(xscale="log", xlabel="dial", ylabel="held-out loss", title=f"tiny Qwen3, {steps} steps, seed 0")
-    axes.legend()
-    return checks
-
-
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="of each of the 30 runs")
@@ -107,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figure, panels = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
     checks = singular_values(panels[0]) + lengths(panels[1])
-    finish(__file__, checks + language_model(panels[2], steps), figure)
+    finish(__file__, checks + tiny_lm.compare(panels[2], ARMS, DIALS, steps, [1, 2]), figure)
 
 
 if __name__ == "__main__":

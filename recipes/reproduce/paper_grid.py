@@ -46,9 +46,7 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     losses, multiples = {}, {}
     for name in tqdm(ARMS, desc="the grid", mininterval=2):
-        found = {multiple: tiny_lm.train(partial(arm, name, multiple), steps)[1] for multiple in MULTIPLES}
-        multiples[name] = best = min(found, key=found.__getitem__)
-        losses[name] = [tiny_lm.train(partial(arm, name, best), steps, seed)[1] for seed in SEEDS]
+        found, multiples[name], losses[name] = tiny_lm.tuned(partial(arm, name), MULTIPLES, steps, SEEDS)
         axes.plot(found.keys(), found.values(), marker="o", label=name.removeprefix("paper-"))
     axes.set(xscale="log", xlabel="multiple of the ends' rates", ylabel="held-out loss", title=f"{steps} steps, seed 0")
     axes.legend(fontsize=8)

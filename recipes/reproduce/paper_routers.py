@@ -63,13 +63,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of each of the 24 runs")
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
-    train = partial(tiny_lm.train, steps=steps, kind="olmoe", **MODEL)
+    how = {"kind": "olmoe", **MODEL}
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     checks, losses = [], {}
     for name, target in tqdm(ROUTERS.items(), desc="routers", mininterval=2):
-        found = {multiple: train(partial(arm, name, multiple))[1] for multiple in MULTIPLES}
-        best = min(found, key=found.__getitem__)
-        _, loss, routed = train(partial(Routed, partial(arm, name, best)), seed=1)
+        found, best, _ = tiny_lm.tuned(partial(arm, name), MULTIPLES, steps, [], **how)
+        _, loss, routed = tiny_lm.train(partial(Routed, partial(arm, name, best)), steps, seed=1, **how)
         losses[name] = loss
         axes.plot(found.keys(), found.values(), marker="o", label=name.removeprefix("paper-"))
         cv, dead = routed.load()

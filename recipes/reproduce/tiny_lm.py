@@ -4,13 +4,20 @@ import argparse
 import doctest
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from shared import Check
+from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
+
+import symlm
+
+Arm = Callable[[float, nn.Module], Any]  # a dial and a model -> what `train` builds
 
 SIZES = {
     "vocab_size": 256,
@@ -69,3 +76,33 @@ def train(
         losses.append(loss.item())
     with torch.no_grad():
         return losses, model(input_ids=held, labels=held).loss.item(), taker
+
+
+def tuned(
+    arm: Arm, dials: Iterable[float], steps: int, seeds: Iterable[int], **how: Any
+) -> tuple[dict[float, float], float, list[float]]:
+    """Train an arm at every dial on seed 0, and at the best on other seeds.
+
+    Returns: held-out losses by dial; the best dial; its losses on the other seeds.
+    """
+    found = {dial: train(partial(arm, dial), steps, **how)[1] for dial in dials}
+    best = min(found, key=found.__getitem__)
+    return found, best, [train(partial(arm, best), steps, seed, **how)[1] for seed in seeds]
+
+
+def preset(name: str, dial: float, model: nn.Module) -> symlm.SymOptimizer:
+    """Return the arm of a preset."""
+    return symlm.SymOptimizer(model, dial, name)
+
+
+def compare(axes, arms: Mapping[str, Arm], dials: Iterable[float], steps: int, seeds: Iterable[int]) -> list[Check]:
+    """Tune each arm, plot its losses over the dial, and return its losses on the other seeds."""
+    checks = []
+    for name, arm in tqdm(arms.items(), desc="language model", mininterval=2):
+        found, best, losses = tuned(arm, dials, steps, seeds)
+        axes.plot(found.keys(), found.values(), marker="o", label=name)
+        text = f"{sum(losses) / len(losses):.3f}: {', '.join(f'{loss:.3f}' for loss in losses)}"
+        checks.append(Check(f"bytes, {name}, dial {best:g}: mean held-out loss: of each seed", "none published", text))
+    axes.set(xscale="log", xlabel="dial", ylabel="held-out loss", title=f"tiny Qwen3, {steps} steps, seed 0")
+    axes.legend()
+    return checks
