@@ -60,6 +60,17 @@ def test_what_is_told_of_overrides_is_what_is_done():
         assert (row.rule, row.view, row.scale, pytest.approx(0.1 * row.lr_multiplier)) == done[row.name]
 
 
+def test_the_table_says_which_roles_decay_and_by_what():
+    """A decay of the optimizer is multiplied by the table's number, which is 0 at the ends; an override's is not."""
+    overrides = {"lm_head": {"weight_decay": 0.3}, "mlp_out": {"constraint": "fixed_norm"}}
+    rows = symlm.describe_routing(tiny(), overrides=overrides)
+    told = {row.role: row.constraint for row in rows}
+    assert told["embedding"] == told["vector"] == "none"
+    assert (told["mlp_in"], told["mlp_out"], told["lm_head"]) == ("decay", "fixed_norm", "decay 0.3")
+    (scion,) = {r.constraint for r in symlm.describe_routing(tiny(), preset="scion-constrained") if r.role == "mlp_in"}
+    assert scion == "decay 0.02"
+
+
 def test_groups_hold_plain_values_and_scaled_rates():
     groups = symlm.param_groups(tiny(), lr=0.1, overrides={"lm_head": {"lr": 5e-3}})
     rates = {group["role"]: group["lr"] * group["lr_multiplier"] for group in groups}
