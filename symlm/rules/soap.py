@@ -174,8 +174,9 @@ def _refresh_kl(
         x.to(X.dtype)
         for x in (left_gram, right_gram, left_basis, right_basis, left_values, right_values, coordinates, roots, size)
     )
-    begins = _rms(X) > FORGOTTEN * s
-    s = torch.where(begins, _rms(X), s)
+    rms = _rms(X)
+    begins = rms > FORGOTTEN * s
+    s = torch.where(begins, rms, s)
     A, B, P, V = (torch.where(begins, 0.0, x) for x in (A, B, P, V))
     a, b = (torch.where(begins, FIRST_VALUE, x) for x in (a, b))
     G = X / torch.where(s > 0, s, 1.0)

@@ -64,9 +64,9 @@ def test_the_table_says_which_roles_decay_and_by_what():
     """A decay of the optimizer is multiplied by the table's number, which is 0 at the ends; an override's is not."""
     overrides = {"lm_head": {"weight_decay": 0.3}, "mlp_out": {"constraint": "fixed_norm"}}
     rows = symlm.describe_routing(tiny(), overrides=overrides)
-    told = {row.role: row.constraint for row in rows}
-    assert told["embedding"] == told["vector"] == "none"
-    assert (told["mlp_in"], told["mlp_out"], told["lm_head"]) == ("decay", "fixed_norm", "decay 0.3")
+    named = {row.role: row.constraint for row in rows}
+    assert named["embedding"] == named["vector"] == "none"
+    assert (named["mlp_in"], named["mlp_out"], named["lm_head"]) == ("decay", "fixed_norm", "decay 0.3")
     (scion,) = {r.constraint for r in symlm.describe_routing(tiny(), preset="scion-constrained") if r.role == "mlp_in"}
     assert scion == "decay 0.02"
 
