@@ -24,7 +24,7 @@ RATES = {
     "rms_to_rms": (0.02, 0.04, 0.08, 0.16),
     "AdamW, maximal update": (0.0025, 0.005, 0.01, 0.02),
 }
-RESULTS = Path(__file__).parents[1] / "results" / "width-transfer.json"
+RESULTS = Path("runs") / "reproduce" / "width-transfer.json"
 
 
 def optimizer(arm: str, rate: float, width: int, model: torch.nn.Module) -> symlm.SymOptimizer:
@@ -71,6 +71,7 @@ def checks_of(found: dict[str, dict[str, dict[str, float]]]) -> list[Check]:
 def main() -> None:
     torch.set_num_threads(1)
     found = sweep()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps({"steps": STEPS, "batch": BATCH, "losses": found}, indent=1) + "\n")
     figure, panels = plt.subplots(1, len(found), figsize=(14, 4), layout="constrained", sharey=True)
     for axes, (arm, by_width) in zip(panels, found.items(), strict=True):
