@@ -114,6 +114,8 @@ class LogitWatch:
         RuntimeError: In a forward pass whose logits cannot be seen, or which has other heads.
     """
 
+    wanted: Callable[[], bool]
+
     def __init__(self, name: str, attention: nn.Module, heads: int, wanted: Callable[[], bool]) -> None:
         watchers = (getattr(hook, "__self__", None) for hook in attention._forward_pre_hooks.values())
         if any(isinstance(watcher, LogitWatch) and watcher.wanted is not _never for watcher in watchers):
