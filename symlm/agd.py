@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from symlm.polar.precision import accumulation_dtype
+from symlm.roles.assignment import refuse_other_than_module
+from symlm.routing.values import check_values
+
 
 class AGD(torch.optim.Optimizer):
     """Update every layer by `W_k <- W_k − gain·(η/L)·s_k·g_k/|g_k|`, with one rate η for all layers and no tuning.
@@ -25,6 +29,7 @@ class AGD(torch.optim.Optimizer):
         weight_decay: λ. g_k includes λW_k, and η solves `e^η(e^η − 1) + λd̃/L·η = G`, d̃ the mean of outputs/inputs.
 
     Raises:
+        TypeError: The model is no module.
         ValueError: A trainable bias, gain or other layer, which the bound does not cover; a value out of its range; or
             a second parameter group.
 
@@ -46,6 +51,8 @@ class AGD(torch.optim.Optimizer):
                 "gain must be positive, 0 <= momentum < 1, and weight_decay must not be negative, all finite, got "
                 f"{gain!r}, {momentum!r}, {weight_decay!r}"
             )
+        if not isinstance(layerwise, bool):
+            raise ValueError(f"layerwise must be True or False, got {layerwise!r}")
         defaults = {"lr": gain, "momentum": momentum, "layerwise": layerwise, "weight_decay": weight_decay}
         layers = _layers(model)
         super().__init__(list(layers), {**defaults, "tables": list(layers.values())})
@@ -74,7 +81,8 @@ class AGD(torch.optim.Optimizer):
             What the closure returns, None without one.
 
         Raises:
-            RuntimeError: A layer has no gradient, and the rate needs all; nothing was updated.
+            ValueError: A scheduler or the caller wrote a value to the group that no step can use.
+            RuntimeError: A layer has no gradient, and the rate needs all, or a sparse one; nothing was updated.
             FloatingPointError: A gradient is not finite; nothing was updated.
         """
         loss = None
@@ -82,6 +90,7 @@ class AGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
+        check_values("AGD", group)
         layers = group["params"]
         if any(p.grad is None for p in layers):
             missing = [k for k, p in enumerate(layers) if p.grad is None]
@@ -89,6 +98,8 @@ class AGD(torch.optim.Optimizer):
                 f"every layer needs a gradient, since AGD's rate is computed from all; layers {missing}, counted from "
                 "0, have none: set requires_grad=False on those that the loss does not use"
             )
+        if sparse := [k for k, p in enumerate(layers) if p.grad is not None and p.grad.is_sparse]:
+            raise RuntimeError(f"layers {sparse}, counted from 0, have sparse gradients: build them with sparse=False")
         finite = torch.stack([p.grad.isfinite().all() for p in layers if p.grad is not None]).tolist()
         if not all(finite):
             bad = [k for k, good in enumerate(finite) if not good]
@@ -165,7 +176,7 @@ def initialize_(model: nn.Module) -> None:
     """
     for p, is_table in _layers(model).items():
         for position in p.flatten(2).unbind(2) if p.ndim > 2 else [p]:
-            position.copy_(nn.init.orthogonal_(torch.empty_like(position)))
+            position.copy_(nn.init.orthogonal_(torch.empty_like(position, dtype=accumulation_dtype(p.dtype))))
         p.mul_(layer_scale(p, is_table))
 
 
@@ -174,6 +185,7 @@ def _layers(model: nn.Module) -> dict[nn.Parameter, bool]:
 
     Raises: ValueError, for those that are not a layer with a known scale.
     """
+    refuse_other_than_module(model)
     layers: dict[nn.Parameter, bool] = {}  # a tied weight is one layer, the head
     for path, module in model.named_modules():
         known = isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))

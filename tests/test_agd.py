@@ -5,7 +5,7 @@ from math import inf, log, nan, sqrt
 import pytest
 import torch
 from models import tiny
-from numerics import EXACT, relative
+from numerics import BF16_POLAR, EXACT, relative
 from torch import nn
 
 from symlm.agd import AGD, initialize_, layer_scale, rate
@@ -117,10 +117,36 @@ def test_what_the_bound_does_not_cover_is_refused():
     for bad in ({"gain": 0}, {"gain": nan}, {"gain": inf}, {"momentum": 1}, {"weight_decay": nan}, {"gain": "1"}):
         with pytest.raises(ValueError, match="gain must be positive"):
             AGD(network(), **bad)
+    with pytest.raises(ValueError, match="layerwise must be True or False, got 'false'"):
+        AGD(network(), layerwise="false")
+    with pytest.raises(TypeError, match="got generator"):
+        AGD(network().parameters())
+    table = nn.Sequential(nn.Embedding(5, 3, sparse=True))
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"layers \[0\].*sparse=False"):
+        AGD(table).step()
     model = network()
     model[1].weight.grad = None
     with pytest.raises(RuntimeError, match="every layer needs a gradient"):
         AGD(model).step()
+
+
+def test_what_a_scheduler_wrote_is_checked_before_anything_moves():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    optimizer = AGD(model)
+    before = model[0].weight.detach().clone()
+    model[0].weight.grad = torch.ones(3, 3)
+    optimizer.param_groups[0]["lr"] = nan
+    with pytest.raises(ValueError, match="AGD: lr must be a finite number"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_bf16_weights_begin_semi_orthogonal_too():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).bfloat16()
+    initialize_(model)
+    W = model[0].weight.float()
+    assert relative(W @ W.mT, torch.eye(8)) < BF16_POLAR
 
 
 def test_a_bad_gradient_updates_nothing():

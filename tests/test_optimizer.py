@@ -267,6 +267,12 @@ def test_bad_input_is_named():
         symlm.SymOptimizer(model, lr=-1.0)
     with pytest.raises(ValueError, match="unknown polar_method 'ns'"):
         symlm.SymOptimizer(model, polar_method="ns")
+    for no_model in (None, [model], model.parameters(), "qwen3"):
+        for build in (symlm.param_groups, symlm.assign_roles, symlm.describe_routing):
+            with pytest.raises(TypeError, match=r"a model is a torch\.nn\.Module, got"):
+                build(no_model)
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):
+        symlm.SymOptimizer(nn.Sequential(nn.LazyLinear(4)))
     with pytest.raises(ValueError, match="complex parameters"):
         symlm.SymOptimizer(nn.Linear(2, 2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="sparse=False"):

@@ -141,8 +141,12 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     model, optimizer, loader, held = accelerator.prepare(model, plain, loader, held)
     accelerator.register_for_checkpointing(schedule)
     for name in ("r_target", "teleport_every", "smoothness_every"):
-        if getattr(train, name) is not None and accelerator.num_processes > 1:
-            raise ValueError(f"train.{name} looks at one process's batch and weights: use one process, or leave it out")
+        alone = accelerator.num_processes == 1 and accelerator.distributed_type.value != "DEEPSPEED"
+        if getattr(train, name) is not None and not alone:
+            raise ValueError(
+                f"train.{name} looks at one process's batch and weights: use one process without DeepSpeed, or leave "
+                "it out"
+            )
     if train.teleport_every and accelerator.mixed_precision != "no":
         raise ValueError("train.teleport_every compares losses that rounding would change: set mixed_precision to no")
     control = None

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from symlm.averaging.weights import StepFollower, averaged, stored, swapped, wide_copy, with_steps
 
@@ -47,19 +46,14 @@ class EMANesterov(StepFollower):
         if start >= until:
             raise ValueError(f"a look-ahead begins before it ends: start must be below until, got {start} and {until}")
         super().__init__(optimizer, "ahead_steps")
-        self._first_weights: list[Tensor] = []  # before the first step; a state before it would keep torch from its own
-        self._hook_before = optimizer.register_step_pre_hook(lambda *_: self._before_step())
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        """Before the first step, remember the weights that it begins at."""
-        if self.steps == 0 < self.last:
-            self._first_weights = [wide_copy(p) for p in averaged(self.optimizer)]
-
-    def remove(self) -> None:
-        """Follow the optimizer no more."""
-        super().remove()
-        self._hook_before.remove()
+        """Before a parameter's first step, remember the weight that it begins at."""
+        for p in averaged(self.optimizer) if self.steps < self.last else ():
+            if "iterate" not in (state := self.optimizer.state[p]):
+                state["iterate"] = wide_copy(p)
+        super()._before_step()
 
     @property
     def is_ahead(self) -> bool:
@@ -69,21 +63,20 @@ class EMANesterov(StepFollower):
     def beta(self) -> float:
         """Return β of the step to come, by the rate of the last."""
         group = self.optimizer.param_groups[0]
-        return self.reach * float(group["lr"] / group.get("initial_lr", group["lr"]))
+        initial = group.get("initial_lr", group["lr"])
+        return self.reach * float(group["lr"] / initial) if initial else 0.0
 
     def _follow(self) -> None:
         """Behind a step, take it into the mean and extrapolate for the next."""
         if self.steps > self.last:
             return
-        parameters = averaged(self.optimizer)
-        for p, start in zip(parameters, self._first_weights or parameters, strict=True):
+        for p in averaged(self.optimizer):
             x, state = wide_copy(p), self.optimizer.state[p]
-            m, before = stored(state, "mean_step", torch.zeros_like(x)), stored(state, "iterate", start.to(x.dtype))
+            m, before = stored(state, "mean_step", torch.zeros_like(x)), stored(state, "iterate", x)
             m.lerp_(x - before, 1 - self.decay)
             state["iterate"] = x
             if self.is_ahead:
                 p.copy_(x.add(m, alpha=self.beta()))
-        self._first_weights = []
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from symlm.averaging.weights import StepFollower, averaged, stored, swapped, wide_copy, with_steps, write
+from symlm.roles.role import Role
+from symlm.routing.options import refuse_unknown
 
 
 class TailAverage(StepFollower):
@@ -25,7 +27,7 @@ class TailAverage(StepFollower):
         excluded: Roles whose weights are not averaged.
 
     Raises:
-        ValueError: A share is not from 0 to 1, there are no steps, or `excluded` is text.
+        ValueError: A share is not from 0 to 1, there are no steps, or `excluded` is text or names no role.
 
     Source:
         The record of modded-nanogpt, track 3: 0.83, 0.05, 0.6, without the embedding.
@@ -42,6 +44,8 @@ class TailAverage(StepFollower):
     ) -> None:
         if isinstance(excluded, str):
             raise ValueError(f"excluded must be a collection of roles such as ('embedding',), got {excluded!r}")
+        for role in excluded:
+            refuse_unknown("role", role, [str(known) for known in Role])
         self.share, self.excluded = share, tuple(excluded)
         self.first, steps, _ = with_steps(total_steps, start=start, horizon=horizon, share=share)
         self.horizon = max(1, steps)

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symlm.distributed.partitions import deepspeed_runs
 from symlm.polar.precision import accumulation_dtype
+
+STATES = ("tail_mean", "iterate", "mean_step")  # what averages store beside an optimizer's own
 
 
 class StepFollower:
@@ -17,11 +20,19 @@ class StepFollower:
     Args:
         optimizer: Any of torch's or symlm's.
         key: The count's key in the group.
+
+    Raises:
+        RuntimeError: DeepSpeed runs in this process.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, key: str) -> None:
+        refuse_partitions()
         self.optimizer, self._key = optimizer, key
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self._aside: dict[Tensor, dict[str, Any]] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
 
     @property
     def steps(self) -> int:
@@ -29,7 +40,18 @@ class StepFollower:
         return int(self.optimizer.param_groups[0].get(self._key, 0))
 
     @torch.no_grad()
+    def _before_step(self) -> None:
+        """Set aside what averages store of parameters that no step has reached: torch's begin at an empty state."""
+        for p in averaged(self.optimizer):
+            state = self.optimizer.state.get(p)
+            if state and state.keys() <= set(STATES):
+                self._aside[p] = self.optimizer.state.pop(p)
+
+    @torch.no_grad()
     def _after_step(self) -> None:
+        for p, state in self._aside.items():
+            self.optimizer.state[p] |= state
+        self._aside = {}
         self.optimizer.param_groups[0][self._key] = self.steps + 1
         self._follow()
 
@@ -39,7 +61,18 @@ class StepFollower:
 
     def remove(self) -> None:
         """Follow the optimizer no more."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def refuse_partitions() -> None:
+    """Refuse to average where weights are not in the model's parameters.
+
+    Raises:
+        RuntimeError: DeepSpeed runs, which steps partitions of its own and copies them into the parameters.
+    """
+    if deepspeed_runs():
+        raise RuntimeError("averages are of whole weights or DTensors, and DeepSpeed has partitions: use DDP or FSDP2")
 
 
 def averaged(optimizer: torch.optim.Optimizer, excluded: Collection[str] = ()) -> list[Tensor]:
@@ -53,13 +86,11 @@ def averaged(optimizer: torch.optim.Optimizer, excluded: Collection[str] = ()) -
         The parameters.
 
     Raises:
-        RuntimeError: DeepSpeed has taken the parameters' place by its partitions.
+        RuntimeError: As `refuse_partitions`.
     """
+    refuse_partitions()
     groups = [group for group in optimizer.param_groups if group.get("role") not in excluded]
-    parameters = [p for group in groups for p in group["params"]]
-    if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_tensor") or p.numel() == 0 for p in parameters):
-        raise RuntimeError("averages are of whole weights or DTensors, and DeepSpeed has partitions: use DDP or FSDP2")
-    return parameters
+    return [p for group in groups for p in group["params"]]
 
 
 def wide_copy(p: Tensor) -> Tensor:

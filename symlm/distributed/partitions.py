@@ -82,6 +82,12 @@ class Fragment:
         return part if splits_row else part.view(-1, *row)
 
 
+def deepspeed_runs() -> bool:
+    """Return whether DeepSpeed was initialized in this process."""
+    deepspeed: Any = sys.modules.get("deepspeed")
+    return deepspeed is not None and bool(deepspeed.comm.is_initialized())
+
+
 def is_partition(p: Tensor, original: nn.Parameter) -> bool:
     """Return whether p is a partition of ZeRO that can hold a part of this parameter.
 

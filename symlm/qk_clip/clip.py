@@ -27,6 +27,7 @@ class QKClip:
     before masks, caps and sinks; those of pairs that do not attend do not count. A head whose S_h is not finite stays.
 
     Nothing else has to be called: the clip follows `optimizer.step()`. Make it before the model is wrapped or sharded.
+    A copy of the model (`copy.deepcopy`, `AveragedModel`, a pickle) is neither watched nor clipped.
     Many ranks take the largest S_h of all. The cost is one more product of queries and keys in each forward pass in
     training mode, by blocks.
 

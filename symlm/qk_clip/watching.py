@@ -114,9 +114,11 @@ class LogitWatch:
         RuntimeError: In a forward pass whose logits cannot be seen, or which has other heads.
     """
 
+    wanted: Callable[[], bool]
+
     def __init__(self, name: str, attention: nn.Module, heads: int, wanted: Callable[[], bool]) -> None:
         watchers = (getattr(hook, "__self__", None) for hook in attention._forward_pre_hooks.values())
-        if any(isinstance(watcher, LogitWatch) for watcher in watchers):
+        if any(isinstance(watcher, LogitWatch) and watcher.wanted is not _never for watcher in watchers):
             raise ValueError(f"QKClip: {name} has a clip already; call remove() on that one before you make another")
         self.name, self.heads, self.wanted = name, heads, wanted
         self.largest: Tensor | None = None
@@ -125,6 +127,10 @@ class LogitWatch:
             attention.register_forward_pre_hook(self._begin),
             attention.register_forward_hook(self._end, always_call=True),
         ]
+
+    def __reduce__(self) -> tuple[Callable[..., "LogitWatch"], tuple[str, int]]:
+        """Copy as a watch that never measures: a copy of the model would bring the clip and its optimizer with it."""
+        return _asleep, (self.name, self.heads)
 
     def remove(self) -> None:
         """Watch no more."""
@@ -155,3 +161,11 @@ class LogitWatch:
                 f"QKClip sees no attention logits in {self.name} ({type(module).__name__}): its forward must call "
                 "transformers' attention interface or torch.nn.functional.scaled_dot_product_attention"
             )
+
+
+def _never() -> bool:
+    return False
+
+
+def _asleep(name: str, heads: int) -> LogitWatch:
+    return LogitWatch(name, nn.Module(), heads, _never)

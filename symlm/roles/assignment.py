@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from symlm.roles.ends import EndMatrices
@@ -33,8 +34,9 @@ def assign_roles(model: nn.Module, roles: Mapping[str, str] | None = None) -> di
 
     Raises:
         UnplacedParameters: Parameters fit no role; the message names each.
-        ValueError: An unknown role, a pattern that matches nothing, a tied parameter with two roles, or an embedding
-            with sparse gradients.
+        TypeError: The model is no module.
+        ValueError: An unknown role, a pattern that matches nothing, a tied parameter with two roles, a lazy parameter
+            without a shape, or an embedding with sparse gradients.
     """
     return {site.name: role for site, role in place(model, roles)}
 
@@ -51,11 +53,13 @@ def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tupl
 
     Raises:
         UnplacedParameters: As `assign_roles`.
+        TypeError: As `assign_roles`.
         ValueError: As `assign_roles`.
     """
     if roles is not None and not isinstance(roles, Mapping):
         raise ValueError(f"roles must be {{pattern: role}}, got {roles!r}")
     patterns = {pattern: _parse_role(role) for pattern, role in (roles or {}).items()}
+    refuse_other_than_module(model)
     sites = list(_sites(model))
     ends = EndMatrices(model)
     placed: dict[int, tuple[Site, Role]] = {}
@@ -80,6 +84,19 @@ def place(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[tupl
     if unplaced:
         raise UnplacedParameters(_report(unplaced, ends))
     return list(placed.values())
+
+
+def refuse_other_than_module(model: object) -> None:
+    """Refuse what is no model.
+
+    Args:
+        model: What may be one.
+
+    Raises:
+        TypeError: It is no module, as `model.parameters()` or a list of models.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is a torch.nn.Module, got {type(model).__name__}: join several by nn.ModuleList")
 
 
 def _report(unplaced: list[Site], ends: EndMatrices) -> str:
@@ -144,6 +161,8 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not is_quantized(parameter):
                 name = f"{path}.{key}" if path else key
+                if is_lazy(parameter):
+                    raise ValueError(f"{name} has no shape yet: run a forward pass, then build the optimizer")
                 yield Site(name, parameter, owner, above, tuple(parts))
 
 

@@ -53,11 +53,12 @@ def param_groups(
         ValueError: lr <= 0, complex parameters, no trainable parameter, or an unknown preset, role, key, rule, scale
             or view.
         UnplacedParameters: Parameters fit no role.
+        TypeError: The model is no module.
     """
     if not is_number(lr) or not lr > 0:
         raise ValueError(f"lr must be a positive number, got {lr!r}")
     if isinstance(lr, Tensor):
-        lr = lr.view(())  # shares its memory, so that what a caller writes there arrives
+        lr = lr.detach().view(())  # shares its memory, so that what a caller writes there arrives
     settings = check_overrides(overrides or {})
     table = overridden(get_preset(preset), settings)
     asked = settings.get(Role.VECTOR, {}).get("momentum_dtype")

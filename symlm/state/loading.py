@@ -99,6 +99,8 @@ def fitting(state_dict: State, groups: Sequence[State]) -> State:
 def restore_dtypes(state: Mapping[Tensor, State], saved: Mapping[int, State], groups: Sequence[State]) -> None:
     """Undo torch's cast of a loaded state to its parameter's dtype: a bf16 parameter's momentum stays fp32.
 
+    Between a float64 parameter and others it is cast: the one computes in float64, the others in fp32.
+
     Args:
         state: The optimizer's state after torch loaded it; changed in place.
         saved: The state by index that was loaded.
@@ -108,8 +110,18 @@ def restore_dtypes(state: Mapping[Tensor, State], saved: Mapping[int, State], gr
     for index, p in enumerate(parameters):
         for key, value in saved.get(index, {}).items():
             loaded = state[p][key]
-            if isinstance(value, Tensor) and (value.dtype != loaded.dtype or loaded.device != p.device):
-                state[p][key] = value.to(device=p.device, copy=True)
+            if not isinstance(value, Tensor):
+                continue
+            dtype = _dtype_beside(p, key, value)
+            if dtype != loaded.dtype or loaded.device != p.device:
+                state[p][key] = value.to(device=p.device, dtype=dtype, copy=True)
+
+
+def _dtype_beside(p: Tensor, key: str, value: Tensor) -> torch.dtype:
+    """Return the dtype in which a saved tensor is loaded beside a parameter."""
+    if key == "step" or not value.is_floating_point() or torch.float64 not in (p.dtype, value.dtype):
+        return value.dtype
+    return accumulation_dtype(p.dtype)
 
 
 def refuse_other_than_mapping(state_dict: Any) -> None:

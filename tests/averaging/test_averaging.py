@@ -132,6 +132,52 @@ def test_averages_resume_bit_for_bit(make, dtype, tmp_path):
     assert all((a == b).all() for a, b in zip(weights(model), weights(again), strict=True))
 
 
+class Parts(nn.Module):
+    """A part that the loss uses from the start, and one that it uses later, as an expert or unfrozen layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.early, self.late = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+        self.none = nn.Parameter(torch.zeros(0, dtype=torch.float64))
+
+    def loss(self, step):
+        used = (self.early, self.late, self.none) if step > 2 else (self.early,)
+        return sum((p - step).square().sum() for p in used)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
+def test_a_parameter_whose_first_gradient_comes_late_is_stepped_and_averaged(make):
+    """torch's optimizers begin a parameter where its state is empty: a mean in it must not stand in their way."""
+    whole, plain = Parts(), Parts()
+    optimizer, other = (make(model.parameters(), lr=0.1) for model in (whole, plain))
+    ahead = EMANesterov(optimizer, 10, reach=0.0, decay=0.5, start=0.0, until=1.0)
+    tail = TailAverage(optimizer, 10, start=0.1, horizon=0.2, share=1.0)
+    expected, mean, before = None, torch.zeros(3, dtype=torch.float64), plain.late.detach().clone()
+    for step in range(6):
+        for model, one in ((whole, optimizer), (plain, other)):
+            one.zero_grad()
+            model.loss(step).backward()
+            one.step()
+        now = plain.late.detach().clone()
+        expected = now if step == 0 else expected + (now - expected) / 2
+        mean, before = mean.lerp(now - before, 0.5), now
+    assert all((a == b).all() for a, b in zip(weights(whole), weights(plain), strict=True))
+    assert relative(optimizer.state[whole.late]["mean_step"], mean) < EXACT
+    with tail.applied():
+        assert relative(whole.late.detach(), expected) < EXACT
+    assert ahead.steps == tail.steps == 6
+
+
+def test_a_rate_of_zero_looks_nowhere_ahead():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    EMANesterov(optimizer, 10, start=0.0)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert (p == 1).all()
+
+
 def test_momentum_grows_over_its_warm_up_and_not_beyond():
     """Against a run whose momentum is written by hand before every step."""
     model, optimizer = made(lambda m: symlm.SymOptimizer(m, lr=0.02, momentum=0.95, momentum_warmup=5))
@@ -153,6 +199,7 @@ def test_momentum_grows_over_its_warm_up_and_not_beyond():
         (lambda o: TailAverage(o, 10, share=float("nan")), "share must be from 0 to 1, got nan"),
         (lambda o: EMANesterov(o, 10, reach=-0.1), "reach must be from 0 to 1, got -0.1"),
         (lambda o: TailAverage(o, 10, excluded="embedding"), "excluded must be a collection of roles"),
+        (lambda o: TailAverage(o, 10, excluded=("embeding",)), "unknown role 'embeding'; did you mean 'embedding'"),
         (lambda o: EMANesterov(o, 10, start=0.8, until=0.2), "start must be below until, got 0.8 and 0.2"),
         (lambda o: EMANesterov(o, 10, decay="0.9"), "decay must be from 0 to 1, got '0.9'"),
     ],

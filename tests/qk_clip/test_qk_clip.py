@@ -1,6 +1,8 @@
 """QK-clip: the largest logits by their formula, and what a clip moves and what it leaves alone, on real models."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -375,6 +377,26 @@ def test_a_second_clip_of_a_model_is_refused_until_the_first_is_removed():
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     optimizer.step()
     assert len(second.largest) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_is_not_watched_and_brings_no_optimizer_with_it(copied):
+    """As EMA wrappers make one, whose forward passes are not those of the step."""
+    model = tiny("llama")
+    optimizer = symlm.SymOptimizer(model)
+    clip = QKClip(model, optimizer, 1e-4)
+    other = copied(model)
+    watches = [hook.__self__ for m in other.modules() for hook in m._forward_pre_hooks.values()]
+    assert len(watches) == len(clip.watches)
+    assert len(pickle.dumps(watches)) < 1_000
+    loss_of(other, tokens()).backward()
+    assert all(watch.largest is None for watch in (*watches, *clip.watches))
+    its = symlm.SymOptimizer(other)
+    own = QKClip(other, its, 1e-4)
+    its.step()
+    loss_of(other, tokens()).backward()
+    its.step()
+    assert max(S.max() for S in own.largest.values()) > 0
 
 
 def test_an_attention_whose_logits_cannot_be_seen_says_so():

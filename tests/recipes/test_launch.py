@@ -104,6 +104,19 @@ def test_deepspeed_trains_and_resumes_bit_for_bit(text, whole, tmp_path, stage):
     assert all((after[name] == W).all() for name, W in before.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--train.tail_average=true", "averages are of whole weights"), ("--train.r_target=1", "without DeepSpeed")],
+)
+def test_what_deepspeeds_partitions_would_leave_without_effect_is_refused(text, tmp_path, flag, message):
+    start = launch("zero1.yaml", "--num_processes=1", "--mixed_precision=no")
+    arguments = [*start, *recipe(text, tmp_path, flag)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    assert done.returncode
+    assert message in done.stderr
+
+
 TWO_BY_TWO = ("--num_machines=1", "--parallelism_config_dp_shard_size=2")
 
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from numerics import relative
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -257,3 +258,21 @@ def test_a_bf16_parameter_whose_state_has_no_compensation_gets_one():
         p.grad = torch.ones_like(p)
     opt.step()
     assert all("compensation" in opt.state[p] for p in model.parameters())
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_goes_on_beside_weights_of_another_precision(before, after, strict):
+    source, model = Three(before), Three(after)
+    saved, opt = made(source), made(model)
+    for _ in range(2):
+        for p in source.parameters():
+            p.grad = torch.ones_like(p)
+        saved.step()
+    opt.load_state_dict(copy.deepcopy(saved.state_dict()), strict=strict)
+    for p, q in zip(source.parameters(), model.parameters(), strict=True):
+        for key, value in saved.state[p].items():
+            assert opt.state[q][key].dtype == (torch.float32 if key == "step" else after)
+            assert relative(opt.state[q][key], value.to(opt.state[q][key].dtype)) == 0
+        q.grad = torch.ones_like(q)
+    opt.step()
