@@ -140,8 +140,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     held = DataLoader(validation, batch_size=train.batch, collate_fn=collate)
     model, optimizer, loader, held = accelerator.prepare(model, plain, loader, held)
     accelerator.register_for_checkpointing(schedule)
+    alone = accelerator.num_processes == 1 and not accelerator.state.deepspeed_plugin
     for name in ("r_target", "teleport_every", "smoothness_every"):
-        alone = accelerator.num_processes == 1 and accelerator.distributed_type.value != "DEEPSPEED"
         if getattr(train, name) is not None and not alone:
             raise ValueError(
                 f"train.{name} looks at one process's batch and weights: use one process without DeepSpeed, or leave "

@@ -168,13 +168,13 @@ PRESETS: dict[str, dict[Role, Route]] = {
 
 
 def table_of(name: str, roles: Collection[Role]) -> dict[Role, Route]:
-    """Return the table for a model: the named one, or "sprint" for the default of a mixture of experts.
+    """Return the table for a model: the named one, or "sprint" for the default of a model with routers.
 
     Which table is ahead was measured, not derived: LOG 2026-11-29, "a mixture of experts at its full length".
 
     Args:
         name: A key of `PRESETS`.
-        roles: The roles of the model's parameters.
+        roles: The roles of the model's trainable parameters; a frozen router does not count.
 
     Returns:
         The route of every role.
@@ -182,8 +182,8 @@ def table_of(name: str, roles: Collection[Role]) -> dict[Role, Route]:
     Raises:
         ValueError: There is no preset of that name.
     """
-    has_experts = name == "default" and not {Role.ROUTER, Role.SIGMOID_ROUTER}.isdisjoint(roles)
-    return get_preset("sprint" if has_experts else name)
+    has_routers = not {Role.ROUTER, Role.SIGMOID_ROUTER}.isdisjoint(roles)
+    return get_preset("sprint" if name == "default" and has_routers else name)
 
 
 def get_preset(name: str) -> dict[Role, Route]:
