@@ -128,6 +128,8 @@ FUSED = f"Of a fused projection, let its module state the order: self.fused_orde
 
 def _remedy(site: Site, ends: EndMatrices) -> str:
     """Return the role that a person would most likely assign."""
+    if site.leaf in HEADS and ends.vocabulary in site.shape[1:]:
+        return "matrix"  # of [d, tokens]: rows are not tokens
     if site.leaf in HEADS or (ends.is_unclear(site) and not is_fused(site.leaf)):
         return "lm_head"
     if any(name in site.name for name in ("lora_A", "lora_B", "lora_a", "lora_b")):

@@ -2,13 +2,20 @@
 
 import dis
 import re
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
 
 LIBRARIES = re.compile(r"(torch|builtins|lightning|pytorch_lightning)(\.|$)|transformers\.(?!models\.)")
 FROM_ROWS = {"linear", "T", "mT", "t", "transpose", "swapaxes", "permute"}  # of a weight stored [outputs, inputs]
 CALLED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
-PRODUCTS = {"@", "matmul", "mm", "bmm", "addmm", "_grouped_mm", "grouped_mm"}
+CONSTRUCTS = re.compile(
+    r"(^|_)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)"
+)  # methods in which a weight only gets its values
+FORM = ("dtype", "device", "shape", "size", "data")
+OF_PLACES = re.compile(r"pos|rel|dist|bias|type|segment")  # in names of tables whose products are an attention's scores
+MULTIPLY = {"linear", "einsum", "matmul", "mm", "bmm", "addmm"}
+PRODUCTS = {"@", "_grouped_mm", "grouped_mm"} | MULTIPLY - {"linear", "einsum"}
 
 
 def functions_called(kind: type) -> frozenset[str]:
@@ -31,13 +38,58 @@ def multiplies_from_rows(kind: type) -> bool | None:
     Returns:
         None where the code shows neither.
     """
-    called = {*functions_called(kind)}
+    return _from_rows(_codes(kind))
+
+
+def makes_logits(kind: type, *table: str) -> bool:
+    """Tell whether a method of a class multiplies by the transpose of a table: `F.linear(x, self.table.weight)`.
+
+    Args:
+        kind: A class.
+        table: The attributes that lead to the matrix: ("table", "weight"), or ("table",) of a parameter that other code
+            of the class reads by rows.
+    """
+    codes = [code for code in _codes(kind) if not CONSTRUCTS.search(code.co_name)]
+    products = (code for code in codes if {*code.co_names} & MULTIPLY or _multiplies(code))
+    return not OF_PLACES.search(table[0]) and any(_reads(code, table) and _from_rows([code]) for code in products)
+
+
+def looks_up(kind: type, name: str) -> bool:
+    """Tell whether a method of a class reads rows of a matrix: `self.name[ids]` or `F.embedding(ids, self.name)`.
+
+    Args:
+        kind: A class.
+        name: The attribute that is the matrix.
+    """
+    codes = [code for code in _codes(kind) if name in code.co_names]
+    return any(
+        "embedding" in code.co_names
+        or any("SUBSCR" in step.opname or step.argrepr == "[]" for step in dis.get_instructions(code))
+        for code in codes
+    )
+
+
+def _from_rows(codes: list[CodeType]) -> bool | None:
+    """Tell whether code multiplies by the transpose of a weight, by the weight, or by neither of them (None)."""
+    called = {name for code in codes for name in code.co_names}
     if "einsum" in called:
-        texts = (text for code in _codes(kind) for text in code.co_consts if isinstance(text, str) and "->" in text)
+        texts = (text for code in codes for text in code.co_consts if isinstance(text, str) and "->" in text)
         found = {_sums_over_columns(*text.split("->")) for text in texts}
         return found.pop() if len(found) == 1 else None
-    called |= {"@" for code in _codes(kind) for op in dis.get_instructions(code) if op.argrepr == "@"}
+    called |= {"@" for code in codes if _multiplies(code)}
     return bool(called & FROM_ROWS) if called & (FROM_ROWS | PRODUCTS) else None
+
+
+def _multiplies(code: CodeType) -> bool:
+    """Tell whether code has a product of matrices, `a @ b`."""
+    return any(step.argrepr == "@" for step in dis.get_instructions(code))
+
+
+def _reads(code: CodeType, path: tuple[str, ...]) -> bool:
+    """Tell whether code reads attributes in a row, as `table.weight` or `["table"].weight`, and not just its form."""
+    steps = [step.argval for step in dis.get_instructions(code) if "SUBSCR" not in step.opname and step.argrepr != "[]"]
+    places = range(len(steps) - len(path))
+    return any((*steps[k : k + len(path)],) == path and steps[k + len(path)] not in FORM for k in places)
 
 
 def _sums_over_columns(operands: str, result: str) -> bool | None:
@@ -48,8 +100,23 @@ def _sums_over_columns(operands: str, result: str) -> bool | None:
 
 
 def _codes(kind: type) -> list[CodeType]:
-    """Return the code of every method that a class writes or inherits, but from the libraries' base classes."""
-    written = [base for base in kind.__mro__ if not LIBRARIES.match(base.__module__)]
-    values = (value for base in written for value in vars(base).values())
-    methods = (getattr(value, "__wrapped__", value) for value in values)
-    return [method.__code__ for method in methods if isinstance(method, FunctionType)]
+    """Return the code of every method that a class has, but from the libraries' base classes.
+
+    What a method overrides counts only where it calls `super`.
+    """
+    codes: dict[str, list[CodeType]] = {}
+    for base in (base for base in kind.__mro__ if not LIBRARIES.match(base.__module__)):
+        for name, value in vars(base).items():
+            method = getattr(value, "__wrapped__", value)
+            above = codes.get(name)
+            if isinstance(method, FunctionType) and (above is None or any("super" in code.co_names for code in above)):
+                codes[name] = [*(above or ()), *_with_inner(method.__code__)]
+    return [code for method in codes.values() for code in method]
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    """Yield code and that of the functions and comprehensions in it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _with_inner(inner)

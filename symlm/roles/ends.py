@@ -1,12 +1,14 @@
 """The token matrices at the ends of every model inside a module: embeddings and heads."""
 
 from collections.abc import Collection, Iterator
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
+from symlm.roles.code import makes_logits
 from symlm.roles.recognizers.layers import heads_of, is_dense
-from symlm.roles.recognizers.logits import HEADS, caps_logits, normalizes
+from symlm.roles.recognizers.logits import HEADS, caps_logits, is_called_head, normalizes, scales_rows
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_module, unwrapped_path
@@ -35,6 +37,7 @@ class EndMatrices:
         self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in _weights_of(end)}
         self.vocabulary = max((table.num_embeddings for table in self.tables.values()), default=0)
         self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
+        self.outputs |= {id(table.weight) for path, table in self.tables.items() if self._makes_logits(path)}
 
     def role(self, site: Site) -> Role | None:
         """Return the role of a parameter if it is a token matrix.
@@ -89,7 +92,7 @@ class EndMatrices:
             site: The head's site.
         """
         owners = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path)))
-        if any(_scales_rows(owner, site.shape[0]) for owner in owners if owner is not None):
+        if any(scales_rows(owner, site.shape[0]) for owner in owners if owner is not None):
             return True
         around = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
         if site.parent is not None and normalizes(site.parent):
@@ -107,8 +110,18 @@ class EndMatrices:
             if isinstance(end, nn.Module):
                 yield end
 
+    def _makes_logits(self, path: str) -> bool:
+        """Tell whether the code of a module around a table, or of one that holds it, makes logits with its weight."""
+        name, above = path.rpartition(".")[2], ("", *accumulate(path.split(".")[:-1], "{}.{}".format))
+        users = {(type(self.modules[owner]), name) for owner in above}
+        for owner in self.modules.values():
+            users |= {(type(owner), key) for key, child in owner._modules.items() if child is self.tables[path]}
+        return any(makes_logits(kind, key, "weight") for kind, key in users)
+
     def _is_named_head(self, site: Site) -> bool:
         in_a_list = len(site.path) > 1 and site.path[-1].isdigit() and site.path[-2].rstrip("s") in HEADS
+        if in_a_list and isinstance(site.parent, nn.Sequential):  # a head with layers in front of it
+            in_a_list = [*filter(is_dense, site.parent.children())][-1:] == [site.module]
         if (site.leaf not in HEADS and not in_a_list) or len(site.shape) != 2 or min(site.shape) < 2:
             return False
         if not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not is_dense(site.module):
@@ -147,7 +160,7 @@ class EndMatrices:
                 continue
             alike = {path: linear for path, linear in linears.items() if _shape_of(linear) == shape and shape[0] > 1}
             heads = {path: linear for path, linear in alike.items() if not self._is_hidden(path, linear, alike)}
-            named = {path for path in heads if unwrapped_path(path.split("."))[-1] in HEADS}
+            named = {path for path in heads if is_called_head(unwrapped_path(path.split("."))[-1])}
             heads = {path: linear for path, linear in heads.items() if path in named or not named}
             scope = table_path
             while scope and not any(_is_inside(path, scope) for path in heads):
@@ -170,7 +183,7 @@ class EndMatrices:
     def _is_hidden(self, path: str, linear: nn.Linear, alike: Collection[str]) -> bool:
         """Tell whether a layer is in a block that is repeated, or feeds another layer beside it."""
         parts = unwrapped_path(path.split("."))
-        if parts[-1] not in HEADS and len({other for other in alike if _block(other) == _block(path)}) > 1:
+        if not is_called_head(parts[-1]) and len({other for other in alike if _block(other) == _block(path)}) > 1:
             return True
         return self._feeds_another(path, linear.out_features)
 
@@ -183,7 +196,7 @@ class EndMatrices:
         children = (inner_module(siblings[name]) for name in later)
         if any(isinstance(child, nn.Linear) and child.in_features == rows for child in children):
             return True
-        if parts[-1] in HEADS:
+        if is_called_head(parts[-1]):
             return False
         own, others = siblings.get(parts[-1]), (inner_module(child) for child in siblings.values())
         back = _shape_of(own)[::-1] if isinstance(own, nn.Linear) else None
@@ -195,12 +208,6 @@ def _is_adaptive(site: Site) -> bool:
     kinds = [isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) for module in site.ancestors[:3]]
     last = [*site.parent.children()][-1] if isinstance(site.parent, nn.Sequential) else None
     return any(kinds) and len(site.shape) == 2 and (kinds[0] or last is site.module)
-
-
-def _scales_rows(owner: nn.Module, rows: int) -> bool:
-    """Tell whether a module has a factor for each token, which makes the logits feel a shift of all rows."""
-    vectors = [name for name, p in owner.named_parameters(recurse=False) if whole_shape(p) == (rows,)]
-    return not isinstance(owner, nn.Linear) and any("bias" not in name for name in vectors)
 
 
 def _block(path: str) -> str:

@@ -1,12 +1,15 @@
 """How a weight is stored: its full shape, and whether its outputs come before its inputs."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from symlm.roles.code import multiplies_from_rows
 
 BLOCKS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("w1", "w2"), ("wi", "wo"))  # of stacked experts
+COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+ROUTERS = ("router", "gate", "gating")  # ends of the names of classes
 SIZES = (
     *(("in_features", "out_features"), ("input_size", "output_size"), ("in_dim", "out_dim")),
     *(("input_dim", "output_dim"), ("d_in", "d_out")),
@@ -43,6 +46,8 @@ def inputs_first(module: nn.Module, around: nn.Module | None = None) -> bool | N
         return bool(stated) or name.endswith("Conv1D")
     if pair := _block_of_experts(module):
         return _of_experts(*pair, around, type(module))
+    if name.lower().endswith(ROUTERS) or router_weights(module):
+        return _of_router(module, around)
     if not name.endswith("Linear") or not isinstance(weight := getattr(module, "weight", None), Tensor):
         return False
     rows, columns = (*whole_shape(weight), 0, 0)[:2]
@@ -50,6 +55,59 @@ def inputs_first(module: nn.Module, around: nn.Module | None = None) -> bool | N
         inputs, outputs = (getattr(module, size, None) for size in names)
         if inputs != outputs and {inputs, outputs} == {rows, columns}:
             return inputs == rows
+    return _by_code(type(module))
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Tell whether a module holds stacked experts: their matrices into the neurons and out of them.
+
+    Args:
+        module: A module.
+    """
+    return _block_of_experts(module) is not None
+
+
+def router_weights(module: nn.Module) -> list[str]:
+    """Return the names of a module's own matrices with a row or a column for each of the experts beside them.
+
+    The experts are in a list, or in stacks of the module.
+
+    Args:
+        module: A module that holds experts.
+    """
+    experts = {len(child) for child in module.children() if isinstance(child, nn.ModuleList) and len(child) > 1}
+    experts |= {whole_shape(p)[0] for p in _block_of_experts(module) or ()}
+    own = module.named_parameters(recurse=False)
+    return [name for name, p in own if len(whole_shape(p)) == 2 and experts & {*whole_shape(p)}]
+
+
+def number_of_experts(module: nn.Module | None) -> set[int]:
+    """Return how many experts a module states or holds in a list or in stacks.
+
+    Args:
+        module: A router, or the module around it.
+    """
+    if module is None:
+        return set()
+    stated: list[Any] = [
+        getattr(owner, name, 0) for owner in (module, getattr(module, "config", None)) for name in COUNTS
+    ]
+    lists = [len(child) for child in module.children() if isinstance(child, nn.ModuleList)]
+    stacks = [
+        whole_shape(p)[0]
+        for child in (module, *module.children())
+        for p in child.parameters(recurse=False)
+        if len(whole_shape(p)) == 3
+    ]
+    return {count for count in [*stated, *lists, *stacks] if isinstance(count, int) and count > 1}
+
+
+def _of_router(module: nn.Module, around: nn.Module | None) -> bool | None:
+    """Decide for a router that holds its weights: by the number of experts, then by the code."""
+    experts = number_of_experts(module) or number_of_experts(around)
+    for rows, columns in (whole_shape(p) for p in module.parameters(recurse=False) if len(whole_shape(p)) == 2):
+        if (rows in experts) != (columns in experts):
+            return columns in experts
     return _by_code(type(module))
 
 
@@ -71,10 +129,9 @@ def _by_code(kind: type) -> bool | None:
 
 def _block_of_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Return the matrices into the neurons of stacked experts and out of them, where a module holds both."""
-    if not type(module).__name__.endswith("Experts"):
-        return None
     stacks = {name: p for name, p in module.named_parameters(recurse=False) if len(whole_shape(p)) == 3}
-    return next(((stacks[into], stacks[out]) for into, out in BLOCKS if {into, out} <= {*stacks}), None)
+    pairs = ((stacks[into], stacks[out]) for into, out in BLOCKS if {into, out} <= {*stacks})
+    return next((pair for pair in pairs if len({whole_shape(p)[0] for p in pair}) == 1), None)
 
 
 def _matrices(around: nn.Module | None) -> Iterator[tuple[int, ...]]:

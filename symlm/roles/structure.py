@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from symlm.roles.code import functions_called
 from symlm.roles.ends import EndMatrices
 from symlm.roles.recognizers.attention import (
     attention_role,
@@ -10,7 +11,7 @@ from symlm.roles.recognizers.attention import (
     is_inside_attention,
     mixes_heads,
 )
-from symlm.roles.recognizers.channels import POINTWISE, channel_role, is_mixer
+from symlm.roles.recognizers.channels import POINTWISE, channel_role, mixer_of
 from symlm.roles.recognizers.layers import is_computed, is_dense, is_pointwise, is_weight_of_dense, shape_of
 from symlm.roles.recognizers.leaves import leaf_role, role_by_filters
 from symlm.roles.recognizers.logits import HEADS, ignores_a_shift
@@ -22,7 +23,7 @@ from symlm.roles.recognizers.shapes import (
     role_by_shapes,
 )
 from symlm.roles.role import Role, Site
-from symlm.roles.storage import whole_shape
+from symlm.roles.storage import holds_experts, number_of_experts, router_weights, whole_shape
 
 EXPERTS = {
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "input_linear", "w1", "w3", "wi", "w13"), Role.EXPERT_IN),
@@ -49,15 +50,18 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
     shape, owner = site.shape, type(site.module).__name__
     if role := ends.role(site):
         return Role.CAPPED_LM_HEAD if role is Role.LM_HEAD and ends.is_capped(site) else role
-    if len(shape) == 3 and owner.endswith("Experts"):
+    if len(shape) == 3 and (owner.endswith("Experts") or (holds_experts(site.module) and site.leaf in EXPERTS)):
         queries = type(site.parent).__name__.endswith("MoA")  # experts that are queries and outputs of an attention
         return (QUERIES if queries else EXPERTS).get(site.leaf) if site.inputs_first is not None else None
     if len(shape) == 2 and any(name in f"{site.name}." for name in ADAPTERS):
         return Role.LORA
+    if len(shape) <= 1 and _is_flat(site, owner):
+        return None
     if len(shape) <= 1 or site.name.endswith("bias") or (len(shape) == 2 and 1 in shape):
         return Role.VECTOR
     if len(shape) == 2 and _is_router(site, owner):
-        return Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
+        role = Role.ROUTER if ignores_a_shift(site) else Role.SIGMOID_ROUTER
+        return role if site.inputs_first is not None else None
     if mixes_heads(site):
         return Role.VECTOR
     if is_pointwise(site.module) and len(shape) > 2:
@@ -70,7 +74,7 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return leaf_role(site)
     if site.inputs_first is None or is_computed(site):
         return None
-    mixes = site.parent is not None and is_mixer(site.parent)
+    mixes = mixer_of(site) is not None
     role = channel_role(site) if mixes else attention_role(site) or channel_role(site)
     if role is Role.MLP_OUT and not mixes and ends.is_unclear(site):
         return None  # the last of an MLP, or a head
@@ -85,10 +89,15 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
     return Role.MLP_IN if is_activated_alone(site) or is_activated_first(site) else Role.MATRIX
 
 
+def _is_flat(site: Site, owner: str) -> bool:
+    """Tell whether a vector is a matrix that is stored flat: a router's (OLMo-core), or FSDP1's of many layers."""
+    return site.leaf == "_flat_param" or (owner.lower().endswith("router") and site.name.endswith(".weight"))
+
+
 def _is_router(site: Site, owner: str) -> bool:
     """Decide by the class of the module or its parent, or by experts beside a linear layer named gate or router."""
     above = [*site.ancestors[:2], None, None]
-    if owner.lower().endswith("router"):
+    if owner.lower().endswith("router") or _scores_experts(site):
         return True
     for module in site.ancestors[:2]:
         if type(module).__name__.lower().endswith("router"):
@@ -105,6 +114,14 @@ def _is_router(site: Site, owner: str) -> bool:
     return boxed or held or (isinstance(site.module, nn.Linear) and (beside or scores))
 
 
+def _scores_experts(site: Site) -> bool:
+    """Tell whether a matrix that no layer holds has a row or a column for each expert beside it, and is scored."""
+    lists = [child for child in site.module.children() if isinstance(child, nn.ModuleList)]
+    experts = holds_experts(site.module) or any(all(map(_is_mlp, child)) for child in lists)
+    scored = functions_called(type(site.module)) & {"softmax", "sigmoid", "topk"}
+    return site.leaf in router_weights(site.module) and bool(experts and scored)
+
+
 def _counts_experts(site: Site) -> bool:
     """Tell whether a layer has an output for each of the MLPs in a list or in stacks beside it, or beside its list."""
     listed = isinstance(site.parent, nn.ModuleList) and len(site.ancestors) > 1
@@ -113,7 +130,8 @@ def _counts_experts(site: Site) -> bool:
         return False
     lists = (child for child in around.children() if isinstance(child, nn.ModuleList) and child is not site.parent)
     stacks = [p for p in around.parameters(recurse=False) if len(whole_shape(p)) == 3 and len(p) == count]
-    return len(stacks) > 1 or any(len(experts) == count and all(map(_is_mlp, experts)) for experts in lists)
+    boxed = any(holds_experts(child) and count in number_of_experts(child) for child in around.children())
+    return len(stacks) > 1 or boxed or any(len(experts) == count and all(map(_is_mlp, experts)) for experts in lists)
 
 
 def _is_mlp(module: nn.Module) -> bool:

@@ -178,8 +178,10 @@ def shifts(judge):
         if role not in (Role.LM_HEAD, Role.CAPPED_LM_HEAD, Role.ROUTER, Role.SIGMOID_ROUTER) or len(site.shape) != 2:
             continue
         W, free = site.parameter.detach(), role in (Role.LM_HEAD, Role.ROUTER)
-        shift = torch.randn(W.shape[1], dtype=W.dtype, generator=torch.Generator().manual_seed(3))
-        change = judge.change({site.name: W + shift})
-        if change < LOSS_STAYS and not free and judge.change({site.name: (W + shift).flip(-1)}) < LOSS_STAYS:
+        rows = int(site.transposed)
+        shift = torch.randn(W.shape[1 - rows], dtype=W.dtype, generator=torch.Generator().manual_seed(3))
+        shifted = W + shift.unsqueeze(rows)
+        change = judge.change({site.name: shifted})
+        if change < LOSS_STAYS and not free and judge.change({site.name: shifted.flip(1 - rows)}) < LOSS_STAYS:
             continue  # a router that this loss does not reach
         judge.verdict[site.name] = "right" if (change < LOSS_STAYS) == free else "wrong"

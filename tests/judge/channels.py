@@ -11,11 +11,14 @@ from symlm.roles.recognizers.shapes import is_gate_and_up, scope_of
 from symlm.roles.role import Role
 from symlm.views.storage import view_of
 
+OF_TOKENS = (Role.LM_HEAD, Role.CAPPED_LM_HEAD)
+
 
 def channel_moves(sites, model):
-    """Permute the channels of every MLP, in the layers into them and out of them together."""
+    """Permute the channels of every MLP, in the layers into them and out of them together; its last may be a head."""
     scopes = defaultdict(list)
     for site, role in sites:
+        role = Role.MLP_OUT if role in OF_TOKENS and isinstance(site.parent, nn.Sequential) else role
         by_layer = site.leaf.startswith(("per_layer", "o_a_proj", "o_b_proj"))
         if role in (Role.MLP_IN, Role.MLP_OUT) and len(site.shape) == 2 and not is_mixer(site.parent) and not by_layer:
             scope = site.ancestors[1] if is_gate_and_up(site.parent) else scope_of(site)

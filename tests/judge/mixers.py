@@ -6,6 +6,7 @@ import torch
 
 from judge.heads import rolled
 from symlm.roles.recognizers.channels import blocks_of_outputs, is_mixer
+from symlm.roles.recognizers.layers import heads_of
 from symlm.roles.role import Role
 
 
@@ -53,15 +54,17 @@ class Sizes:
         self.keys = size("num_k_heads")
         convolution = next((m for n, m in mixer.named_children() if n.startswith("conv")), None)
         channels = len(convolution.weight) if hasattr(convolution, "weight") else out
-        self.states = size("n_groups") * size("ssm_state_size") if size("num_heads") and not self.keys else 0
+        counted = size("num_heads") or size("nheads")
+        of_states = (size("n_groups") or size("ngroups")) * (size("ssm_state_size") or size("d_state"))
+        self.states = of_states if counted and not self.keys else 0
         self.inner = size("value_dim") or channels - 2 * self.states
         stacked = [len(p) for p in mixer.parameters() if p.ndim == 3 and p.shape[1] == p.shape[2]]  # gates by blocks
-        self.heads = self.keys or (size("num_heads") if self.states else [*stacked, channels][0])
+        self.heads = self.keys or (counted if self.states else [*stacked, channels][0])
         self.convolved = [size("key_dim")] * 2 + [size("value_dim")] if self.keys else [channels]
         if not self.keys and channels == 3 * out:  # q, k and v in one convolution
-            self.heads, self.convolved = size("num_heads"), [out] * 3
+            self.heads, self.convolved = counted, [out] * 3
         if not hasattr(convolution, "weight"):
-            self.heads = size("num_attention_heads") or size("num_heads") or channels
+            self.heads = heads_of(mixer) or channels
         if self.states:
             self.convolved = [self.inner, self.states, self.states]
 

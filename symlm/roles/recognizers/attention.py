@@ -31,12 +31,13 @@ FUSED_ORDERS = (
 ONE_HEAD = (r"DeepseekV4\w+", "kv_proj")  # which is k and v at once
 BESIDE_FUSED = {
     **dict.fromkeys(
-        ("q_proj", "q_b_proj", "wq_b", "q_attn", "q", "to_q", "query", "pos_q_proj", "vision_proj"), Role.ATTENTION_Q
+        ("q_proj", "q_b_proj", "wq_b", "wq", "q_attn", "q", "to_q", "query", "pos_q_proj", "vision_proj"),
+        Role.ATTENTION_Q,
     ),
-    **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj", "linear_pos", "text_proj"), Role.ATTENTION_K),
+    **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj", "linear_pos", "r_net", "text_proj"), Role.ATTENTION_K),
     **dict.fromkeys(("v_proj", "conv_out_layer"), Role.ATTENTION_V),
     **dict.fromkeys(("o_proj", "out_proj", "output_proj", "post_proj", "c_proj", "proj"), Role.ATTENTION_O),
-    **dict.fromkeys(("to_out", "Wo", "output", "dense", "projection", "projection_layer"), Role.ATTENTION_O),
+    **dict.fromkeys(("to_out", "Wo", "wo", "output", "dense", "projection", "projection_layer"), Role.ATTENTION_O),
 }
 ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
 CHOOSES = re.compile(r"Indexer|Scorer")  # which keys a sparse attention reads; the loss does not reach it

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from symlm.roles.recognizers.attention import fuses_a_gate, is_attention
-from symlm.roles.recognizers.layers import dense_children, heads_of, is_convolution, shape_of
+from symlm.roles.recognizers.attention import fuses, fuses_a_gate, has_qkv, is_attention
+from symlm.roles.recognizers.layers import dense_children, heads_of, is_convolution, is_dense, shape_of
 from symlm.roles.recognizers.names import is_fused, is_gate, projection
 from symlm.roles.recognizers.shapes import activates, dense_layers, role_by_shapes, scope_of, without_others
 from symlm.roles.role import Role, Site
@@ -87,10 +87,11 @@ def channel_role(site: Site) -> Role | None:
     parent = site.parent
     if parent is None:
         return None
-    if is_mixer(parent):
-        if is_fused(site.leaf) and _blocks_of_mixer(site.leaf, parent, site.shape[int(site.transposed)]) is None:
+    if mixer := mixer_of(site):
+        leaf = site.leaf if mixer is parent else site.path[-2]
+        if is_fused(leaf) and _blocks_of_mixer(leaf, mixer, site.shape[int(site.transposed)]) is None:
             return None
-        leaves = site.leaf in LEAVES_MIXER or projection(site.leaf) is Role.ATTENTION_O
+        leaves = leaf in LEAVES_MIXER or projection(leaf) is Role.ATTENTION_O
         return Role.MLP_OUT if leaves else Role.MLP_IN
     if (is_fused(site.leaf) and len(set(site.shape)) > 1) or fuses_a_gate(site):
         return None
@@ -144,17 +145,28 @@ def _by_last_word(name: str) -> Role | None:
     return SQUARE.get(name.rstrip("_0123456789").rpartition("_")[2])
 
 
+def mixer_of(site: Site) -> nn.Module | None:
+    """Return the module around a layer that works on channels one by one; the layer may stand in a sequence of it.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    above = site.ancestors[: 1 + isinstance(site.parent, nn.Sequential)]
+    return next(filter(is_mixer, above), None)
+
+
 def is_mixer(module: nn.Module) -> bool:
     """Tell whether a module works on channels one by one: it has a short convolution or a decay of its own.
 
     Args:
         module: The module around a dense layer.
     """
-    names = {name for name, _ in module.named_parameters(recurse=False)}
     children = dict(module.named_children())
-    names |= {name for child in children.values() for name, _ in child.named_parameters(recurse=False)}
+    names = {name for owner in (module, *children.values()) for name, _ in owner.named_parameters(recurse=False)}
     filters = {name: child for name, child in children.items() if _is_depthwise(child)}
     along = any(name.startswith("conv") and not isinstance(child, nn.Conv2d) for name, child in filters.items())
+    filters_of_heads = sum(map(_filters_channels, children.values()))  # of q, k and v, or of all in one: none rotates
+    along |= filters_of_heads >= (3 if has_qkv(module) else 1) and (has_qkv(module) or fuses(module))
     convolves = along or bool(filters and "in_proj" in children)  # an image's filters stand in attentions too
     names |= {name for name, _ in module.named_buffers(recurse=False)}
     return convolves or bool(names & {"A_log", "time_decay", "recurrent_param", "slope_rate"})
@@ -217,6 +229,13 @@ def _is_doubled(site: Site) -> bool:
     _, outputs = shape_of(site.module)
     widths = [width for layer, width, _ in without_others(scope, dense_layers(scope)) if layer is not site.module]
     return len(widths) == 1 and outputs == 2 * widths[0]
+
+
+def _filters_channels(module: nn.Module) -> bool:
+    """Tell whether a module filters a sequence channel by channel, behind one dense layer of it or behind another's."""
+    parts = [part for part in module.modules() if any(len(whole_shape(p)) > 1 for p in part.parameters(recurse=False))]
+    others = [part for part in parts if not _is_depthwise(part) or isinstance(part, nn.Conv2d)]
+    return len(others) < min(2, len(parts)) and all(map(is_dense, others))
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ import re
 
 from torch import nn
 
+from symlm.roles.code import looks_up, makes_logits
 from symlm.roles.recognizers.channels import BY_NAME
 from symlm.roles.recognizers.layers import heads_of, is_convolution, is_dense, is_norm, is_pointwise, kind_of
 from symlm.roles.recognizers.names import QKV, is_fused, projection
@@ -14,7 +15,7 @@ from symlm.roles.wrappers import inner_module
 
 TABLES = {"pos", "position", "positions", "positional", "embedding", "embeddings", "embed", "emb", "token", "tokens"}
 TABLES |= {"latent", "latents", "query", "queries", "probe", "cls", "mask", "register", "prompt", "ape", "feature"}
-TABLES |= {"codevectors"}
+TABLES |= {"codevectors", "slot", "slots", "embeds"}
 ELEMENTS = {"a_log", "d", "dt_bias", "scale", "decay", "gamma", "beta", "alpha", "b1", "b2", "bias", "biases"}
 ELEMENTS |= {"lambda", "lambdas", "scales", "gammas", "betas", "alphas", "gain", "gains", "slopes"}
 PROJECTIONS = {  # stored [d, heads, head_dim]
@@ -22,7 +23,7 @@ PROJECTIONS = {  # stored [d, heads, head_dim]
     **dict.fromkeys(("r", "r_kernel"), Role.ATTENTION_K),  # keys of relative positions
 }
 STACKS = ("gate_weight", "x_proj_weight", "dt_proj_weight")
-FACTORS = {"fn", "proj", "projection", "linear"}  # of a matrix that makes elements
+FACTORS = {"fn", "proj", "projs", "projection", "projections", "linear"}  # of a matrix that makes elements
 LISTS = (nn.ParameterList, nn.ParameterDict)
 STREAMS = ("fn", "hc_fn")  # a row is a number of single streams
 MATRICES = ("proj", "projection_weight", "static_weight", "compress_gate")
@@ -64,8 +65,12 @@ def leaf_role(site: Site) -> Role | None:
     if len(shape) == 2 and name.endswith(MATRICES):
         return Role.MATRIX
     inside = {word for part in site.path[-2:] for word in part.lower().split("_")}
+    if len(shape) == 2 and name.isdigit() and inside & FACTORS:
+        return Role.MATRIX
     if words & TABLES or (name.isdigit() and inside & TABLES) or "extensor" in words:
-        return Role.EMBEDDING if len(shape) == 2 else Role.VECTOR
+        kind = type(site.module)
+        tied = makes_logits(kind, site.leaf) and looks_up(kind, site.leaf)
+        return (Role.TIED_EMBEDDING if tied else Role.EMBEDDING) if len(shape) == 2 else Role.VECTOR
     return None
 
 

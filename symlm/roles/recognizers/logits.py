@@ -8,6 +8,7 @@ from torch import nn
 
 from symlm.roles.code import functions_called
 from symlm.roles.role import Site
+from symlm.roles.storage import whole_shape
 
 HEADS = (
     *("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier"),
@@ -66,6 +67,26 @@ def normalizes(module: nn.Module) -> bool:
         module: The module that holds a head or a router.
     """
     return bool(functions_called(type(module)) & {"normalize", "cosine_similarity"})
+
+
+def scales_rows(owner: nn.Module, rows: int) -> bool:
+    """Tell whether a module has a factor for each token, which makes the logits feel a shift of all rows.
+
+    Args:
+        owner: A module around a head.
+        rows: The number of tokens.
+    """
+    vectors = [name for name, p in owner.named_parameters(recurse=False) if whole_shape(p) == (rows,)]
+    return not isinstance(owner, nn.Linear) and any("bias" not in name for name in vectors)
+
+
+def is_called_head(name: str) -> bool:
+    """Tell whether a name is one of a head, where the shape says the same.
+
+    Args:
+        name: The name of a layer.
+    """
+    return name in HEADS or name.endswith("_head")
 
 
 def _functions(module: nn.Module) -> frozenset[str]:

@@ -125,12 +125,12 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
         return role
     if isinstance(scope, nn.Sequential):
         return None
-    if site.leaf in HEADS and not activates(scope):
+    if (site.leaf in HEADS and not activates(scope)) or _is_linear(scope):
         return None
-    if _is_linear(scope):
-        return None
-    if any(isinstance(child, nn.Embedding) for child in scope.children()) and not activates(scope):
-        return None  # a model, not a block of one
+    children = [*scope.children()]
+    blocks = isinstance(scope, nn.ModuleDict) and any(not is_dense(m) and len([*m.modules()]) > 1 for m in children)
+    if blocks or (any(isinstance(child, nn.Embedding) for child in children) and not activates(scope)):
+        return None  # a model, or blocks among layers
     layers = [layer for layer in dense_layers(scope) if id(getattr(layer[0], "weight", None)) not in ends]
     own = [layer for layer in layers if layer[0] in dense_children(scope).values()]
     if len(layers) > len(own) == 2 and activates(scope) and _are_numbered(scope, [layer for layer, _, _ in own]):
