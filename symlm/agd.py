@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from symlm.polar.precision import accumulation_dtype
-from symlm.roles.assignment import refuse_other_than_module
+from symlm.roles.assignment import refuse_other_than_module, refuse_without_weights
 from symlm.routing.values import check_values
 
 
@@ -169,11 +169,12 @@ def initialize_(model: nn.Module) -> None:
         model: The model, changed in place.
 
     Raises:
-        ValueError: As `AGD`.
+        ValueError: As `AGD`, or the model is on the meta device.
 
     Source:
         Bernstein et al., arXiv 2304.05187, algorithm 1.
     """
+    refuse_without_weights(model)
     for p, is_table in _layers(model).items():
         for position in p.flatten(2).unbind(2) if p.ndim > 2 else [p]:
             position.copy_(nn.init.orthogonal_(torch.empty_like(position, dtype=accumulation_dtype(p.dtype))))

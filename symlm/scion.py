@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from symlm.optimizer import SymOptimizer
+from symlm.roles.assignment import refuse_without_weights
 from symlm.roles.role import Role
 from symlm.routing.options import named_parameters, with_rate
 from symlm.step.directions import whole_directions
@@ -24,9 +25,13 @@ def initialize_(model: nn.Module, seed: int = 0) -> nn.Module:
     Returns:
         The model.
 
+    Raises:
+        ValueError: The model is on the meta device.
+
     Source:
         Pethick et al., arXiv 2502.07529, section 5, and the `init` of its code.
     """
+    refuse_without_weights(model)
     groups = SymOptimizer(model, 1.0, "scion", polar_method="svd").param_groups
     generator = torch.Generator().manual_seed(seed)
     for group in groups:

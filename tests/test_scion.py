@@ -7,7 +7,7 @@ from numerics import EXACT
 from torch import nn
 
 import symlm
-from symlm import scion
+from symlm import agd, scion
 
 
 def test_weights_begin_on_the_boundary_of_their_ball():
@@ -25,6 +25,14 @@ def test_weights_begin_on_the_boundary_of_their_ball():
             assert torch.linalg.svdvals(W).tolist() == pytest.approx([size] * min(W.shape), rel=1e-9)
         else:
             assert torch.equal(W, torch.ones_like(W))
+
+
+@pytest.mark.parametrize("initialize_", [scion.initialize_, agd.initialize_])
+def test_a_model_without_weights_is_refused(initialize_):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device"):
+        initialize_(model)
 
 
 def test_the_constrained_step_stays_in_the_ball():

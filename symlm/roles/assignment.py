@@ -99,6 +99,19 @@ def refuse_other_than_module(model: object) -> None:
         raise TypeError(f"a model is a torch.nn.Module, got {type(model).__name__}: join several by nn.ModuleList")
 
 
+def refuse_without_weights(model: nn.Module) -> None:
+    """Refuse a model on the meta device, which has no weights to initialize.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: A parameter has a shape alone.
+    """
+    if empty := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"{empty[0]} is on the meta device: call model.to_empty(device=...), then initialize")
+
+
 def _report(unplaced: list[Site], ends: EndMatrices) -> str:
     """Return the error message: the remedy first, then the parameters, those that differ in numbers alone together."""
     groups: dict[str, list[Site]] = {}
