@@ -15,11 +15,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from evidence import curves
-from pretraining.background import Background
 from pretraining.checkpoints import Checkpoints
 from pretraining.config import RunConfig, TrainConfig, read
-from pretraining.folder import check_folder, forget_after, open_folder, origin, read_metrics, write
-from pretraining.setup import Training, build_accelerator, prepare
+from pretraining.folder import check_folder, open_folder, origin, read_metrics, write
+from pretraining.setup import Training, begin, build_accelerator, prepare
 from pretraining.signals import Stop
 from pretraining.validation import evaluate
 from tqdm import tqdm
@@ -116,15 +115,8 @@ def run(
 
     Returns: every step's seconds, those that it waited for its checkpoints, and whether it failed.
     """
-    train, behind = config.train, Background(accelerator) if config.train.async_save else None
-    checkpoints = Checkpoints(folder / "checkpoints", train.keep, behind)
-    first = checkpoints.load(accelerator) if config.resume else 0
-    with checkpoints.named("a checkpoint"):  # before the first step is paid for
-        checkpoints.refuse_what_does_not_fit(sum(p.numel() * p.element_size() for p in job.model.parameters()))
-    if accelerator.is_main_process:
-        forget_after(first, folder)
-    if accelerator.log_with:
-        accelerator.init_trackers("symlm")
+    train = config.train
+    checkpoints, first = begin(job, config, accelerator, folder)
     stream = job.spikes.batches(job.loader, first)
     per_step = train.batch * train.accumulate * config.data.length * accelerator.num_processes
     options = {"unit": "tok", "unit_scale": True, "disable": not accelerator.is_main_process}

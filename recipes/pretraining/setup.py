@@ -1,4 +1,4 @@
-"""What a run trains and what with: model, data, optimizer and schedule, as accelerate prepares them."""
+"""What a run trains, and what with: model, data, optimizer and schedule, as accelerate prepares them; and its start."""
 
 import math
 from dataclasses import dataclass
@@ -15,8 +15,11 @@ from torch.utils.data import DataLoader
 import symlm
 from pretraining import corpus
 from pretraining.averages import Averages
+from pretraining.background import Background
+from pretraining.checkpoints import Checkpoints
 from pretraining.conducting import Conducting
 from pretraining.config import OptimizerConfig, RunConfig, TrainConfig
+from pretraining.folder import forget_after
 from pretraining.models import build_model
 from pretraining.packing import Collate
 from pretraining.routers import Routers
@@ -161,3 +164,20 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> tuple[Training, Any]
     accelerator.register_for_checkpointing(*(part for part in (*stateful, rewinding) if part))
     beside = (qk_clip, control, *stateful, Averages(plain, train), spikes)
     return Training(model, optimizer, plain, schedule, loader, held, routers, *beside), tokenizer
+
+
+def begin(job: Training, config: RunConfig, accelerator: Accelerator, folder: Path) -> tuple[Checkpoints, int]:
+    """Load the last checkpoint, if one is asked for, and forget the rows behind it.
+
+    Returns: the run's checkpoints, and the step of the last.
+    """
+    behind = Background(accelerator) if config.train.async_save else None
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep, behind)
+    first = checkpoints.load(accelerator) if config.resume else 0
+    with checkpoints.named("a checkpoint"):  # before the first step is paid for
+        checkpoints.refuse_what_does_not_fit(sum(p.numel() * p.element_size() for p in job.model.parameters()))
+    if accelerator.is_main_process:
+        forget_after(first, folder)
+    if accelerator.log_with:
+        accelerator.init_trackers("symlm")
+    return checkpoints, first
