@@ -42,7 +42,7 @@ def param_groups(
     Args:
         model: The model.
         lr: The one dial; a group's rate is `lr` times the multiple of its route.
-        preset: The table, a name of `symlm.PRESETS`; "default" is "sprint" for a model with routers.
+        preset: The table, a name of `symlm.PRESETS`; "default" is "sprint" with routers, else "dense".
         overrides: `{role: {key: value}}`, absolute values for the groups of a role, e.g. `{"lm_head": {"lr": 5e-3}}`.
         roles: Ordered `{pattern: role}` for parameters whose role the structure does not show, see `assign_roles`.
 

@@ -84,6 +84,7 @@ _SPRINT: dict[Role, Route] = {
 
 PRESETS: dict[str, dict[Role, Route]] = {
     "default": ROUTES,
+    "dense": ROUTES,  # by name, also for a model with routers
     "sprint": preset(_SPRINT),
     # LOG 2026-11-28, "SOAP before the polar factor": ahead of the default on both seeds of rung 1, at more state than
     # AdamW's. MLPs have the side that rotates alone, whose basis is a quarter of both.
