@@ -7,7 +7,7 @@ from torch import nn
 
 from symlm.roles.recognizers.channels import TOKENS_IN_COLUMNS, blocks_of_outputs, is_mixer
 from symlm.roles.recognizers.layers import is_pointwise
-from symlm.roles.recognizers.shapes import is_gate_and_up, scope_of
+from symlm.roles.recognizers.shapes import is_activated_first, is_gate_and_up, scope_of
 from symlm.roles.role import Role
 from symlm.views.storage import view_of
 
@@ -166,6 +166,22 @@ def low_rank_moves(sites, model):
             )
         moved[f"{norm}.weight"] = gain.detach()[order]
         moved[f"{above}{after_leaf}.weight"] = after.detach()[:, order]
+        yield moved
+
+
+def first_layer_moves(sites):
+    """Permute the outputs of a layer with a norm and an activation of its own, in what a gated MLP behind it reads."""
+    for site, role in sites:
+        if role is not Role.MLP_IN or len(site.shape) != 2 or site.transposed or not is_activated_first(site):
+            continue
+        rows, above = site.shape[0], site.name.removesuffix(f"{site.leaf}.weight")
+        order, moved = torch.randperm(rows, generator=torch.Generator().manual_seed(2)), {}
+        for name, p in site.parent.named_parameters():
+            of_norm = p.ndim == 1 and "norm" in name and len(p) == rows
+            if p is site.parameter or of_norm or name == f"{site.leaf}.bias":
+                moved[above + name] = p.detach()[order]
+            elif p.ndim == 2 and p.shape[1] == rows and "down" not in name:
+                moved[above + name] = p.detach()[:, order]
         yield moved
 
 
