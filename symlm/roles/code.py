@@ -51,7 +51,16 @@ def makes_logits(kind: type, *table: str) -> bool:
     """
     codes = [code for code in _codes(kind) if not CONSTRUCTS.search(code.co_name)]
     products = (code for code in codes if {*code.co_names} & MULTIPLY or _multiplies(code))
-    return not OF_PLACES.search(table[0]) and any(_reads(code, table) and _from_rows([code]) for code in products)
+    return not is_of_places(table[0]) and any(_reads(code, table) and _from_rows([code]) for code in products)
+
+
+def is_of_places(path: str) -> bool:
+    """Tell whether a table is of positions, distances or types, by its name.
+
+    Args:
+        path: The table's path.
+    """
+    return bool(OF_PLACES.search(path.rpartition(".")[2]))
 
 
 def looks_up(kind: type, name: str) -> bool:

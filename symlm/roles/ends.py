@@ -6,9 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from symlm.roles.code import makes_logits
+from symlm.roles.code import is_of_places, makes_logits
+from symlm.roles.recognizers.attention import is_attention
 from symlm.roles.recognizers.layers import heads_of, is_dense
-from symlm.roles.recognizers.logits import HEADS, caps_logits, is_called_head, normalizes, scales_rows
+from symlm.roles.recognizers.logits import (
+    HEADS,
+    caps_logits,
+    has_other_loss,
+    is_called_head,
+    normalizes,
+    scales_rows,
+)
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_module, unwrapped_path
@@ -92,8 +100,10 @@ class EndMatrices:
             site: The head's site.
         """
         owners = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path)))
-        if any(scales_rows(owner, site.shape[0]) for owner in owners if owner is not None):
+        if any(scales_rows(owner, site.shape[0]) or has_other_loss(owner) for owner in owners if owner is not None):
             return True
+        if ".parametrizations." in site.name or site.name.endswith(("weight_v", "weight_orig")):
+            return True  # by its norms
         around = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
         if site.parent is not None and normalizes(site.parent):
             return True
@@ -116,7 +126,8 @@ class EndMatrices:
         users = {(type(self.modules[owner]), name) for owner in above}
         for owner in self.modules.values():
             users |= {(type(owner), key) for key, child in owner._modules.items() if child is self.tables[path]}
-        return any(makes_logits(kind, key, "weight") for kind, key in users)
+        own = makes_logits(type(self.tables[path]), "weight")  # a table of one's own that makes logits too
+        return own or any(makes_logits(kind, key, "weight") for kind, key in users)
 
     def _is_named_head(self, site: Site) -> bool:
         in_a_list = len(site.path) > 1 and site.path[-1].isdigit() and site.path[-2].rstrip("s") in HEADS
@@ -124,17 +135,22 @@ class EndMatrices:
             in_a_list = [*filter(is_dense, site.parent.children())][-1:] == [site.module]
         if (site.leaf not in HEADS and not in_a_list) or len(site.shape) != 2 or min(site.shape) < 2:
             return False
-        if not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not is_dense(site.module):
+        if (
+            not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not is_dense(site.module)
+        ) or is_attention(site.parent):
             return False
         above = ".".join(site.path[: -2 if in_a_list else -1])
-        has_tokens = any(_is_inside(path, above) for path in self.tables)
+        has_tokens = any(_is_inside(path, above) and not is_of_places(path) for path in self.tables)
         counted = site.shape[0] in self._sizes_of_heads(site.path)  # of a model of sounds or images
         return (has_tokens or counted) and self._has_softmax(site.path)
 
     def _has_softmax(self, path: tuple[str, ...]) -> bool:
-        """Ask the nearest config above a module."""
-        kinds = (config.problem_type for config in self._configs(path) if hasattr(config, "problem_type"))
-        return next(kinds, None) not in ("regression", "multi_label_classification")
+        """Ask the nearest config above a module, then the code around it."""
+        kinds = [config.problem_type for config in self._configs(path) if hasattr(config, "problem_type")]
+        if kinds and kinds[0]:
+            return kinds[0] not in ("regression", "multi_label_classification")
+        around = (self.modules.get(".".join(path[:k])) for k in range(len(path)))
+        return bool(kinds) or not any(has_other_loss(module) for module in around if module is not None)
 
     def _sizes_of_heads(self, path: tuple[str, ...]) -> set[int]:
         """Return how many classes or tokens the nearest config above a module counts."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from symlm.roles.code import multiplies_from_rows
 
-BLOCKS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("w1", "w2"), ("wi", "wo"))  # of stacked experts
+BLOCKS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("w1", "w2"), ("w1", "w3"), ("wi", "wo"))
 COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 ROUTERS = ("router", "gate", "gating")  # ends of the names of classes
 SIZES = (
@@ -44,7 +44,7 @@ def inputs_first(module: nn.Module, around: nn.Module | None = None) -> bool | N
     name = type(module).__name__
     if isinstance(stated, bool) or name.endswith("Conv1D") or isinstance(module, nn.Linear):
         return bool(stated) or name.endswith("Conv1D")
-    if pair := _block_of_experts(module):
+    if pair := block_of_experts(module):
         return _of_experts(*pair, around, type(module))
     if name.lower().endswith(ROUTERS) or router_weights(module):
         return _of_router(module, around)
@@ -58,13 +58,20 @@ def inputs_first(module: nn.Module, around: nn.Module | None = None) -> bool | N
     return _by_code(type(module))
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Tell whether a module holds stacked experts: their matrices into the neurons and out of them.
+def block_of_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return the matrices into the neurons of stacked experts and out of them, where a module holds both.
 
     Args:
         module: A module.
     """
-    return _block_of_experts(module) is not None
+    stacks = {name: p for name, p in module.named_parameters(recurse=False) if len(whole_shape(p)) == 3}
+    pairs = [(stacks[into], stacks[out]) for into, out in BLOCKS if {into, out} <= {*stacks}]
+    return next(((into, out) for into, out in pairs if _lead_back(whole_shape(into), whole_shape(out))), None)
+
+
+def _lead_back(into: tuple[int, ...], out: tuple[int, ...]) -> bool:
+    """Tell whether two stacks are of the same experts, and no two ways into their neurons."""
+    return into[0] == out[0] and (into != out or into[1] == into[2])
 
 
 def router_weights(module: nn.Module) -> list[str]:
@@ -76,7 +83,7 @@ def router_weights(module: nn.Module) -> list[str]:
         module: A module that holds experts.
     """
     experts = {len(child) for child in module.children() if isinstance(child, nn.ModuleList) and len(child) > 1}
-    experts |= {whole_shape(p)[0] for p in _block_of_experts(module) or ()}
+    experts |= {whole_shape(p)[0] for p in block_of_experts(module) or ()}
     own = module.named_parameters(recurse=False)
     return [name for name, p in own if len(whole_shape(p)) == 2 and experts & {*whole_shape(p)}]
 
@@ -125,13 +132,6 @@ def _of_experts(into: Tensor, out: Tensor, around: nn.Module | None, kind: type)
 def _by_code(kind: type) -> bool | None:
     rows = multiplies_from_rows(kind)
     return None if rows is None else not rows
-
-
-def _block_of_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return the matrices into the neurons of stacked experts and out of them, where a module holds both."""
-    stacks = {name: p for name, p in module.named_parameters(recurse=False) if len(whole_shape(p)) == 3}
-    pairs = ((stacks[into], stacks[out]) for into, out in BLOCKS if {into, out} <= {*stacks})
-    return next((pair for pair in pairs if len({whole_shape(p)[0] for p in pair}) == 1), None)
 
 
 def _matrices(around: nn.Module | None) -> Iterator[tuple[int, ...]]:

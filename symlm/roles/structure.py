@@ -23,7 +23,7 @@ from symlm.roles.recognizers.shapes import (
     role_by_shapes,
 )
 from symlm.roles.role import Role, Site
-from symlm.roles.storage import holds_experts, number_of_experts, router_weights, whole_shape
+from symlm.roles.storage import block_of_experts, number_of_experts, router_weights, whole_shape
 
 EXPERTS = {
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "input_linear", "w1", "w3", "wi", "w13"), Role.EXPERT_IN),
@@ -50,9 +50,14 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
     shape, owner = site.shape, type(site.module).__name__
     if role := ends.role(site):
         return Role.CAPPED_LM_HEAD if role is Role.LM_HEAD and ends.is_capped(site) else role
-    if len(shape) == 3 and (owner.endswith("Experts") or (holds_experts(site.module) and site.leaf in EXPERTS)):
+    block = block_of_experts(site.module) if len(shape) == 3 and site.leaf in EXPERTS else None
+    if block or (len(shape) == 3 and owner.endswith("Experts")):
+        if site.inputs_first is None:
+            return None
+        if block:
+            return Role.EXPERT_OUT if site.parameter is block[1] else Role.EXPERT_IN
         queries = type(site.parent).__name__.endswith("MoA")  # experts that are queries and outputs of an attention
-        return (QUERIES if queries else EXPERTS).get(site.leaf) if site.inputs_first is not None else None
+        return (QUERIES if queries else EXPERTS).get(site.leaf)
     if len(shape) == 2 and any(name in f"{site.name}." for name in ADAPTERS):
         return Role.LORA
     if len(shape) <= 1 and _is_flat(site, owner):
@@ -117,7 +122,7 @@ def _is_router(site: Site, owner: str) -> bool:
 def _scores_experts(site: Site) -> bool:
     """Tell whether a matrix that no layer holds has a row or a column for each expert beside it, and is scored."""
     lists = [child for child in site.module.children() if isinstance(child, nn.ModuleList)]
-    experts = holds_experts(site.module) or any(all(map(_is_mlp, child)) for child in lists)
+    experts = block_of_experts(site.module) or any(all(map(_is_mlp, child)) for child in lists)
     scored = functions_called(type(site.module)) & {"softmax", "sigmoid", "topk"}
     return site.leaf in router_weights(site.module) and bool(experts and scored)
 
@@ -128,10 +133,16 @@ def _counts_experts(site: Site) -> bool:
     around, name = (site.ancestors[1], site.path[-2]) if listed else (site.parent, site.leaf)
     if around is None or name in HEADS or (count := shape_of(site.module)[1]) < 2:
         return False
-    lists = (child for child in around.children() if isinstance(child, nn.ModuleList) and child is not site.parent)
+    lists = [child for child in around.children() if isinstance(child, nn.ModuleList) and child is not site.parent]
     stacks = [p for p in around.parameters(recurse=False) if len(whole_shape(p)) == 3 and len(p) == count]
-    boxed = any(holds_experts(child) and count in number_of_experts(child) for child in around.children())
-    return len(stacks) > 1 or boxed or any(len(experts) == count and all(map(_is_mlp, experts)) for experts in lists)
+    boxed = any(block_of_experts(child) and count in number_of_experts(child) for child in around.children())
+    layers = [child for child in lists if len(child) == count and all(map(is_dense, child))]  # one of each expert
+    return (
+        len(stacks) > 1
+        or boxed
+        or len(layers) > 1
+        or any(len(experts) == count and all(map(_is_mlp, experts)) for experts in lists)
+    )
 
 
 def _is_mlp(module: nn.Module) -> bool:

@@ -124,7 +124,7 @@ def test_weight_norms_direction_has_the_weights_role(norm):
     roles = symlm.assign_roles(model)
     old = norm is nn.utils.weight_norm
     size, direction = ("weight_g", "weight_v") if old else (f"parametrizations.weight.original{k}" for k in (0, 1))
-    assert roles[f"lm_head.{direction}"] == "lm_head"
+    assert roles[f"lm_head.{direction}"] == "capped_lm_head"  # a shift of all directions is none of the weight's
     assert roles[f"lm_head.{size}"] == "vector"
     assert roles[f"model.layers.0.mlp.down_proj.{direction}"] == "mlp_out"
 
@@ -258,7 +258,7 @@ def test_a_plain_nets_normed_head_is_a_head(norm):
     net = Plain()
     norm(net.out)
     roles = symlm.assign_roles(net)
-    assert sum(role == "lm_head" for role in roles.values()) == 1
+    assert sum(role == "capped_lm_head" for role in roles.values()) == 1
 
 
 @pytest.mark.parametrize("dora", [False, True])

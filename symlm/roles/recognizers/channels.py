@@ -10,19 +10,21 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import fuses, fuses_a_gate, has_qkv, is_attention
-from symlm.roles.recognizers.layers import dense_children, heads_of, is_convolution, is_dense, shape_of
-from symlm.roles.recognizers.names import is_fused, is_gate, projection
-from symlm.roles.recognizers.shapes import activates, dense_layers, role_by_shapes, scope_of, without_others
+from symlm.roles.recognizers.layers import dense_children, heads_of, is_convolution, is_dense, kind_of, shape_of
+from symlm.roles.recognizers.names import is_fused, is_gate, parts_of, projection
+from symlm.roles.recognizers.shapes import activates, dense_layers, is_stack, role_by_shapes, scope_of, without_others
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
+from symlm.roles.wrappers import inner_module
 
 INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
 OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_out")
 BY_NAME = {**dict.fromkeys(INTO, Role.MLP_IN), **dict.fromkeys(OUT_OF, Role.MLP_OUT)}
-SQUARE = {  # last words that decide only where the shapes do not: an adapter goes down before it goes up
+SQUARE = {  # last words that decide only where the shapes do not
     **dict.fromkeys(("gate", "up", "in", "wi", "expand"), Role.MLP_IN),
     **dict.fromkeys(("down", "out", "wo", "contract"), Role.MLP_OUT),
 }
+IN_AND_OUT = {"in": Role.MLP_IN, "wi": Role.MLP_IN, "out": Role.MLP_OUT, "wo": Role.MLP_OUT}
 ALONE = {  # where no layer stands beside that reads the channels
     **dict.fromkeys(("q_a_proj", "wq_a", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a"), Role.MLP_IN),
     **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
@@ -91,7 +93,7 @@ def channel_role(site: Site) -> Role | None:
         leaf = site.leaf if mixer is parent else site.path[-2]
         if is_fused(leaf) and _blocks_of_mixer(leaf, mixer, site.shape[int(site.transposed)]) is None:
             return None
-        leaves = leaf in LEAVES_MIXER or projection(leaf) is Role.ATTENTION_O
+        leaves = leaf in LEAVES_MIXER or projection(leaf) is Role.ATTENTION_O or "down" in parts_of(leaf)
         return Role.MLP_OUT if leaves else Role.MLP_IN
     if (is_fused(site.leaf) and len(set(site.shape)) > 1) or fuses_a_gate(site):
         return None
@@ -112,11 +114,36 @@ def channel_role(site: Site) -> Role | None:
     if isinstance(parent, nn.Sequential) and is_gate("".join(site.path[-2:-1])) and is_attention(site.ancestors[1]):
         return Role.MLP_IN if [*dense_children(parent).values()][-1] is site.module else Role.MATRIX  # a low rank
     square = len(set(site.shape)) == 1 and activates(parent)
-    if deep := _deep(site):
-        return Role.MLP_OUT if site.module is deep[-1] else Role.MLP_IN if site.module in deep else None
-    names = [name for name, _ in parent.named_children()]
-    roles = {name: BY_NAME.get(name) or (_by_last_word(name) if square else None) for name in names}
-    return roles.get(site.leaf) if {*roles.values()} >= {Role.MLP_IN, Role.MLP_OUT} else None
+    words = SQUARE if square else IN_AND_OUT if activates(parent) else {}
+    layers = {name: shape_of(layer) for name, layer in dense_children(parent).items()}
+    named = {name: BY_NAME.get(name) or words.get(_last_word(name)) for name, _ in parent.named_children()}
+    numbered, every = _deep(site)
+    if site.module in numbered:
+        return Role.MLP_OUT if site.module is numbered[-1] else Role.MLP_IN
+    if {_last_word(name) for name in named if named[name]} <= {"in", "out"} and any(map(is_stack, parent.children())):
+        named = {}  # of a model, whose layers may be in front of its blocks and behind them
+    if role := _if_chained(named, layers).get(site.leaf):
+        return role
+    return Role.MLP_OUT if every[-1:] == [site.module] else Role.MLP_IN if site.module in every else None
+
+
+def _if_chained(roles: dict[str, Role | None], layers: dict[str, tuple[int, int]]) -> dict[str, Role | None]:
+    """Return what names say of layers into channels and out of them, where the sizes do not say otherwise."""
+    first = [name for name, role in roles.items() if role is Role.MLP_IN]
+    last = [name for name, role in roles.items() if role is Role.MLP_OUT]
+    widths = {layers[name][0] for name in last if name in layers}
+    outputs = {layers[name][1] for name in first if name in layers}  # a wrapped layer's are not known
+    if (
+        not first
+        or not last
+        or len(widths) > 1
+        or any(n not in (width, 2 * width) for n in outputs for width in widths)
+    ):
+        return {}
+    down, up = last[0], first[0]
+    if len(first) == len(last) == 1 and down.startswith("down") and [*roles].index(down) < [*roles].index(up):
+        return {up: Role.MLP_OUT, down: Role.MLP_IN}  # an adapter goes down before it goes up
+    return roles
 
 
 def _modulates(site: Site) -> bool:
@@ -128,21 +155,34 @@ def _modulates(site: Site) -> bool:
     return any(MODULATES.search(name) for name in names) and layers[-1:] == [site.module]
 
 
-def _deep(site: Site) -> list[nn.Module]:
-    """Return three or more layers in a list or with numbers, each reading what the one before writes: a deep MLP."""
+def _deep(site: Site) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return three or more layers, each reading what the one before writes: in a list or with numbers, and in any case.
+
+    Of any names, nothing else with matrices stands beside them.
+    """
     parent = site.ancestors[0]
     listed = isinstance(parent, nn.ModuleList) and len(site.ancestors) > 1
-    around = site.ancestors[1] if listed else parent
-    layers = [layer for name, layer in dense_children(parent).items() if listed or NUMBERED.fullmatch(name)]
+    around, children = site.ancestors[1] if listed else parent, dense_children(parent)
+    numbered = [layer for name, layer in children.items() if listed or NUMBERED.fullmatch(name)]
+    others = (p for child in parent.children() if not is_dense(inner_module(child)) for p in child.parameters())
+    alone = not is_attention(parent) and all(len(whole_shape(p)) < 2 for p in others)
+    parallel = listed and "mlp" not in kind_of(around)  # equal squares may be
+    if not activates(around):
+        return [], []
+    return _chain(numbered, not parallel), _chain([*children.values()], False) if alone else []
+
+
+def _chain(layers: list[nn.Module], squares: bool) -> list[nn.Module]:
+    """Return three or more layers if each reads what the one before writes, equal squares only where asked for."""
     shapes = [shape_of(layer) for layer in layers]
     chained = all(before[1] == after[0] for before, after in pairwise(shapes))
-    parallel = listed and len(set(shapes)) == 1 and "mlp" not in type(around).__name__.lower()  # equal squares may be
-    return layers if len(layers) > 2 and chained and not parallel and activates(around) else []
+    gated = len(layers) == 3 and shapes[0] == shapes[2]  # w1 and w3 into neurons that w2 reads
+    return layers if len(layers) > 2 and chained and (squares or not (gated or len(set(shapes)) == 1)) else []
 
 
-def _by_last_word(name: str) -> Role | None:
-    """Return what a name's last word says, numbers left out."""
-    return SQUARE.get(name.rstrip("_0123456789").rpartition("_")[2])
+def _last_word(name: str) -> str:
+    """Return the last word of a name, numbers left out."""
+    return name.rstrip("_0123456789").rpartition("_")[2]
 
 
 def mixer_of(site: Site) -> nn.Module | None:

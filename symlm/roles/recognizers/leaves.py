@@ -23,7 +23,7 @@ PROJECTIONS = {  # stored [d, heads, head_dim]
     **dict.fromkeys(("r", "r_kernel"), Role.ATTENTION_K),  # keys of relative positions
 }
 STACKS = ("gate_weight", "x_proj_weight", "dt_proj_weight")
-FACTORS = {"fn", "proj", "projs", "projection", "projections", "linear"}  # of a matrix that makes elements
+FACTORS = {"fn", "w1", "w2", "proj", "projs", "projection", "projections", "linear"}  # of a matrix that makes elements
 LISTS = (nn.ParameterList, nn.ParameterDict)
 STREAMS = ("fn", "hc_fn")  # a row is a number of single streams
 MATRICES = ("proj", "projection_weight", "static_weight", "compress_gate")
@@ -63,10 +63,15 @@ def leaf_role(site: Site) -> Role | None:
     if len(shape) == 2 and name in STREAMS:
         return Role.MLP_IN
     if len(shape) == 2 and name.endswith(MATRICES):
-        return Role.MATRIX
+        into_channels = name in ("in_proj", "out_proj") and activates(site.module)
+        return None if into_channels else Role.MATRIX
     inside = {word for part in site.path[-2:] for word in part.lower().split("_")}
     if len(shape) == 2 and name.isdigit() and inside & FACTORS:
         return Role.MATRIX
+    if len(shape) == 2 and words & TABLES and heads_of(site.module) in shape and "rel" in name:
+        return Role.VECTOR  # a number for each distance and head
+    if words & TABLES and words & {"weight", "weights"}:
+        return None
     if words & TABLES or (name.isdigit() and inside & TABLES) or "extensor" in words:
         kind = type(site.module)
         tied = makes_logits(kind, site.leaf) and looks_up(kind, site.leaf)

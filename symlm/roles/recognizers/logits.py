@@ -1,7 +1,8 @@
 """Whether a loss ignores a shift of all logits, which a softmax does, and a sigmoid or a capped head does not."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ HEADS = (
 )
 CAPS = re.compile(r"soft_?cap|cap_logits|clamp_logits", re.IGNORECASE)
 OTHER_SCORES = {"relu", "softplus", "tanh", "exp", "elu"}  # of routers without a softmax or a sigmoid
+OTHER_LOSS = re.compile(r"mse_?loss|l1_?loss|huber_?loss|binary_cross_entropy|BCE|logsigmoid|nll_gauss", re.IGNORECASE)
+SOFTMAX = re.compile(r"cross_?entropy(?!_with_logits)|softmax|nll_?loss|loss_function", re.IGNORECASE)
 NOT_INVARIANT = ("PhimoeTopKRouter",)  # thresholds are relative to the largest logit's size
 
 
@@ -39,7 +42,8 @@ def ignores_a_shift(site: Site) -> bool:
             return "softmax" in scoring[0]
         called = {score for name in _functions(module) for score in ("softmax", "sigmoid") if score in name}
         if len(called) == 2:
-            return not any("sigmoid" in value for value in _texts(module))
+            said = {score for value in _texts(module) for score in called if score in value}
+            return said == {"softmax"}
         if called:
             return called == {"softmax"}
     return not any(_functions(module) & OTHER_SCORES for module in around)
@@ -53,11 +57,14 @@ def caps_logits(module: nn.Module) -> bool | None:
     """
     config: Any = getattr(module, "config", None)
     for one in (config, getattr(config, "text_config", None)):
-        caps = [name for name in vars(one or object) if "cap" in name and "logit" in name and "attn" not in name]
+        caps = [name for name in _settings(one) if "cap" in name and "logit" in name and "attn" not in name]
         if caps:
-            return any(bool(getattr(one, name)) for name in caps)
+            return any(bool(_settings(one)[name]) for name in caps)
     called = functions_called(type(module))
-    return True if called & {"tanh", "sigmoid"} or any(CAPS.search(name) for name in called) else None
+    feels = {"tanh", "sigmoid"} | (
+        {"logsumexp"} if config is None else set()
+    )  # a z-loss, whose weight a config may set
+    return True if called & feels or any(CAPS.search(name) for name in called) else None
 
 
 def normalizes(module: nn.Module) -> bool:
@@ -69,6 +76,16 @@ def normalizes(module: nn.Module) -> bool:
     return bool(functions_called(type(module)) & {"normalize", "cosine_similarity"})
 
 
+def has_other_loss(module: nn.Module) -> bool:
+    """Tell whether a module's code, or a loss in it, compares outputs without a softmax: distances, single classes.
+
+    Args:
+        module: A module around a layer with the name of a head.
+    """
+    called = functions_called(type(module)) | {type(child).__name__ for child in module.children()}
+    return any(OTHER_LOSS.search(name) for name in called) and not any(SOFTMAX.search(name) for name in called)
+
+
 def scales_rows(owner: nn.Module, rows: int) -> bool:
     """Tell whether a module has a factor for each token, which makes the logits feel a shift of all rows.
 
@@ -76,7 +93,8 @@ def scales_rows(owner: nn.Module, rows: int) -> bool:
         owner: A module around a head.
         rows: The number of tokens.
     """
-    vectors = [name for name, p in owner.named_parameters(recurse=False) if whole_shape(p) == (rows,)]
+    own = {name: whole_shape(p) for name, p in owner.named_parameters(recurse=False)}
+    vectors = [name for name, shape in own.items() if rows in shape and prod(shape) == rows]
     return not isinstance(owner, nn.Linear) and any("bias" not in name for name in vectors)
 
 
@@ -98,5 +116,10 @@ def _functions(module: nn.Module) -> frozenset[str]:
 
 def _texts(module: nn.Module) -> Iterator[str]:
     """Yield the text options of a module and of its config, where a scoring function may be named."""
-    for owner in (module, getattr(module, "config", None)):
-        yield from (value for value in vars(owner or object).values() if isinstance(value, str))
+    for owner in (module, *(getattr(module, name, None) for name in ("config", "args", "cfg"))):
+        yield from (value for value in _settings(owner).values() if isinstance(value, str))
+
+
+def _settings(owner: Any) -> Mapping[str, Any]:
+    """Return the attributes of a config or its entries, of whatever kind it is."""
+    return owner if isinstance(owner, Mapping) else getattr(owner, "__dict__", {})

@@ -13,7 +13,7 @@ from symlm.roles.recognizers.names import is_fused, projection
 from symlm.roles.role import Role, Site
 from symlm.roles.wrappers import inner_module
 
-ACTIVATION = re.compile(r"(^|_)act|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
+ACTIVATION = re.compile(r"(^|_)act|^(sin|erf)$|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
 Layer = tuple[nn.Module, int, int]  # with its inputs and outputs
 INERT = re.compile(r"drop|identity|flatten|norm|rearrange|permute|transpose|reshape|pool")
 
@@ -25,9 +25,21 @@ def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
         site: The site of a dense layer.
         ends: The ids of the token matrices: a layer in front of a head has no channels, where the head may be tied.
     """
+    if layers := _layers_of_experts(site):
+        fitting = [last for last in range(len(layers)) if _fits_last(layers, last) and len(set(layers[last][1:])) > 1]
+        return (Role.MLP_OUT if layers[fitting[-1]][0] in [*site.parent] else Role.MLP_IN) if fitting else None
     scopes = [scope_of(site), *site.ancestors[1:2]] if is_gate_and_up(site.parent) else [scope_of(site)]
     roles = (_role_in(scope, site, ends) for scope in scopes)
     return next((role for role in roles if role), None)
+
+
+def _layers_of_experts(site: Site) -> list[Layer]:
+    """Return the layers of one expert where a module holds two or three lists, each of a layer of every expert."""
+    if not isinstance(site.parent, nn.ModuleList) or len(site.ancestors) < 2 or not activates(site.ancestors[1]):
+        return []
+    around = [child for child in site.ancestors[1].children() if isinstance(child, nn.ModuleList)]
+    lists = [child for child in around if len(child) == len(site.parent) > 1 and all(map(is_dense, child))]
+    return [(some[0], *shape_of(some[0])) for some in lists] if 2 <= len(lists) <= 3 else []
 
 
 def is_activated_alone(site: Site) -> bool:
@@ -135,6 +147,7 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
     own = [layer for layer in layers if layer[0] in dense_children(scope).values()]
     if len(layers) > len(own) == 2 and activates(scope) and _are_numbered(scope, [layer for layer, _, _ in own]):
         layers = own  # what is in a box beside them is in front
+    two = len(layers) == 2
     if len({layer[1:] for layer in layers}) == 3:  # a square gate beside a key and a value, as in RWKV
         squares = [layer for layer in layers if layer[1] == layer[2]]
         layers = [layer for layer in layers if layer not in squares]
@@ -148,10 +161,24 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
     numbered = len(layers) == 2 and _are_numbered(scope, [layer for layer, _, _ in layers])
     fitting = [last for last in range(len(layers) - 1, -1, -1) if _fits_last(layers, last)]
     back = [last for last in fitting if layers[last][2] == layers[last - 1][1]]  # to what the others read
-    for last in back or fitting:
+    boxes = [child for child in scope.children() if any(layer in child.modules() for layer, _, _ in layers)]
+    stack = any(map(is_stack, {*scope.children()} - {*boxes}))
+    doubts = (not any(map(activates, (scope, *boxes)))) + stack + (not back) if two else 0
+    for last in (back or fitting) if doubts < 2 else []:
         if layers[last][2] != layers[last][1] or (numbered and last == 1):
             return Role.MLP_OUT if places[0] == last else Role.MLP_IN
     return None
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Tell whether a module is a stack of blocks or a recurrence, which may stand between two projections.
+
+    Args:
+        module: A module beside dense layers.
+    """
+    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential))
+    blocks = (block for some in lists for block in some)
+    return isinstance(module, nn.RNNBase) or any(sum(map(is_dense, block.modules())) > 1 for block in blocks)
 
 
 def _fits_last(layers: list[Layer], last: int) -> bool:
