@@ -146,10 +146,13 @@ class PrimerInBoxes(nn.Module):
 class RelativeScores(nn.Module):
     """A table of distances, of which the queries make scores."""
 
+    last = "out"
+
     def __init__(self):
         super().__init__()
         self.n_heads = HEADS
-        self.q, self.k, self.v, self.out = (dense(D, D) for _ in range(4))
+        self.q, self.k, self.v = (dense(D, D) for _ in range(3))
+        setattr(self, self.last, dense(D, D))
         self.rel_emb = nn.Embedding(12, D // HEADS)
 
     def forward(self, x):
@@ -158,7 +161,7 @@ class RelativeScores(nn.Module):
         distances = (places[:, None] - places).clamp(0, 11).expand(*q.shape[:2], -1, -1)
         scores = q @ k.mT + (q @ self.rel_emb.weight.T).gather(-1, distances)
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-        return self.out((scores.masked_fill(~mask, -1e9).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return getattr(self, self.last)((scores.masked_fill(~mask, -1e9).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 class LatentWithoutRank(nn.Module):

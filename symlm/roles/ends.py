@@ -13,6 +13,7 @@ from symlm.roles.recognizers.logits import (
     HEADS,
     caps_logits,
     has_other_loss,
+    is_adaptive,
     is_called_head,
     normalizes,
     scales_rows,
@@ -63,7 +64,7 @@ class EndMatrices:
         heads = heads_of(site.parent) if is_input else 0
         if is_input and site.path and ("bias" in site.path[-1] or site.shape[1] == heads):
             return Role.VECTOR  # a number for each bucket and head: no rotation mixes heads
-        if isinstance(site.module, nn.Linear) and _is_adaptive(site):
+        if isinstance(site.module, nn.Linear) and is_adaptive(site):
             return Role.LM_HEAD
         if id(site.parameter) in self.outputs or self._is_named_head(site):
             return Role.TIED_EMBEDDING if is_input else Role.LM_HEAD
@@ -123,11 +124,12 @@ class EndMatrices:
     def _makes_logits(self, path: str) -> bool:
         """Tell whether the code of a module around a table, or of one that holds it, makes logits with its weight."""
         name, above = path.rpartition(".")[2], ("", *accumulate(path.split(".")[:-1], "{}.{}".format))
-        users = {(type(self.modules[owner]), name) for owner in above}
+        users = {(type(self.modules[owner]), name, "weight") for owner in above} | {(type(self.tables[path]), "weight")}
         for owner in self.modules.values():
-            users |= {(type(owner), key) for key, child in owner._modules.items() if child is self.tables[path]}
-        own = makes_logits(type(self.tables[path]), "weight")  # a table of one's own that makes logits too
-        return own or any(makes_logits(kind, key, "weight") for kind, key in users)
+            users |= {
+                (type(owner), key, "weight") for key, child in owner._modules.items() if child is self.tables[path]
+            }
+        return any(makes_logits(kind, *read) for kind, *read in users)
 
     def _is_named_head(self, site: Site) -> bool:
         in_a_list = len(site.path) > 1 and site.path[-1].isdigit() and site.path[-2].rstrip("s") in HEADS
@@ -135,9 +137,8 @@ class EndMatrices:
             in_a_list = [*filter(is_dense, site.parent.children())][-1:] == [site.module]
         if (site.leaf not in HEADS and not in_a_list) or len(site.shape) != 2 or min(site.shape) < 2:
             return False
-        if (
-            not isinstance(self.modules.get(".".join(site.path)), nn.Linear) and not is_dense(site.module)
-        ) or is_attention(site.parent):
+        dense = isinstance(self.modules.get(".".join(site.path)), nn.Linear) or is_dense(site.module)
+        if not dense or is_attention(site.parent):
             return False
         above = ".".join(site.path[: -2 if in_a_list else -1])
         has_tokens = any(_is_inside(path, above) and not is_of_places(path) for path in self.tables)
@@ -149,8 +150,8 @@ class EndMatrices:
         kinds = [config.problem_type for config in self._configs(path) if hasattr(config, "problem_type")]
         if kinds and kinds[0]:
             return kinds[0] not in ("regression", "multi_label_classification")
-        around = (self.modules.get(".".join(path[:k])) for k in range(len(path)))
-        return bool(kinds) or not any(has_other_loss(module) for module in around if module is not None)
+        around = filter(None, (self.modules.get(".".join(path[:k])) for k in range(len(path))))
+        return bool(kinds) or not any(map(has_other_loss, around))
 
     def _sizes_of_heads(self, path: tuple[str, ...]) -> set[int]:
         """Return how many classes or tokens the nearest config above a module counts."""
@@ -217,13 +218,6 @@ class EndMatrices:
         own, others = siblings.get(parts[-1]), (inner_module(child) for child in siblings.values())
         back = _shape_of(own)[::-1] if isinstance(own, nn.Linear) else None
         return any(isinstance(child, nn.Linear) and _shape_of(child) == back for child in others if child is not own)
-
-
-def _is_adaptive(site: Site) -> bool:
-    """Tell whether a layer makes the logits of torch's adaptive softmax: its head, or the last of a cluster's two."""
-    kinds = [isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) for module in site.ancestors[:3]]
-    last = [*site.parent.children()][-1] if isinstance(site.parent, nn.Sequential) else None
-    return any(kinds) and len(site.shape) == 2 and (kinds[0] or last is site.module)
 
 
 def _block(path: str) -> str:

@@ -5,6 +5,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from symlm.roles.recognizers.chains import layers_of_experts
 from symlm.roles.recognizers.channels import TOKENS_IN_COLUMNS, blocks_of_outputs, is_mixer
 from symlm.roles.recognizers.layers import is_pointwise
 from symlm.roles.recognizers.shapes import is_activated_first, is_gate_and_up, scope_of
@@ -22,7 +23,8 @@ def channel_moves(sites, model):
         by_layer = site.leaf.startswith(("per_layer", "o_a_proj", "o_b_proj"))
         if role in (Role.MLP_IN, Role.MLP_OUT) and len(site.shape) == 2 and not is_mixer(site.parent) and not by_layer:
             scope = site.ancestors[1] if is_gate_and_up(site.parent) else scope_of(site)
-            scopes[id(scope if scope is not None else site.parent)].append((site, role))
+            key = (id(site.ancestors[1]), site.path[-1]) if layers_of_experts(site) else id(scope or site.parent)
+            scopes[key].append((site, role))
     for members in scopes.values():
         outs = [site for site, role in members if role is Role.MLP_OUT]
         if not outs or len(members) == len(outs):

@@ -4,38 +4,35 @@ A channel may change its place among the others, in all layers that read into it
 """
 
 import re
-from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import fuses, fuses_a_gate, has_qkv, is_attention
-from symlm.roles.recognizers.layers import dense_children, heads_of, is_convolution, is_dense, kind_of, shape_of
-from symlm.roles.recognizers.names import is_fused, is_gate, parts_of, projection
-from symlm.roles.recognizers.shapes import activates, dense_layers, is_stack, role_by_shapes, scope_of, without_others
+from symlm.roles.recognizers.chains import deep_layers, if_chained, is_stack
+from symlm.roles.recognizers.layers import (
+    activates,
+    dense_children,
+    heads_of,
+    is_convolution,
+    is_dense,
+    shape_of,
+)
+from symlm.roles.recognizers.names import (
+    ALONE,
+    BY_NAME,
+    IN_AND_OUT,
+    SQUARE,
+    is_fused,
+    is_gate,
+    last_word,
+    parts_of,
+    projection,
+)
+from symlm.roles.recognizers.shapes import dense_layers, role_by_shapes, scope_of, without_others
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
-from symlm.roles.wrappers import inner_module
 
-INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
-OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_out")
-BY_NAME = {**dict.fromkeys(INTO, Role.MLP_IN), **dict.fromkeys(OUT_OF, Role.MLP_OUT)}
-SQUARE = {  # last words that decide only where the shapes do not
-    **dict.fromkeys(("gate", "up", "in", "wi", "expand"), Role.MLP_IN),
-    **dict.fromkeys(("down", "out", "wo", "contract"), Role.MLP_OUT),
-}
-IN_AND_OUT = {"in": Role.MLP_IN, "wi": Role.MLP_IN, "out": Role.MLP_OUT, "wo": Role.MLP_OUT}
-ALONE = {  # where no layer stands beside that reads the channels
-    **dict.fromkeys(("q_a_proj", "wq_a", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a"), Role.MLP_IN),
-    **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
-    **dict.fromkeys(("per_layer_projection", "conv_kernel_layer"), Role.MLP_OUT),
-    **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
-    **dict.fromkeys(("vocab_transform", "weight_proj", "sampling_offsets", "attention_weights"), Role.MLP_IN),
-    **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT, "head_linear": Role.MLP_IN},
-    **dict.fromkeys(("up_proj_for_speech", "up_proj_for_vision_speech", "action_time_mlp_in"), Role.MLP_IN),
-    **dict.fromkeys(("down_proj_for_speech", "down_proj_for_vision_speech", "action_time_mlp_out"), Role.MLP_OUT),
-    **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
-}
 POINTWISE = {  # convolutions over single places, by the classes and the names of their boxes
     ("ConvDropoutLayerNorm", "post_attention"): Role.ATTENTION_O,
     ("ConvActivation", "intermediate"): Role.MLP_IN,
@@ -48,7 +45,6 @@ POINTWISE = {  # convolutions over single places, by the classes and the names o
 TOKENS_IN_COLUMNS = (("MobileBertLMPredictionHead", "dense"),)  # the head of the channels that an embedding has not
 ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
-NUMBERED = re.compile(r"(fc|lin|linear|layer|dense)_?\d")
 MODULATES = re.compile(
     r"ada_?ln|ada_?layer_?norm|ada_?norm|modulation|film$|to_(gamma|beta|scale|shift)", re.IGNORECASE
 )
@@ -116,34 +112,15 @@ def channel_role(site: Site) -> Role | None:
     square = len(set(site.shape)) == 1 and activates(parent)
     words = SQUARE if square else IN_AND_OUT if activates(parent) else {}
     layers = {name: shape_of(layer) for name, layer in dense_children(parent).items()}
-    named = {name: BY_NAME.get(name) or words.get(_last_word(name)) for name, _ in parent.named_children()}
-    numbered, every = _deep(site)
+    named = {name: BY_NAME.get(name) or words.get(last_word(name)) for name, _ in parent.named_children()}
+    numbered, every = deep_layers(site)
     if site.module in numbered:
         return Role.MLP_OUT if site.module is numbered[-1] else Role.MLP_IN
-    if {_last_word(name) for name in named if named[name]} <= {"in", "out"} and any(map(is_stack, parent.children())):
+    if {last_word(name) for name in named if named[name]} <= {"in", "out"} and any(map(is_stack, parent.children())):
         named = {}  # of a model, whose layers may be in front of its blocks and behind them
-    if role := _if_chained(named, layers).get(site.leaf):
+    if role := if_chained(named, layers).get(site.leaf):
         return role
     return Role.MLP_OUT if every[-1:] == [site.module] else Role.MLP_IN if site.module in every else None
-
-
-def _if_chained(roles: dict[str, Role | None], layers: dict[str, tuple[int, int]]) -> dict[str, Role | None]:
-    """Return what names say of layers into channels and out of them, where the sizes do not say otherwise."""
-    first = [name for name, role in roles.items() if role is Role.MLP_IN]
-    last = [name for name, role in roles.items() if role is Role.MLP_OUT]
-    widths = {layers[name][0] for name in last if name in layers}
-    outputs = {layers[name][1] for name in first if name in layers}  # a wrapped layer's are not known
-    if (
-        not first
-        or not last
-        or len(widths) > 1
-        or any(n not in (width, 2 * width) for n in outputs for width in widths)
-    ):
-        return {}
-    down, up = last[0], first[0]
-    if len(first) == len(last) == 1 and down.startswith("down") and [*roles].index(down) < [*roles].index(up):
-        return {up: Role.MLP_OUT, down: Role.MLP_IN}  # an adapter goes down before it goes up
-    return roles
 
 
 def _modulates(site: Site) -> bool:
@@ -153,36 +130,6 @@ def _modulates(site: Site) -> bool:
     names = (*site.path[-2:], type(site.parent).__name__)
     layers = [*dense_children(site.parent).values()] if site.parent is not None else []
     return any(MODULATES.search(name) for name in names) and layers[-1:] == [site.module]
-
-
-def _deep(site: Site) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return three or more layers, each reading what the one before writes: in a list or with numbers, and in any case.
-
-    Of any names, nothing else with matrices stands beside them.
-    """
-    parent = site.ancestors[0]
-    listed = isinstance(parent, nn.ModuleList) and len(site.ancestors) > 1
-    around, children = site.ancestors[1] if listed else parent, dense_children(parent)
-    numbered = [layer for name, layer in children.items() if listed or NUMBERED.fullmatch(name)]
-    others = (p for child in parent.children() if not is_dense(inner_module(child)) for p in child.parameters())
-    alone = not is_attention(parent) and all(len(whole_shape(p)) < 2 for p in others)
-    parallel = listed and "mlp" not in kind_of(around)  # equal squares may be
-    if not activates(around):
-        return [], []
-    return _chain(numbered, not parallel), _chain([*children.values()], False) if alone else []
-
-
-def _chain(layers: list[nn.Module], squares: bool) -> list[nn.Module]:
-    """Return three or more layers if each reads what the one before writes, equal squares only where asked for."""
-    shapes = [shape_of(layer) for layer in layers]
-    chained = all(before[1] == after[0] for before, after in pairwise(shapes))
-    gated = len(layers) == 3 and shapes[0] == shapes[2]  # w1 and w3 into neurons that w2 reads
-    return layers if len(layers) > 2 and chained and (squares or not (gated or len(set(shapes)) == 1)) else []
-
-
-def _last_word(name: str) -> str:
-    """Return the last word of a name, numbers left out."""
-    return name.rstrip("_0123456789").rpartition("_")[2]
 
 
 def mixer_of(site: Site) -> nn.Module | None:

@@ -1,13 +1,17 @@
 """What a dense layer is, by its class or by what it does, and how many inputs and outputs it has."""
 
+import re
+
 from torch import Tensor, nn
 
+from symlm.roles.code import functions_called
 from symlm.roles.recognizers.names import HEAD_COUNTS
 from symlm.roles.role import TENSORS, Site
 from symlm.roles.storage import inputs_first, whole_shape
 from symlm.roles.wrappers import inner_module
 
 NORMS = ("_WeightNorm", "_SpectralNorm")  # torch's, of a weight that is stored
+ACTIVATION = re.compile(r"(^|_)act|^(sin|erf)$|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -120,3 +124,15 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
         return 0, 0
     rows, columns = whole_shape(weight)
     return (rows, columns) if inputs_first(layer) else (columns, rows)
+
+
+def activates(module: nn.Module) -> bool:
+    """Tell whether the code of a module names an activation, or a child is one.
+
+    Args:
+        module: A module around dense layers.
+    """
+    kinds = [type(child) for child in module.children() if not isinstance(child, nn.MultiheadAttention)]
+    if any(kind.__module__ == "torch.nn.modules.activation" for kind in kinds):
+        return True
+    return any(ACTIVATION.search(name) for name in functions_called(type(module)))

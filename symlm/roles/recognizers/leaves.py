@@ -5,10 +5,9 @@ import re
 from torch import nn
 
 from symlm.roles.code import looks_up, makes_logits
-from symlm.roles.recognizers.channels import BY_NAME
-from symlm.roles.recognizers.layers import heads_of, is_convolution, is_dense, is_norm, is_pointwise, kind_of
-from symlm.roles.recognizers.names import QKV, is_fused, projection
-from symlm.roles.recognizers.shapes import INERT, activates
+from symlm.roles.recognizers.layers import activates, heads_of, is_convolution, is_dense, is_norm, is_pointwise, kind_of
+from symlm.roles.recognizers.names import BY_NAME, QKV, is_fused, projection
+from symlm.roles.recognizers.shapes import INERT
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_module

@@ -61,9 +61,8 @@ def caps_logits(module: nn.Module) -> bool | None:
         if caps:
             return any(bool(_settings(one)[name]) for name in caps)
     called = functions_called(type(module))
-    feels = {"tanh", "sigmoid"} | (
-        {"logsumexp"} if config is None else set()
-    )  # a z-loss, whose weight a config may set
+    from_transformers = type(module).__module__.startswith("transformers.")  # whose configs weigh a z-loss, or none
+    feels = {"tanh", "sigmoid"} | (set() if from_transformers else {"logsumexp"})
     return True if called & feels or any(CAPS.search(name) for name in called) else None
 
 
@@ -84,6 +83,17 @@ def has_other_loss(module: nn.Module) -> bool:
     """
     called = functions_called(type(module)) | {type(child).__name__ for child in module.children()}
     return any(OTHER_LOSS.search(name) for name in called) and not any(SOFTMAX.search(name) for name in called)
+
+
+def is_adaptive(site: Site) -> bool:
+    """Tell whether a layer makes the logits of torch's adaptive softmax: its head, or the last of a cluster's two.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    kinds = [isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) for module in site.ancestors[:3]]
+    last = [*site.parent.children()][-1] if isinstance(site.parent, nn.Sequential) else None
+    return any(kinds) and len(site.shape) == 2 and (kinds[0] or last is site.module)
 
 
 def scales_rows(owner: nn.Module, rows: int) -> bool:

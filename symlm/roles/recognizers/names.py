@@ -1,4 +1,4 @@
-"""What the names of layers say: projections of attention, fused ones and gates."""
+"""What the names of layers say: projections of attention, fused ones, gates, and layers into channels and out."""
 
 import re
 
@@ -26,6 +26,26 @@ HEAD_COUNTS = (
     *("n_local_heads", "groups"),
 )
 GATING = {"gate", "gating", "g", "gk", "wg"}
+INTO = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
+OUT_OF = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_out")
+BY_NAME = {**dict.fromkeys(INTO, Role.MLP_IN), **dict.fromkeys(OUT_OF, Role.MLP_OUT)}
+SQUARE = {  # last words that decide only where the shapes do not
+    **dict.fromkeys(("gate", "up", "in", "wi", "expand"), Role.MLP_IN),
+    **dict.fromkeys(("down", "out", "wo", "contract"), Role.MLP_OUT),
+}
+IN_AND_OUT = {"in": Role.MLP_IN, "wi": Role.MLP_IN, "out": Role.MLP_OUT, "wo": Role.MLP_OUT}
+ALONE = {  # where no layer stands beside that reads the channels
+    **dict.fromkeys(("q_a_proj", "wq_a", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a"), Role.MLP_IN),
+    **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate"), Role.MLP_IN),
+    **dict.fromkeys(("per_layer_projection", "conv_kernel_layer"), Role.MLP_OUT),
+    **{"modality_router": Role.MLP_IN, "prediction_coefs": Role.MLP_OUT, "correction_coefs": Role.MLP_OUT},
+    **dict.fromkeys(("vocab_transform", "weight_proj", "sampling_offsets", "attention_weights"), Role.MLP_IN),
+    **{"o_a_proj": Role.MLP_IN, "o_b_proj": Role.MLP_OUT, "head_linear": Role.MLP_IN},
+    **dict.fromkeys(("up_proj_for_speech", "up_proj_for_vision_speech", "action_time_mlp_in"), Role.MLP_IN),
+    **dict.fromkeys(("down_proj_for_speech", "down_proj_for_vision_speech", "action_time_mlp_out"), Role.MLP_OUT),
+    **{"input_mix_weight_down": Role.MLP_IN, "input_mix_weight_up": Role.MLP_OUT, "block_inject_weight": Role.MLP_IN},
+}
+NUMBERED = re.compile(r"(fc|lin|linear|layer|dense)_?\d")
 QKV = {Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V}
 
 
@@ -81,3 +101,12 @@ def parts_of(leaf: str) -> list[str]:
         leaf: The name.
     """
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])|\d+$", "_", leaf).lower().strip("_").split("_")
+
+
+def last_word(name: str) -> str:
+    """Return the last word of a name, numbers left out.
+
+    Args:
+        name: The name.
+    """
+    return name.rstrip("_0123456789").rpartition("_")[2]

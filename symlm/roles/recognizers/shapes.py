@@ -7,14 +7,22 @@ from torch import nn
 
 from symlm.roles.code import functions_called
 from symlm.roles.recognizers.attention import BESIDE_FUSED, fuses, has_qkv, is_attention
-from symlm.roles.recognizers.layers import dense_children, is_alone, is_dense, is_pointwise, kind_of, shape_of
+from symlm.roles.recognizers.chains import Layer, layers_of_experts, stand_around_blocks
+from symlm.roles.recognizers.layers import (
+    ACTIVATION,
+    activates,
+    dense_children,
+    is_alone,
+    is_dense,
+    is_pointwise,
+    kind_of,
+    shape_of,
+)
 from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.recognizers.names import is_fused, projection
 from symlm.roles.role import Role, Site
 from symlm.roles.wrappers import inner_module
 
-ACTIVATION = re.compile(r"(^|_)act|^(sin|erf)$|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
-Layer = tuple[nn.Module, int, int]  # with its inputs and outputs
 INERT = re.compile(r"drop|identity|flatten|norm|rearrange|permute|transpose|reshape|pool")
 
 
@@ -25,21 +33,13 @@ def role_by_shapes(site: Site, ends: Collection[int] = ()) -> Role | None:
         site: The site of a dense layer.
         ends: The ids of the token matrices: a layer in front of a head has no channels, where the head may be tied.
     """
-    if layers := _layers_of_experts(site):
-        fitting = [last for last in range(len(layers)) if _fits_last(layers, last) and len(set(layers[last][1:])) > 1]
-        return (Role.MLP_OUT if layers[fitting[-1]][0] in [*site.parent] else Role.MLP_IN) if fitting else None
+    if layers := layers_of_experts(site):
+        last = next((layer for k, (layer, n, m) in enumerate(layers) if n != m and _fits_last(layers, k)), None)
+        siblings = list(site.parent.children()) if site.parent is not None else []
+        return None if last is None else Role.MLP_OUT if last in siblings else Role.MLP_IN
     scopes = [scope_of(site), *site.ancestors[1:2]] if is_gate_and_up(site.parent) else [scope_of(site)]
     roles = (_role_in(scope, site, ends) for scope in scopes)
     return next((role for role in roles if role), None)
-
-
-def _layers_of_experts(site: Site) -> list[Layer]:
-    """Return the layers of one expert where a module holds two or three lists, each of a layer of every expert."""
-    if not isinstance(site.parent, nn.ModuleList) or len(site.ancestors) < 2 or not activates(site.ancestors[1]):
-        return []
-    around = [child for child in site.ancestors[1].children() if isinstance(child, nn.ModuleList)]
-    lists = [child for child in around if len(child) == len(site.parent) > 1 and all(map(is_dense, child))]
-    return [(some[0], *shape_of(some[0])) for some in lists] if 2 <= len(lists) <= 3 else []
 
 
 def is_activated_alone(site: Site) -> bool:
@@ -135,9 +135,7 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
         return None
     if isinstance(scope, nn.Sequential | nn.ModuleList) and (role := _role_in_sequence(scope, site, ends)):
         return role
-    if isinstance(scope, nn.Sequential):
-        return None
-    if (site.leaf in HEADS and not activates(scope)) or _is_linear(scope):
+    if isinstance(scope, nn.Sequential) or (site.leaf in HEADS and not activates(scope)) or _is_linear(scope):
         return None
     children = [*scope.children()]
     blocks = isinstance(scope, nn.ModuleDict) and any(not is_dense(m) and len([*m.modules()]) > 1 for m in children)
@@ -161,24 +159,10 @@ def _role_in(scope: nn.Module | None, site: Site, ends: Collection[int]) -> Role
     numbered = len(layers) == 2 and _are_numbered(scope, [layer for layer, _, _ in layers])
     fitting = [last for last in range(len(layers) - 1, -1, -1) if _fits_last(layers, last)]
     back = [last for last in fitting if layers[last][2] == layers[last - 1][1]]  # to what the others read
-    boxes = [child for child in scope.children() if any(layer in child.modules() for layer, _, _ in layers)]
-    stack = any(map(is_stack, {*scope.children()} - {*boxes}))
-    doubts = (not any(map(activates, (scope, *boxes)))) + stack + (not back) if two else 0
-    for last in (back or fitting) if doubts < 2 else []:
+    for last in [] if two and stand_around_blocks(scope, layers, bool(back)) else back or fitting:
         if layers[last][2] != layers[last][1] or (numbered and last == 1):
             return Role.MLP_OUT if places[0] == last else Role.MLP_IN
     return None
-
-
-def is_stack(module: nn.Module) -> bool:
-    """Tell whether a module is a stack of blocks or a recurrence, which may stand between two projections.
-
-    Args:
-        module: A module beside dense layers.
-    """
-    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential))
-    blocks = (block for some in lists for block in some)
-    return isinstance(module, nn.RNNBase) or any(sum(map(is_dense, block.modules())) > 1 for block in blocks)
 
 
 def _fits_last(layers: list[Layer], last: int) -> bool:
@@ -201,18 +185,6 @@ def without_others(scope: nn.Module, layers: list[Layer]) -> list[Layer]:
     width = layers[-1][1] if layers else 0
     others = [layer for layer in layers if id(layer[0]) in alone and layer[2] not in (width, 2 * width)]
     return [layer for layer in layers if layer not in others] if len(alone) - len(others) == 1 else layers
-
-
-def activates(module: nn.Module) -> bool:
-    """Tell whether the code of a module names an activation, or a child is one.
-
-    Args:
-        module: A module around dense layers.
-    """
-    kinds = [type(child) for child in module.children() if not isinstance(child, nn.MultiheadAttention)]
-    if any(kind.__module__ == "torch.nn.modules.activation" for kind in kinds):
-        return True
-    return any(ACTIVATION.search(name) for name in functions_called(type(module)))
 
 
 def _is_linear(scope: nn.Module) -> bool:

@@ -1,0 +1,105 @@
+"""Layers one behind the other: deep MLPs, experts' layers in lists, and names that sizes have to agree with."""
+
+from itertools import pairwise
+
+from torch import nn
+
+from symlm.roles.recognizers.attention import is_attention
+from symlm.roles.recognizers.layers import activates, dense_children, is_dense, kind_of, shape_of
+from symlm.roles.recognizers.names import NUMBERED
+from symlm.roles.role import Role, Site
+from symlm.roles.storage import whole_shape
+from symlm.roles.wrappers import inner_module
+
+Layer = tuple[nn.Module, int, int]  # with its inputs and outputs
+
+
+def if_chained(roles: dict[str, Role | None], layers: dict[str, tuple[int, int]]) -> dict[str, Role | None]:
+    """Return what names say of layers into channels and out of them, where the sizes do not say otherwise.
+
+    Args:
+        roles: What each name says.
+        layers: Inputs and outputs of the layers, as far as they are known.
+    """
+    first = [name for name, role in roles.items() if role is Role.MLP_IN]
+    last = [name for name, role in roles.items() if role is Role.MLP_OUT]
+    widths = {layers[name][0] for name in last if name in layers}
+    outputs = {layers[name][1] for name in first if name in layers}  # a wrapped layer's are not known
+    if (
+        not first
+        or not last
+        or len(widths) > 1
+        or any(n not in (width, 2 * width) for n in outputs for width in widths)
+    ):
+        return {}
+    down, up = last[0], first[0]
+    if len(first) == len(last) == 1 and down.startswith("down") and [*roles].index(down) < [*roles].index(up):
+        return {up: Role.MLP_OUT, down: Role.MLP_IN}  # an adapter goes down before it goes up
+    return roles
+
+
+def deep_layers(site: Site) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return three or more layers, each reading what the one before writes: in a list or with numbers, and in any case.
+
+    Of any names, nothing else with matrices stands beside them.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    parent = site.ancestors[0]
+    listed = isinstance(parent, nn.ModuleList) and len(site.ancestors) > 1
+    around, children = site.ancestors[1] if listed else parent, dense_children(parent)
+    numbered = [layer for name, layer in children.items() if listed or NUMBERED.fullmatch(name)]
+    others = (p for child in parent.children() if not is_dense(inner_module(child)) for p in child.parameters())
+    alone = not is_attention(parent) and all(len(whole_shape(p)) < 2 for p in others)
+    parallel = listed and "mlp" not in kind_of(around)  # equal squares may be
+    if not activates(around):
+        return [], []
+    return _chain(numbered, not parallel), _chain([*children.values()], False) if alone else []
+
+
+def _chain(layers: list[nn.Module], squares: bool) -> list[nn.Module]:
+    """Return three or more layers if each reads what the one before writes, equal squares only where asked for."""
+    shapes = [shape_of(layer) for layer in layers]
+    chained = all(before[1] == after[0] for before, after in pairwise(shapes))
+    gated = len(layers) == 3 and shapes[0] == shapes[2]  # w1 and w3 into neurons that w2 reads
+    return layers if len(layers) > 2 and chained and (squares or not (gated or len(set(shapes)) == 1)) else []
+
+
+def layers_of_experts(site: Site) -> list[Layer]:
+    """Return the layers of one expert where a module holds two or three lists, each of a layer of every expert.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    if not isinstance(site.parent, nn.ModuleList) or len(site.ancestors) < 2 or not activates(site.ancestors[1]):
+        return []
+    around = [child for child in site.ancestors[1].children() if isinstance(child, nn.ModuleList)]
+    lists = [child for child in around if len(child) == len(site.parent) > 1 and all(map(is_dense, child))]
+    return [(some[0], *shape_of(some[0])) for some in lists] if 2 <= len(lists) <= 3 else []
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Tell whether a module is a stack of blocks or a recurrence, which may stand between two projections.
+
+    Args:
+        module: A module beside dense layers.
+    """
+    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential))
+    blocks = (block for some in lists for block in some)
+    return isinstance(module, nn.RNNBase) or any(sum(map(is_dense, block.modules())) > 1 for block in blocks)
+
+
+def stand_around_blocks(scope: nn.Module, layers: list[Layer], leads_back: bool) -> bool:
+    """Tell whether two layers rather stand in front of something and behind it than around an activation.
+
+    Two of three say so: nothing activates, a stack stands beside them, the second does not lead back.
+
+    Args:
+        scope: The module around both.
+        layers: The two.
+        leads_back: Whether the second writes as many outputs as the first has inputs.
+    """
+    boxes = [child for child in scope.children() if any(layer in child.modules() for layer, _, _ in layers)]
+    stack = any(map(is_stack, {*scope.children()} - {*boxes}))
+    return (not any(map(activates, (scope, *boxes)))) + stack + (not leads_back) > 1
