@@ -39,10 +39,10 @@ def main(
     """Run a comparison, or what is left of it, and draw it.
 
     Args:
-        bench: "tiny", "small" or "gpu", the files configs/bench/BENCH-MODEL.yaml.
+        bench: "tiny", "small", "gpu" or "ladder-1" to "ladder-3", the files configs/bench/BENCH-MODEL.yaml.
         arms: configurations of runs; of each only the optimizer counts.
         out: the folder of the runs and of what is drawn.
-        models: "dense", "moe" or both.
+        models: the MODEL of the bench's files: "dense", "moe" or both, of a ladder "prose", "source", "moe".
         factors: what all rates of an arm are multiplied by, one trial each.
         seeds: how many runs of an arm are reported.
         shares: of the bench's tokens, in whole runs of every arm on the reported seeds, for example '[0.25,0.5]'.

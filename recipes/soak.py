@@ -121,7 +121,7 @@ def main(steps: int = 20_000, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Pa
     """Soak every arm with every seed, and print the table.
 
     Args:
-        steps: of each run.
+        steps: of each run, 200 or more.
         seeds: one run of each arm for each.
         out: the file of records, written behind every run; one that is there is gone on with.
     """

@@ -58,6 +58,7 @@ class SymOptimizer(torch.optim.Optimizer):
             - `nonfinite`: "skip" a step whose gradients are not finite (counted in `skipped_steps`), or "raise";
             - `gram_every`: every how many steps a whitened rule (the default head's) computes a Gram matrix (1);
             - `rotation`: of ARO's rules, "own" for one a matrix, or "layer" for one that a layer's matrices share;
+            - `constraint` (by role in the table), `floor` of "relative" (0.57): see `symlm.sizes.constraints`;
             - `gamma`, `retained`: AuON's γ, and ARO's ε of the old rotation (0 in the source); None for the rule's own;
             - `shared`: whether plain tensors are replicated on all ranks, which then share the work (True).
 

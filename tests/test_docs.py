@@ -13,6 +13,7 @@ import torch
 from benchmarks.speedrun import config as speedrun
 from models import tiny
 from pretraining import config
+from pretraining.models import build_model
 
 import symlm
 from symlm.step import bucket
@@ -148,6 +149,20 @@ def written(node):
     if isinstance(node, ast.JoinedStr):
         return "".join(written(value) for value in node.values)
     return written(node.left) + written(node.right) if isinstance(node, ast.BinOp) else "…"
+
+
+def test_the_table_on_the_routing_page_is_the_one_that_is_printed():
+    """But for the columns that the page says it leaves out."""
+    page = (ROOT / "docs" / "routing.md").read_text()
+    shown = re.search(r"^```text\n(role .*?)\n```$", page, re.MULTILINE | re.DOTALL)[1].splitlines()
+    default = config.read([])
+    model = build_model(default.model.preset, None, {}, default.data.vocab_size, 0)
+    found, printed = (
+        [re.split(r"  +", line.strip()) for line in lines]
+        for lines in (shown, str(symlm.describe_routing(model)).splitlines())
+    )
+    kept = [printed[0].index(column) for column in found[0]]  # before the one column that may be empty
+    assert found[2:] == [[cells[k] for k in kept] for cells in printed[2:]]
 
 
 WALK = (

@@ -23,10 +23,11 @@ class DataConfig:
     """The text.
 
     Args:
-        dataset: "stdlib" (embedded), a local file or folder (text, JSONL, Parquet, .bin shards), or a Hub name.
+        dataset: "stdlib" (embedded), "installed" or "installed-prose" (packages), a local file or folder (text, JSONL,
+            Parquet, .bin shards), or a Hub name.
         subset: the Hub dataset's configuration.
         column: where JSONL, Parquet and Hub datasets have their text.
-        tokenizer: a Hub name or a path; none trains a byte-level BPE on the text.
+        tokenizer: a Hub name or a path; none trains a byte-level BPE on the text, but for Hub datasets, which need one.
         vocab_size: of that BPE; of .bin shards without a tokenizer, the model's.
         length: tokens of a block.
         validation_blocks: how many blocks are held out; fewer, with a warning, if the text has fewer.
@@ -50,7 +51,7 @@ class ModelConfig:
     """The network.
 
     Args:
-        preset: a name in architectures.py.
+        preset: a name in recipes/pretraining/models.py.
         config: a Hugging Face config instead, by name or path.
         sizes: fields of either to change, for example '{"num_hidden_layers": 2}'.
         compile: compile it with torch.compile.
@@ -71,7 +72,7 @@ class OptimizerConfig:
     Args:
         algorithm: "symlm", or "agd": its options are `symlm.agd.AGD`'s, it starts semi-orthogonal, gains frozen.
         lr: the one dial; every role's rate is a multiple of it.
-        preset: the table of roles and rules, for example "default" or "muon".
+        preset: the table of roles and rules, for example "muon"; "default" is "sprint" for a model with routers.
         overrides: absolute values by role, for example '{"lm_head": {"lr": 5e-3}}'.
         options: defaults of every role, for example '{"momentum": 0.95}'.
     """

@@ -1,7 +1,7 @@
 """The default table: the view, rule, scale and rate of each role. A route that claims too much is refused at import.
 
 Rates are multiples of the one dial, which is 0.02 by default. "LOG" is recipes/LOG.md, by the date of an entry; the
-runs that chose these numbers have width 128 and 300 or 400 steps, and the scales carry the rates to other widths.
+runs that chose these numbers have widths 64 and 128 and 300 to 2,000 steps; the scales carry the rates to other widths.
 """
 
 from collections.abc import Mapping
