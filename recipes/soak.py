@@ -125,6 +125,8 @@ def main(steps: int = 20_000, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Pa
         seeds: one run of each arm for each.
         out: the file of records, written behind every run; one that is there is gone on with.
     """
+    if steps < 200:
+        raise SystemExit(f"a soak needs 200 steps or more for its slopes; got {steps}")
     records = json.loads(out.read_text())["runs"] if out.exists() else []
     done = {(record["arm"], record["seed"], record["steps"]) for record in records}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,9 @@ def ignores_a_shift(site: Site) -> bool:
             return said == {"softmax"}
         if called:
             return called == {"softmax"}
-    return not any(_functions(module) & OTHER_SCORES for module in around)
+    if any(_functions(module) & OTHER_SCORES for module in around):
+        return False
+    return any("softmax" in name for module in site.ancestors for name in _functions(module))
 
 
 def caps_logits(module: nn.Module) -> bool | None:
