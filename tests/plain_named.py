@@ -69,6 +69,19 @@ class ThirdOut(nn.Module):
         return (scores * ((F.silu(x @ self.w1) * (x @ self.w2)) @ self.w3)).sum(1)
 
 
+class GateAndUp(nn.Module):
+    """Stacked experts whose gate and up are one tensor, under a name that does not say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = dense(D, 4)
+        self.w1, self.w2 = nn.Parameter(torch.zeros(4, D, 40)), nn.Parameter(torch.zeros(4, 20, D))
+
+    def forward(self, x):
+        scores, (gate, up) = self.gate(x).softmax(-1).mT[..., None], (x[..., None, :, :] @ self.w1).chunk(2, -1)
+        return (scores * ((F.silu(gate) * up) @ self.w2)).sum(1)
+
+
 class Deep(nn.Module):
     """Three layers one behind the other, without numbers."""
 

@@ -5,7 +5,7 @@ from symlm.roles.recognizers.channels import Blocks, blocks_of_outputs
 from symlm.roles.recognizers.layers import is_convolution
 from symlm.roles.recognizers.leaves import halves_of_filters
 from symlm.roles.role import Role, Site
-from symlm.roles.storage import whole_shape
+from symlm.roles.storage import block_of_experts, whole_shape
 from symlm.views.heads import head_dim, kv_heads, shared_heads
 from symlm.views.matrix_view import MatrixView
 
@@ -242,5 +242,8 @@ def _is_pair(site: Site) -> bool:
     """Tell whether experts' inputs are gate and up in one tensor: by the name, or twice as wide as what is read."""
     if site.leaf == "gate_up_proj":
         return True
+    if block := block_of_experts(site.module):
+        outputs, inputs = (2, 1) if site.transposed else (1, 2)
+        return site.shape[outputs] == 2 * whole_shape(block[1])[inputs]
     out = getattr(getattr(site.parent, "output_linear", None), "weight", None)
     return site.leaf == "input_linear" and out is not None and site.shape[1] == 2 * whole_shape(out)[2]

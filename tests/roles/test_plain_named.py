@@ -16,6 +16,7 @@ BLOCKS = {
     named.Adapter: {"down_proj": "mlp_in", "up_proj": "mlp_out"},
     named.OutFirst: {"wi": "mlp_in", "wo": "mlp_out"},
     named.ThirdOut: {"gate": "router", "w1": "expert_in", "w2": "expert_in", "w3": "expert_out"},
+    named.GateAndUp: {"w1": "expert_in", "w2": "expert_out"},
     named.OutputOverDistances: {"q": "attention_q", "v": "attention_v", "output": "attention_o"},
     named.TwoScores: {"gate": "sigmoid_router"},
     named.Down: {"up": "mlp_in", "gate": "mlp_in", "down": "mlp_out"},
