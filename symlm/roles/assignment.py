@@ -14,7 +14,7 @@ from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.recognizers.names import is_fused
 from symlm.roles.role import Role, Site
 from symlm.roles.structure import classify
-from symlm.roles.wrappers import unwrapped_path
+from symlm.roles.wrappers import unwrapped_path, wrapping_parts
 
 
 class UnplacedParameters(ValueError):
@@ -171,8 +171,11 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         parts = unwrapped_path(path.split(".")) if path else []
         if len(parts) > 1 and parts[-1].isdigit() and parts[-2] in IN_A_LIST:
             parts = parts[:-1]
-        above = tuple(modules[".".join(parts[:k])] for k in range(len(parts) - 1, -1, -1)) if path else ()
+        inside = wrapping_parts(parts, modules)
+        places = [k for k in range(len(parts) - 1, -1, -1) if k not in inside] if path else []
+        above = tuple(modules[".".join(parts[:k])] for k in places)
         owner = modules[".".join(parts)] if isinstance(module, ParametrizationList) else module
+        parts = [part for k, part in enumerate(parts) if k not in inside]
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not is_quantized(parameter):
                 name = f"{path}.{key}" if path else key

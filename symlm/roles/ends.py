@@ -20,7 +20,7 @@ from symlm.roles.recognizers.logits import (
 )
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
-from symlm.roles.wrappers import inner_module, unwrapped_path
+from symlm.roles.wrappers import by_unwrapped_path, inner_module, unwrapped_path
 
 FEWEST = 16  # tokens of a vocabulary; a table of fewer is of classes, types or steps
 
@@ -37,6 +37,7 @@ class EndMatrices:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
+        self.by_path = by_unwrapped_path(self.modules)
         kinds = (nn.Embedding, nn.EmbeddingBag)
         self.tables = {path: module for path, module in self.modules.items() if isinstance(module, kinds)}
         if sparse := [path for path, table in self.tables.items() if table.sparse and table.weight.requires_grad]:
@@ -100,12 +101,12 @@ class EndMatrices:
         Args:
             site: The head's site.
         """
-        owners = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path)))
+        owners = (self.by_path.get(".".join(site.path[:k])) for k in range(len(site.path)))
         if any(scales_rows(owner, site.shape[0]) or has_other_loss(owner) for owner in owners if owner is not None):
             return True
         if ".parametrizations." in site.name or site.name.endswith(("weight_v", "weight_orig")):
             return True  # by its norms
-        around = (self.modules.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
+        around = (self.by_path.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
         if site.parent is not None and normalizes(site.parent):
             return True
         said = (caps_logits(module) for module in around if module is not None)
@@ -137,7 +138,7 @@ class EndMatrices:
             in_a_list = [*filter(is_dense, site.parent.children())][-1:] == [site.module]
         if (site.leaf not in HEADS and not in_a_list) or len(site.shape) != 2 or min(site.shape) < 2:
             return False
-        dense = isinstance(self.modules.get(".".join(site.path)), nn.Linear) or is_dense(site.module)
+        dense = isinstance(self.by_path.get(".".join(site.path)), nn.Linear) or is_dense(site.module)
         if not dense or is_attention(site.parent):
             return False
         above = ".".join(site.path[: -2 if in_a_list else -1])
@@ -150,7 +151,7 @@ class EndMatrices:
         kinds = [config.problem_type for config in self._configs(path) if hasattr(config, "problem_type")]
         if kinds and kinds[0]:
             return kinds[0] not in ("regression", "multi_label_classification")
-        around = filter(None, (self.modules.get(".".join(path[:k])) for k in range(len(path))))
+        around = filter(None, (self.by_path.get(".".join(path[:k])) for k in range(len(path))))
         return bool(kinds) or not any(map(has_other_loss, around))
 
     def _sizes_of_heads(self, path: tuple[str, ...]) -> set[int]:
@@ -161,7 +162,7 @@ class EndMatrices:
 
     def _configs(self, path: tuple[str, ...]) -> Iterator[Any]:
         """Yield the configs above a module, the nearest first."""
-        found = (getattr(self.modules.get(".".join(path[:k])), "config", None) for k in range(len(path), -1, -1))
+        found = (getattr(self.by_path.get(".".join(path[:k])), "config", None) for k in range(len(path), -1, -1))
         yield from (config for config in found if config is not None)
 
     def _heads_by_shape(self) -> Iterator[nn.Linear]:
@@ -189,7 +190,7 @@ class EndMatrices:
         """Tell whether a model around a table has named its head already."""
         parts = path.split(".")
         for k in range(len(parts) - 1, -1, -1):
-            module = self.modules.get(".".join(parts[:k]))
+            module = self.by_path.get(".".join(parts[:k]))
             try:
                 if isinstance(getattr(module, "get_output_embeddings")(), nn.Module):  # noqa: B009
                     return True
@@ -207,7 +208,7 @@ class EndMatrices:
     def _feeds_another(self, path: str, rows: int) -> bool:
         """Tell whether a layer beside this one reads its outputs: one after it, or one that leads back."""
         parts = unwrapped_path(path.split("."))
-        above = self.modules.get(".".join(parts[:-1]))
+        above = self.by_path.get(".".join(parts[:-1]))
         siblings = dict(above.named_children()) if above is not None and parts[-1] else {}
         later = list(siblings)[list(siblings).index(parts[-1]) + 1 :] if parts[-1] in siblings else []
         children = (inner_module(siblings[name]) for name in later)

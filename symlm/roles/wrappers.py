@@ -1,5 +1,7 @@
 """Modules that only wrap another one: their parts of a parameter's path say nothing about its role."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 TRANSPARENT = {
@@ -31,6 +33,17 @@ def unwrapped_path(parts: list[str]) -> list[str]:
             return parts
 
 
+def wrapping_parts(parts: list[str], modules: Mapping[str, nn.Module]) -> set[int]:
+    """Return the places in a path whose part is what a wrapper calls the module in it, as a checkpoint's in a block's.
+
+    Args:
+        parts: The parts of the path.
+        modules: The modules of the model by path.
+    """
+    places = (k for k, part in enumerate(parts) if part in TRANSPARENT)
+    return {k for k in places if len([*modules[".".join(parts[:k])].children()]) == 1}
+
+
 def inner_module(module: nn.Module | None) -> nn.Module | None:
     """Return the module inside wrappers, whose attributes a model's own code sets.
 
@@ -47,3 +60,24 @@ def inner_module(module: nn.Module | None) -> nn.Module | None:
             return module
         module = inner
     return None
+
+
+def inner_children(module: nn.Module) -> list[nn.Module]:
+    """Return what stands in a module, without wrappers.
+
+    Args:
+        module: A module.
+    """
+    return [inner_module(child) or child for child in module.children()]
+
+
+def by_unwrapped_path(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return modules by their paths, and what is in wrappers by the paths without them.
+
+    Args:
+        modules: The modules of the model by path.
+    """
+    paths = {path: path.split(".") for path in modules if path}
+    clean = {path: wrapping_parts(parts, modules) for path, parts in paths.items()}
+    inner = {path: [part for k, part in enumerate(paths[path]) if k not in inside] for path, inside in clean.items()}
+    return {**modules, **{".".join(parts): modules[path] for path, parts in inner.items()}}

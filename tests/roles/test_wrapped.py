@@ -1,15 +1,18 @@
 """Roles do not depend on what is around a model: value heads, teachers, wrappers, adapters, compiled leaves."""
 
 import copy
+import re
 
 import pytest
 import torch
 from models import tiny
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import BertConfig, BertForMaskedLM
 
 import symlm
 from symlm.roles import UnplacedParameters
+from symlm.routing.options import named_parameters
 
 
 def qwen(**more):
@@ -113,6 +116,39 @@ def test_a_compiled_leaf_keeps_its_role():
     model.model.layers[0].self_attn.q_proj = torch.compile(model.model.layers[0].self_attn.q_proj)
     assert symlm.assign_roles(model)["model.layers.0.self_attn.q_proj._orig_mod.weight"] == "attention_q"
     symlm.SymOptimizer(model)
+
+
+def bert():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return BertForMaskedLM(BertConfig(vocab_size=96, **sizes))
+
+
+BOXES = {  # of attention and MLP, each wrapped alone
+    "bert": (bert, r"attention\.self|attention\.output|intermediate|layer\.\d\.output|attention"),
+    "qwen3": (qwen, r"self_attn|mlp|q_proj|o_proj|down_proj|layers\.\d"),
+    "olmoe": (lambda: tiny("olmoe"), r"self_attn|mlp|gate|experts"),
+}
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, lambda module: torch.compile(module, backend="eager")])
+@pytest.mark.parametrize("kind", BOXES)
+def test_a_wrapper_around_any_box_of_a_block_changes_no_role_and_no_view(kind, wrap):
+    build, boxes = BOXES[kind]
+    plain = described(build())
+    paths = [path for path, _ in build().named_modules() if re.search(rf"(^|\.)({boxes})$", path)]
+    assert len(paths) > 6
+    for path in paths[: len(paths) // 2]:  # of the first layer
+        model = build()
+        above, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(above), leaf, wrap(model.get_submodule(path)))
+        assert described(model) == plain, path
+
+
+def described(model):
+    """Return {name without wrappers: (role, view)}."""
+    groups = symlm.param_groups(model)
+    wrappers = r"_checkpoint_wrapped_module\.|_orig_mod\."
+    return {re.sub(wrappers, "", n): (g["role"], g["view"]) for g in groups for n, _ in named_parameters(g)}
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

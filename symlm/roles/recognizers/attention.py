@@ -9,6 +9,7 @@ from symlm.roles.recognizers.layers import CONTAINERS, dense_children, heads_of,
 from symlm.roles.recognizers.names import QKV, gated_projection, is_fused, is_gate, parts_of, projection
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
+from symlm.roles.wrappers import inner_children
 
 OF_LATENTS = ("kv_b_proj", "wkv_b")
 FUSED_ORDERS = (
@@ -73,7 +74,7 @@ def attention_role(site: Site) -> Role | None:
         box = projection(site.path[-2])
         if box and has_qkv(site.ancestors[1]):
             return box if is_alone(parent) else BESIDE_FUSED.get(site.leaf)
-        cores = (child for _, child in site.ancestors[1].named_children() if child is not parent)
+        cores = (core for core in inner_children(site.ancestors[1]) if core is not parent)
         if site.leaf in BESIDE_FUSED and any(has_qkv(core) or fuses(core) for core in cores):
             return Role.ATTENTION_O
     if not (ATTENDS.search(type(parent).__name__) or fuses(parent, square=False) or _states_heads(parent)):
@@ -100,7 +101,7 @@ def core_of(site: Site) -> nn.Module | None:
     if isinstance(site.parent, nn.MultiheadAttention):
         return site.parent
     around = site.ancestors[1] if len(site.ancestors) > 1 else None
-    beside = [child for module in (site.parent, around) if module is not None for _, child in module.named_children()]
+    beside = [child for module in (site.parent, around) if module is not None for child in inner_children(module)]
     cores = (core for core in (site.parent, around, *beside) if core is not None and (has_qkv(core) or fuses(core)))
     return next(cores, site.parent)
 
