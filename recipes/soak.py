@@ -121,12 +121,12 @@ def main(steps: int = 20_000, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Pa
     """Soak every arm with every seed, and print the table.
 
     Args:
-        steps: of each run, 200 or more.
+        steps: of each run, 60 or more.
         seeds: one run of each arm for each.
         out: the file of records, written behind every run; one that is there is gone on with.
     """
-    if steps < 200:
-        raise SystemExit(f"a soak needs 200 steps or more for its slopes; got {steps}")
+    if steps < 60:
+        raise SystemExit(f"a soak needs 60 steps or more for its slopes; got {steps}")
     records = json.loads(out.read_text())["runs"] if out.exists() else []
     done = {(record["arm"], record["seed"], record["steps"]) for record in records}
     out.parent.mkdir(parents=True, exist_ok=True)

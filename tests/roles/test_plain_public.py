@@ -195,7 +195,7 @@ PLACED = {
     ),
     "experts beside their stacks": (
         lambda: holder("MoE", activated, gate=dense(32, 4), in_gate_weight=(4, 48, 32), out_gate_weight=(4, 32, 24)),
-        {"gate": "sigmoid_router"},  # no softmax is in sight
+        {"gate": "router"},
     ),
     "the last layer of a mixer": (
         lambda: holder(conv1d=nn.Conv1d(48, 48, 3, groups=48), in_proj=dense(32, 96), proj_out=dense(48, 32)),

@@ -46,9 +46,7 @@ def ignores_a_shift(site: Site) -> bool:
             return said == {"softmax"}
         if called:
             return called == {"softmax"}
-    if any(_functions(module) & OTHER_SCORES for module in around):
-        return False
-    return any("softmax" in name for module in site.ancestors for name in _functions(module))
+    return not any(_functions(module) & OTHER_SCORES for module in around)
 
 
 def caps_logits(module: nn.Module) -> bool | None:
