@@ -1,7 +1,7 @@
 """Models whose matrices no layer holds, or that use one in two places: their code alone shows what multiplies what."""
 
 import torch
-from plain import HEADS, VOCABULARY, D, Expert, Model, attend, dense
+from plain import HEADS, VOCABULARY, D, Expert, GroupedExperts, Model, attend, dense
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,17 +70,8 @@ class Shazeer(nn.Module):
         return sum(score[..., None] * e(x) for score, e in zip(scores.unbind(-1), self.experts, strict=True))
 
 
-class ConditionalFeedForward(nn.Module):
+class ConditionalFeedForward(GroupedExperts):
     """Stacked experts in a class whose name does not say so (gpt-fast)."""
-
-    def __init__(self):
-        super().__init__()
-        self.w1, self.w3 = (nn.Parameter(torch.zeros(4, 24, D)) for _ in range(2))
-        self.w2 = nn.Parameter(torch.zeros(4, D, 24))
-
-    def forward(self, x):
-        hidden = F.silu(torch.einsum("bld,ehd->bleh", x, self.w1)) * torch.einsum("bld,ehd->bleh", x, self.w3)
-        return torch.einsum("bleh,edh->bled", hidden, self.w2)
 
 
 class MOEFeedForward(nn.Module):
