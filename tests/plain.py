@@ -113,11 +113,14 @@ class MLA(nn.Module):
         self.wkv_a, self.kv_norm, self.wkv_b = dense(D, 16 + 4), nn.RMSNorm(16), dense(16, HEADS * (8 + 6))
         self.wo = dense(HEADS * 6, D)
 
+    def queries(self, x):
+        return self.wq_b(self.q_norm(self.wq_a(x)))
+
     def forward(self, x):
         latent, shared = self.wkv_a(x).split([16, 4], -1)
         k, v = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (HEADS, -1)).split([8, 6], -1)
         k = torch.cat([k, shared[..., None, :].expand(*k.shape[:-1], 4)], -1)
-        return self.wo(attend(self.wq_b(self.q_norm(self.wq_a(x))), k.flatten(2), v.flatten(2)))
+        return self.wo(attend(self.queries(x), k.flatten(2), v.flatten(2)))
 
 
 class OtherWidths(nn.Module):

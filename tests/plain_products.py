@@ -1,7 +1,7 @@
 """Models whose matrices no layer holds, or that use one in two places: their code alone shows what multiplies what."""
 
 import torch
-from plain import HEADS, VOCABULARY, D, Expert, GroupedExperts, Model, attend, dense
+from plain import HEADS, MLA, VOCABULARY, D, Expert, GroupedExperts, Model, attend, dense
 from torch import nn
 from torch.nn import functional as F
 
@@ -155,22 +155,16 @@ class RelativeScores(nn.Module):
         return getattr(self, self.last)((scores.masked_fill(~mask, -1e9).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-class LatentWithoutRank(nn.Module):
+class LatentWithoutRank(MLA):
     """Latent attention under its authors' names, whose queries have no rank of their own."""
 
     def __init__(self):
         super().__init__()
-        self.n_heads, self.q_lora_rank, self.kv_lora_rank = HEADS, 0, 16
-        self.qk_nope_head_dim, self.qk_rope_head_dim, self.qk_head_dim, self.v_head_dim = 8, 4, 12, 6
-        self.wq = dense(D, HEADS * 12)
-        self.wkv_a, self.kv_norm, self.wkv_b = dense(D, 16 + 4), nn.RMSNorm(16), dense(16, HEADS * (8 + 6))
-        self.wo = dense(HEADS * 6, D)
+        del self.wq_a, self.q_norm, self.wq_b
+        self.q_lora_rank, self.wq = 0, dense(D, HEADS * 12)
 
-    def forward(self, x):
-        latent, shared = self.wkv_a(x).split([16, 4], -1)
-        k, v = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (HEADS, -1)).split([8, 6], -1)
-        k = torch.cat([k, shared[..., None, :].expand(*k.shape[:-1], 4)], -1)
-        return self.wo(attend(self.wq(x), k.flatten(2), v.flatten(2)))
+    def queries(self, x):
+        return self.wq(x)
 
 
 class DeepHead(Model):

@@ -161,8 +161,8 @@ def test_the_table_on_the_routing_page_is_the_one_that_is_printed():
         [re.split(r"  +", line.strip()) for line in lines]
         for lines in (shown, str(symlm.describe_routing(model)).splitlines())
     )
-    kept = [printed[0].index(column) for column in found[0]]  # before the one column that may be empty
-    assert found[2:] == [[cells[k] for k in kept] for cells in printed[2:]]
+    places = [printed[0].index(column) for column in found[0]]  # before the one column that may be empty
+    assert found[2:] == [[cells[k] for k in places] for cells in printed[2:]]
 
 
 WALK = (

@@ -9,9 +9,8 @@ from weakref import WeakKeyDictionary
 LIBRARIES = re.compile(r"(torch|builtins|lightning|pytorch_lightning)(\.|$)|transformers\.(?!models\.)")
 FROM_ROWS = {"linear", "T", "mT", "t", "transpose", "swapaxes", "permute"}  # of a weight stored [outputs, inputs]
 CALLED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
-CONSTRUCTS = re.compile(
-    r"(^|_)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)"
-)  # methods in which a weight only gets its values
+# Methods in which a weight only gets its values.
+CONSTRUCTS = re.compile(r"(^|_)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)")
 FORM = ("dtype", "device", "shape", "size", "data")
 OF_PLACES = re.compile(r"pos|rel|dist|bias|type|segment")  # in names of tables whose products are an attention's scores
 MULTIPLY = {"linear", "einsum", "matmul", "mm", "bmm", "addmm"}

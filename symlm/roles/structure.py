@@ -121,7 +121,7 @@ def _is_router(site: Site, owner: str) -> bool:
 
 def _scores_experts(site: Site) -> bool:
     """Tell whether a matrix that no layer holds has a row or a column for each expert beside it, and is scored."""
-    lists = [child for child in site.module.children() if isinstance(child, nn.ModuleList)]
+    lists = [child for child in site.module.children() if isinstance(child, nn.ModuleList) and len(child) > 1]
     experts = block_of_experts(site.module) or any(all(map(_is_mlp, child)) for child in lists)
     scored = functions_called(type(site.module)) & {"softmax", "sigmoid", "topk"}
     return site.leaf in router_weights(site.module) and bool(experts and scored)
