@@ -78,3 +78,12 @@ def test_numbers_by_distance_and_head_are_no_table():
     attention = plain.WithoutAName()
     attention.rel_pos = nn.Parameter(torch.zeros(12, plain.HEADS))
     assert symlm.assign_roles(nn.ModuleDict({"block": attention}))["block.rel_pos"] == "vector"
+
+
+@pytest.mark.parametrize("stack", [nn.ModuleList([plain.Sequence(), plain.Sequence()]), nn.LSTM(32, 32), nn.Identity()])
+def test_two_layers_that_do_not_lead_back_around_blocks_or_nothing_are_no_mlp(stack):
+    """A series' projections, with a recurrence or blocks between, or two layers side by side without an activation."""
+    model = nn.Module()
+    model.series, model.blocks, model.values = nn.Linear(20, 32), stack, nn.Linear(32, 7)
+    roles = symlm.assign_roles(nn.ModuleDict({"model": model}))
+    assert (roles["model.series.weight"], roles["model.values.weight"]) == ("matrix", "matrix")
