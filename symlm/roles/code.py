@@ -40,6 +40,18 @@ def multiplies_from_rows(kind: type) -> bool | None:
     return _from_rows(_codes(kind))
 
 
+def methods_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """Yield the methods of a class by name, the nearest first, then what they override, but not the libraries'.
+
+    Args:
+        kind: A class.
+    """
+    for base in (base for base in kind.__mro__ if not LIBRARIES.match(base.__module__)):
+        for name, value in vars(base).items():
+            if isinstance(method := getattr(value, "__wrapped__", value), FunctionType):
+                yield name, method
+
+
 def makes_logits(kind: type, *table: str) -> bool:
     """Tell whether a method of a class multiplies by the transpose of a table: `F.linear(x, self.table.weight)`.
 
@@ -113,12 +125,10 @@ def _codes(kind: type) -> list[CodeType]:
     What a method overrides counts only where it calls `super`.
     """
     codes: dict[str, list[CodeType]] = {}
-    for base in (base for base in kind.__mro__ if not LIBRARIES.match(base.__module__)):
-        for name, value in vars(base).items():
-            method = getattr(value, "__wrapped__", value)
-            above = codes.get(name)
-            if isinstance(method, FunctionType) and (above is None or any("super" in code.co_names for code in above)):
-                codes[name] = [*(above or ()), *_with_inner(method.__code__)]
+    for name, method in methods_of(kind):
+        above = codes.get(name)
+        if above is None or any("super" in code.co_names for code in above):
+            codes[name] = [*(above or ()), *_with_inner(method.__code__)]
     return [code for method in codes.values() for code in method]
 
 

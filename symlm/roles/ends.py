@@ -106,10 +106,10 @@ class EndMatrices:
             return True
         if ".parametrizations." in site.name or site.name.endswith(("weight_v", "weight_orig")):
             return True  # by its norms
-        around = (self.by_path.get(".".join(site.path[:k])) for k in range(len(site.path) - 1, -1, -1))
         if site.parent is not None and normalizes(site.parent):
             return True
-        said = (caps_logits(module) for module in around if module is not None)
+        around = ((self.by_path.get(".".join(site.path[:k])), site.path[k]) for k in range(len(site.path) - 1, -1, -1))
+        said = (caps_logits(module, name) for module, name in around if module is not None)
         return next((capped for capped in said if capped is not None), False)
 
     def _ends(self, getter: str) -> Iterator[nn.Module]:

@@ -105,7 +105,7 @@ def _is_router(site: Site, owner: str) -> bool:
     if owner.lower().endswith("router") or _scores_experts(site):
         return True
     for module in site.ancestors[:2]:
-        if type(module).__name__.lower().endswith("router"):
+        if type(module).__name__.lower().endswith("router") and not _holds_experts(module):
             last = [layer for layer in module.modules() if is_dense(layer)][-1:]  # behind an MLP, or one of several
             return any(shape_of(layer) == shape_of(site.module) for layer in last)
     gates = ("Gate", "Gating")
@@ -121,8 +121,7 @@ def _is_router(site: Site, owner: str) -> bool:
 
 def _scores_experts(site: Site) -> bool:
     """Tell whether a matrix that no layer holds has a row or a column for each expert beside it, and is scored."""
-    lists = [child for child in site.module.children() if isinstance(child, nn.ModuleList) and len(child) > 1]
-    experts = block_of_experts(site.module) or any(all(map(_is_mlp, child)) for child in lists)
+    experts = block_of_experts(site.module) or _holds_experts(site.module)
     scored = functions_called(type(site.module)) & {"softmax", "sigmoid", "topk"}
     return site.leaf in router_weights(site.module) and bool(experts and scored)
 
@@ -143,6 +142,12 @@ def _counts_experts(site: Site) -> bool:
         or len(layers) > 1
         or any(len(experts) == count and all(map(_is_mlp, experts)) for experts in lists)
     )
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Tell whether a module has a list of MLPs."""
+    lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) > 1]
+    return any(all(map(_is_mlp, child)) for child in lists)
 
 
 def _is_mlp(module: nn.Module) -> bool:

@@ -7,7 +7,10 @@ from symlm.roles.recognizers.layers import CONTAINERS
 from symlm.roles.recognizers.names import HEAD_COUNTS
 from symlm.roles.role import Role, Site
 
-HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "d_head", "d_kv")
+HEAD_DIMS = (
+    *("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "d_head", "d_kv"),
+    "kv_channels",
+)
 HEAD_DIMS_BY_ROLE = {Role.ATTENTION_Q: ("qk_head_dim",), Role.ATTENTION_O: ("v_head_dim",)}
 KV_COUNTS = (
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups", "num_query_groups"),
@@ -71,12 +74,15 @@ def kv_heads(site: Site) -> int | None:
 
 
 def _heads_as_queries(site: Site, channels: int, count: int | None) -> int | None:
-    """Return the number of query heads where k and v have as many channels as the queries beside them."""
+    """Return the number of heads of k or v: that of the queries beside them, or of groups where they are narrower."""
     queries = (
         getattr(site.parent, name, None) for name in ("q_proj", "query", "q", "wq", "Wq", "to_q", "c_q", "q_lin")
     )
     sizes = [getattr(module, "out_features", channels) for module in queries if module is not None]
-    return count if all(size == channels for size in sizes) else None
+    if all(size == channels for size in sizes):
+        return count
+    groups = _asked(site, ("groups",))
+    return groups if groups and count and count % groups == 0 and sizes[0] * groups == channels * count else None
 
 
 def _asked(site: Site, names: tuple[str, ...]) -> int | None:

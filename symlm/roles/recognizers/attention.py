@@ -5,6 +5,7 @@ import re
 from torch import nn
 
 from symlm.roles.code import functions_called
+from symlm.roles.recognizers.fused import order_by_code
 from symlm.roles.recognizers.layers import CONTAINERS, dense_children, heads_of, is_alone, shape_of
 from symlm.roles.recognizers.names import QKV, gated_projection, is_fused, is_gate, parts_of, projection
 from symlm.roles.role import Role, Site
@@ -19,6 +20,7 @@ FUSED_ORDERS = (
     (r"(GPT2|OpenAIGPT|GPTBigCode|ImageGPT)Attention|CausalSelfAttention", "c_attn", "q k v"),
     (r"MptAttention|ModernBert\w*Attention", "Wqkv", "q k v"),
     (r"CausalSelfAttention", "qkv", "q k v"),  # litgpt
+    (r"SelfAttention", "linear_qkv", "groups of q k v"),  # Megatron
     (r"\w*(Vision|Sam|Blip|Window|Channel)\w*Attention", "qkv", "q k v"),
     (r"(Blip2|InstructBlip|InstructBlipVideo|VitDet|HieraMaskUnit|TimesformerSelf)Attention", "qkv", "q k v"),
     (r"MultiheadAttention", "in_proj_weight", "q k v"),
@@ -37,7 +39,7 @@ BESIDE_FUSED = {
     ),
     **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj", "linear_pos", "r_net", "text_proj"), Role.ATTENTION_K),
     **dict.fromkeys(("v_proj", "conv_out_layer"), Role.ATTENTION_V),
-    **dict.fromkeys(("o_proj", "out_proj", "output_proj", "post_proj", "c_proj", "proj"), Role.ATTENTION_O),
+    **dict.fromkeys(("o_proj", "out_proj", "output_proj", "post_proj", "c_proj", "proj", "linear_proj"), Role.ATTENTION_O),
     **dict.fromkeys(("to_out", "Wo", "wo", "output", "dense", "projection", "projection_layer"), Role.ATTENTION_O),
 }
 ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
@@ -186,8 +188,10 @@ def fused_order(site: Site) -> str | None:
     name = type(owner).__name__
     if name == "Attention" and "openai" in type(owner).__module__:
         name = "OpenAIGPTAttention"
-    if name in ("VisionAttention", "Attention") and not type(owner).__module__.startswith("transformers"):
-        return None
+    if not type(owner).__module__.startswith(("transformers.", "torch.")) and owner is not None:
+        order = order_by_code(owner, site.leaf)
+        if order is not None or name in ("VisionAttention", "Attention"):
+            return order or None
     order = next((o for pattern, leaf, o in FUSED_ORDERS if leaf == site.leaf and re.fullmatch(pattern, name)), None)
     if order == "q k v" and getattr(owner, "is_cross_attention", False):
         return "k v"

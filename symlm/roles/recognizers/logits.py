@@ -1,13 +1,16 @@
 """Whether a loss ignores a shift of all logits, which a softmax does, and a sigmoid or a capped head does not."""
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from symlm.roles.code import functions_called
+from symlm.roles.flow import Step, flow_of
+from symlm.roles.recognizers.layers import shape_of
 from symlm.roles.role import Site
 from symlm.roles.storage import whole_shape
 
@@ -17,6 +20,9 @@ HEADS = (
     *("to_logits", "logits", "unembedding", "vocab_proj"),
 )
 CAPS = re.compile(r"soft_?cap|cap_logits|clamp_logits", re.IGNORECASE)
+FEELS = {"clamp", "clamp_", "clamp_min", "clamp_max", "clip", "clip_", "normalize", "rms_norm", "rmsnorm", "rsqrt", "relu"}
+FEELS |= {"tanh", "sigmoid", "softsign", "logsumexp"}  # what a shift of all logits changes
+FLATTENS = {"view", "reshape", "flatten", "rearrange"}
 OTHER_SCORES = {"relu", "softplus", "tanh", "exp", "elu"}  # of routers without a softmax or a sigmoid
 OTHER_LOSS = re.compile(r"mse_?loss|l1_?loss|huber_?loss|binary_cross_entropy|BCE|logsigmoid|nll_gauss", re.IGNORECASE)
 SOFTMAX = re.compile(r"cross_?entropy(?!_with_logits)|softmax|nll_?loss|loss_function", re.IGNORECASE)
@@ -34,7 +40,7 @@ def ignores_a_shift(site: Site) -> bool:
     if type(site.module).__name__ in NOT_INVARIANT or "noise" in site.leaf:
         return False
     around = (site.module, *site.ancestors[:2])
-    if any(map(normalizes, around[:2])):
+    if any(map(normalizes, around[:2])) or _feels_a_shift(site):
         return False
     for module in around:
         scoring = [type(child).__name__.lower() for name, child in module.named_children() if name.startswith("scor")]
@@ -49,20 +55,26 @@ def ignores_a_shift(site: Site) -> bool:
     return not any(_functions(module) & OTHER_SCORES for module in around)
 
 
-def caps_logits(module: nn.Module) -> bool | None:
+def caps_logits(module: nn.Module, leaf: str) -> bool | None:
     """Tell whether a model passes its logits through a tanh, by its config or by its code; None where it shows neither.
 
     Args:
         module: A module around a head.
+        leaf: The name of the head, or of what is around it, in the module.
     """
     config: Any = getattr(module, "config", None)
     for one in (config, getattr(config, "text_config", None)):
         caps = [name for name in _settings(one) if "cap" in name and "logit" in name and "attn" not in name]
         if caps:
             return any(bool(_settings(one)[name]) for name in caps)
-    called = functions_called(type(module))
     from_transformers = type(module).__module__.startswith("transformers.")  # whose configs weigh a z-loss, or none
-    feels = {"tanh", "sigmoid"} | (set() if from_transformers else {"logsumexp"})
+    not_here = {"logsumexp"} if from_transformers else set()
+    if flow := flow_of(module, leaf):
+        called = {step.name for step in flow.steps}
+        feels = FEELS - not_here
+    else:
+        called = functions_called(type(module))
+        feels = {"tanh", "sigmoid", "logsumexp"} - not_here
     return True if called & feels or any(CAPS.search(name) for name in called) else None
 
 
@@ -115,6 +127,35 @@ def is_called_head(name: str) -> bool:
         name: The name of a layer.
     """
     return name in HEADS or name.endswith("_head")
+
+
+def _feels_a_shift(site: Site) -> bool:
+    """Tell whether the code around a router changes its logits by what a shift of them changes, before their softmax.
+
+    Or the softmax is over the tokens, as where experts choose them.
+    """
+    places = zip((site.leaf, *site.path[::-1]), (site.module, *site.ancestors[:2]), strict=False)
+    for leaf, module in places:
+        steps = flow.steps if (flow := flow_of(module, leaf)) else ()
+        last = max((place for place, step in enumerate(steps) if step.name == "softmax"), default=-1)
+        flattens = functions_called(type(module)) & FLATTENS
+        experts = shape_of(site.module)[1]
+        for step in steps[: last + 1]:
+            factor = getattr(module, step.by, None) if isinstance(step.by, str) else None
+            by_expert = isinstance(factor, Tensor) and whole_shape(factor)[-1:] == (experts,)
+            if step.name in FEELS or by_expert or (step.name == "softmax" and _is_over_tokens(step, bool(flattens))):
+                return True
+    return False
+
+
+def _is_over_tokens(softmax: Step, flat: bool) -> bool:
+    """Tell whether a softmax is not over the last axis, of logits with an axis of tokens or with more."""
+    value = softmax.argument(1, "dim")
+    try:
+        axis = softmax.by.dim if isinstance(softmax.by, nn.Softmax) else value and ast.literal_eval(value)
+    except ValueError:
+        return False
+    return axis in (0, -2) or (axis == 1 and not flat)
 
 
 def _functions(module: nn.Module) -> frozenset[str]:

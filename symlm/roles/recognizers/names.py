@@ -5,10 +5,10 @@ import re
 from symlm.roles.role import Role
 
 TOKENS = {  # parts of the names of projections, as `w_q`, `Wq`, `to_query`, `q_lin` or `query_global` have them
-    Role.ATTENTION_Q: {"q", "qs", "query", "queries", "wq", "qproj", "toqueries"},
-    Role.ATTENTION_K: {"k", "ks", "key", "keys", "wk", "kproj", "tokeys"},
-    Role.ATTENTION_V: {"v", "vs", "value", "values", "wv", "vproj", "tovalues"},
-    Role.ATTENTION_O: {"o", "out", "output", "dense", "wo", "oproj"},
+    Role.ATTENTION_Q: {"q", "qs", "query", "queries", "wq", "qw", "qproj", "toqueries"},
+    Role.ATTENTION_K: {"k", "ks", "key", "keys", "wk", "kw", "kproj", "tokeys"},
+    Role.ATTENTION_V: {"v", "vs", "value", "values", "wv", "vw", "vproj", "tovalues"},
+    Role.ATTENTION_O: {"o", "out", "output", "dense", "wo", "ow", "oproj"},
 }
 FILLERS = {"w", "to", "c", "add", "linear", "lin", "fc", "proj", "project", "net", "attn", "b", "global"}
 FILLERS |= {"attention", "w2e", "e2w", "e2e", "projection", "head", "heads", "layer", "mat", "map", "matrix"}

@@ -1,0 +1,255 @@
+"""What the code of a module does to the outputs of a layer in it, one step after the other."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable
+from types import FunctionType
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from symlm.roles.code import MULTIPLY, methods_of
+from symlm.roles.storage import whole_shape
+
+METHODS: WeakKeyDictionary[type, dict[str, ast.FunctionDef]] = WeakKeyDictionary()
+ENDS = {  # calls whose results are no longer the outputs, changed
+    *("softmax", "log_softmax", "sigmoid", "logsigmoid", "argmax", "cross_entropy", "loss_function", "size", "detach"),
+    *("scaled_dot_product_attention", "flash_attn_func", "bmm", "baddbmm"),
+    *MULTIPLY,
+}
+SCALES = (ast.Mult, ast.Div)
+DEEPEST = 4  # calls of methods inside methods
+
+
+class Step(NamedTuple):
+    """Describe one thing that is done to a layer's outputs.
+
+    Args:
+        name: The function that is called; "*" for a product with a parameter of the module.
+        call: The call, None for a product.
+        by: The module that is called, or the name of the parameter.
+    """
+
+    name: str
+    call: ast.Call | None = None
+    by: nn.Module | str | None = None
+
+    def argument(self, place: int, keyword: str) -> ast.expr | None:
+        """Return an argument of the call; None without it.
+
+        Args:
+            place: Its place among those of the function `f(x, ...)`, x at 0, also where it is called as `x.f(...)`.
+            keyword: Its name.
+        """
+        if self.call is None:
+            return None
+        named = next((word.value for word in self.call.keywords if word.arg == keyword), None)
+        place -= self.is_method
+        return named or (self.call.args[place] if 0 <= place < len(self.call.args) else None)
+
+    @property
+    def is_method(self) -> bool:
+        """Whether the function is called as `x.f(...)`, and not as `f(x, ...)` or of a library."""
+        func = self.call.func if self.call is not None else None
+        libraries = ("torch", "F", "nn", "functional", "self")
+        return isinstance(func, ast.Attribute) and not any(
+            isinstance(part, ast.Name) and part.id in libraries for part in [func.value, getattr(func.value, "value", 0)]
+        )
+
+
+class Flow(NamedTuple):
+    """Describe what is done to a layer's outputs.
+
+    Args:
+        steps: What is done, in the order of the code.
+        names: The names that the outputs, or their parts, are unpacked to, one tuple for each such line.
+    """
+
+    steps: tuple[Step, ...]
+    names: tuple[tuple[str, ...], ...]
+
+
+def flow_of(owner: nn.Module, leaf: str) -> Flow | None:
+    """Read what a module's code does to the outputs of a layer, or of a product with a weight, that it holds.
+
+    Args:
+        owner: The module around the layer.
+        leaf: The name of the layer, or of the weight.
+
+    Returns:
+        None where the source is not there, or nothing in it calls the layer.
+    """
+    reader = _Reader(owner, leaf)
+    for method in reader.methods:
+        if method != "__init__":
+            reader.run(method)
+    return Flow(tuple(dict.fromkeys(reader.steps)), tuple(reader.names)) if reader.found else None
+
+
+class _Reader:
+    """Follow the outputs of one layer through the methods of a module's class."""
+
+    def __init__(self, owner: nn.Module, leaf: str) -> None:
+        self.owner, self.leaf, self.methods = owner, leaf, _methods(type(owner))
+        self.found = False
+        self.steps: list[Step] = []
+        self.names: list[tuple[str, ...]] = []
+        self.depth = 0
+        self.held: set[str] = set()  # the variables that hold outputs
+        self.returned = False
+
+    def run(self, method: str, given: Iterable[str] = ()) -> bool:
+        """Read a method whose arguments of these names are outputs; tell whether it returns outputs."""
+        before, self.held, self.returned = (self.held, self.returned), set(given), False
+        self.depth += 1
+        for line in self.methods[method].body:
+            self._line(line)
+        self.depth -= 1
+        result = self.returned
+        self.held, self.returned = before
+        return result
+
+    def _line(self, line: ast.stmt) -> None:
+        match line:
+            case ast.Assign(targets=targets, value=value):
+                flows = self._flows(value)
+                for target in targets:
+                    self._bind(target, flows, value)
+            case ast.AnnAssign(target=target, value=ast.expr() as value):
+                self._bind(target, self._flows(value), value)
+            case ast.AugAssign(target=target, value=value):
+                if self._flows(value) or self._flows(target):
+                    self._bind(target, True, value)
+            case ast.Return(value=ast.expr() as value):
+                self.returned |= self._flows(value)
+            case ast.For(target=target, iter=value, body=body):
+                self._bind(target, self._flows(value), value)
+                for inner in body:
+                    self._line(inner)
+            case ast.FunctionDef() | ast.ClassDef():
+                pass
+            case ast.If(test=test, body=body, orelse=other):
+                self._flows(test)
+                before = set(self.held)
+                for inner in body:
+                    self._line(inner)
+                after, self.held = self.held, before
+                for inner in other:
+                    self._line(inner)
+                self.held |= after
+            case _:
+                for inner in ast.iter_child_nodes(line):
+                    if isinstance(inner, ast.stmt):
+                        self._line(inner)
+                    elif isinstance(inner, ast.expr):
+                        self._flows(inner)
+
+    def _bind(self, target: ast.expr, flows: bool, value: ast.expr) -> None:
+        """Note which variables hold outputs from here on."""
+        if isinstance(target, ast.Subscript | ast.Attribute):
+            return
+        names = tuple(part.id for part in ast.walk(target) if isinstance(part, ast.Name))
+        self.held = self.held | {*names} if flows else self.held - {*names}
+        if flows and len(names) > 1 and _is_in_order(value):
+            self.names.append(names)
+
+    def _flows(self, value: ast.expr) -> bool:
+        """Read an expression; tell whether it is outputs."""
+        match value:
+            case ast.Name(id=name):
+                return name in self.held
+            case ast.Call():
+                return self._call(value)
+            case ast.BinOp(left=left, op=ast.MatMult(), right=right):
+                if self._reads(left) or self._reads(right):
+                    self.found = True
+                    return True
+                if any([self._flows(left), self._flows(right)]):
+                    self.steps.append(Step("@"))
+                return False
+            case ast.BinOp(left=left, op=op, right=right):
+                flows = [self._flows(left), self._flows(right)]
+                if any(flows) and isinstance(op, SCALES):
+                    factors = {_own(part) for side in (left, right) for part in ast.walk(side)} - {None, self.leaf}
+                    self.steps += [Step("*", by=name) for name in sorted(filter(None, factors))]
+                return any(flows)
+            case ast.GeneratorExp(elt=element, generators=loops) | ast.ListComp(elt=element, generators=loops):
+                for loop in loops:
+                    self._bind(loop.target, self._flows(loop.iter), loop.iter)
+                return self._flows(element)
+            case ast.Lambda(args=arguments, body=body):
+                self.held |= {argument.arg for argument in arguments.args}  # what `map` gives it
+                return self._flows(body)
+            case ast.Subscript(value=whole):
+                return self._flows(whole)
+        inner = [self._flows(part) for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr)]
+        return any(inner) and not isinstance(value, ast.Compare)
+
+    def _call(self, call: ast.Call) -> bool:
+        """Read a call; tell whether its result is outputs, changed or not."""
+        func, own = call.func, _own(call.func)
+        name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+        given = [*call.args, *(word.value for word in call.keywords)]
+        flows = [self._flows(part) for part in given]
+        if own is None and isinstance(func, ast.Attribute):
+            flows.append(self._flows(func.value))
+        if self._reads(func) or (name in MULTIPLY and any(map(self._reads, given))):
+            self.found = True
+            return True
+        if own in self.methods and self.depth < DEEPEST:
+            arguments = [argument.arg for argument in self.methods[own].args.args][1:]
+            passed = [argument for argument, flow in zip(arguments, flows, strict=False) if flow]
+            passed += [word.arg for word in call.keywords if word.arg and self._flows(word.value)]
+            return self.run(own, passed)
+        if not any(flows):
+            return False
+        child = getattr(self.owner, own, None) if own else None
+        if isinstance(child, nn.Module):
+            self.steps.append(Step(type(child).__name__.lower(), call, child))
+            return all(len(whole_shape(p)) < 2 for p in child.parameters())
+        self.steps.append(Step(name, call))
+        return name not in ENDS
+
+    def _reads(self, value: ast.expr) -> bool:
+        """Tell whether an expression is the layer, or one of a list of layers, or a form of its weight."""
+        inner = [part for part in ast.walk(value) if isinstance(part, ast.Attribute)]
+        return any(_own(part) == self.leaf for part in inner) and not any(
+            isinstance(part, ast.Call) and _own(part.func) == self.leaf for part in ast.walk(value)
+        )
+
+
+def _methods(kind: type) -> dict[str, ast.FunctionDef]:
+    """Return the methods of a class that its instances have, but for those of the libraries' base classes."""
+    if kind not in METHODS:
+        nearest: dict[str, FunctionType] = {}
+        for name, method in methods_of(kind):
+            nearest.setdefault(name, method)
+        sources = {name: _source(method) for name, method in nearest.items()}
+        METHODS[kind] = {name: source for name, source in sources.items() if source is not None}
+    return METHODS[kind]
+
+
+def _source(method: FunctionType) -> ast.FunctionDef | None:
+    """Return the source of a method; None where it is not there."""
+    try:
+        [tree] = ast.parse(textwrap.dedent(inspect.getsource(method))).body
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+def _own(value: ast.expr | ast.AST) -> str | None:
+    """Return the name of an attribute of `self`; None for anything else."""
+    of_self = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "self"
+    return value.attr if of_self else None  # type: ignore[union-attr]
+
+
+def _is_in_order(value: ast.expr) -> bool:
+    """Tell whether what is unpacked is in the order of the outputs: no tuple that picks them in another."""
+    if not isinstance(value, ast.Tuple):
+        return True
+    picks = [part.slice for part in value.elts if isinstance(part, ast.Subscript)]
+    places = [pick.value for pick in picks if isinstance(pick, ast.Constant) and isinstance(pick.value, int)]
+    return len(places) == len(value.elts) and places == sorted(places)
