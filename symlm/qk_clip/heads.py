@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from symlm.roles.assignment import place
-from symlm.roles.recognizers.attention import core_of, fused_order, is_value_too
+from symlm.roles.recognizers.attention import core_of, is_value_too
+from symlm.roles.recognizers.fused import fused_order
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
 from symlm.views.heads import head_dim, kv_heads, query_heads, shared_heads

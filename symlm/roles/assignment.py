@@ -9,7 +9,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from symlm.roles.ends import EndMatrices
-from symlm.roles.recognizers.attention import ORDERS, fuses_a_gate
+from symlm.roles.recognizers.attention import fuses_a_gate
+from symlm.roles.recognizers.fused import ORDERS
 from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.recognizers.names import is_fused
 from symlm.roles.role import Role, Site

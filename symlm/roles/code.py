@@ -1,7 +1,10 @@
 """What the code of a class calls: the functions, attributes and products that its methods name."""
 
+import ast
 import dis
+import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
@@ -9,6 +12,7 @@ from weakref import WeakKeyDictionary
 LIBRARIES = re.compile(r"(torch|builtins|lightning|pytorch_lightning)(\.|$)|transformers\.(?!models\.)")
 FROM_ROWS = {"linear", "T", "mT", "t", "transpose", "swapaxes", "permute"}  # of a weight stored [outputs, inputs]
 CALLED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+SOURCES: WeakKeyDictionary[type, dict[str, ast.FunctionDef]] = WeakKeyDictionary()
 # Methods in which a weight only gets its values.
 CONSTRUCTS = re.compile(r"(^|_)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)")
 FORM = ("dtype", "device", "shape", "size", "data")
@@ -50,6 +54,22 @@ def methods_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
         for name, value in vars(base).items():
             if isinstance(method := getattr(value, "__wrapped__", value), FunctionType):
                 yield name, method
+
+
+def sources_of(kind: type) -> dict[str, ast.FunctionDef]:
+    """Return the source of each method that the instances of a class have, but for the libraries'.
+
+    Args:
+        kind: A class.
+
+    Returns:
+        The methods by name; one whose source is not there is left out.
+    """
+    if kind not in SOURCES:
+        nearest = dict(reversed([*methods_of(kind)]))
+        sources = {name: _source(method) for name, method in nearest.items()}
+        SOURCES[kind] = {name: source for name, source in sources.items() if source is not None}
+    return SOURCES[kind]
 
 
 def makes_logits(kind: type, *table: str) -> bool:
@@ -130,6 +150,15 @@ def _codes(kind: type) -> list[CodeType]:
         if above is None or any("super" in code.co_names for code in above):
             codes[name] = [*(above or ()), *_with_inner(method.__code__)]
     return [code for method in codes.values() for code in method]
+
+
+def _source(method: FunctionType) -> ast.FunctionDef | None:
+    """Return the source of a method; None where it is not there."""
+    try:
+        [tree] = ast.parse(textwrap.dedent(inspect.getsource(method))).body
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:

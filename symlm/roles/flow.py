@@ -1,19 +1,14 @@
 """What the code of a module does to the outputs of a layer in it, one step after the other."""
 
 import ast
-import inspect
-import textwrap
 from collections.abc import Iterable
-from types import FunctionType
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from symlm.roles.code import MULTIPLY, methods_of
+from symlm.roles.code import FORM, MULTIPLY, sources_of
 from symlm.roles.storage import whole_shape
 
-METHODS: WeakKeyDictionary[type, dict[str, ast.FunctionDef]] = WeakKeyDictionary()
 ENDS = {  # calls whose results are no longer the outputs, changed
     *("softmax", "log_softmax", "sigmoid", "logsigmoid", "argmax", "cross_entropy", "loss_function", "size", "detach"),
     *("scaled_dot_product_attention", "flash_attn_func", "bmm", "baddbmm"),
@@ -30,11 +25,13 @@ class Step(NamedTuple):
         name: The function that is called; "*" for a product with a parameter of the module.
         call: The call, None for a product.
         by: The module that is called, or the name of the parameter.
+        is_method: Whether the function is called as `x.f(...)`.
     """
 
     name: str
     call: ast.Call | None = None
     by: nn.Module | str | None = None
+    is_method: bool = False
 
     def argument(self, place: int, keyword: str) -> ast.expr | None:
         """Return an argument of the call; None without it.
@@ -49,22 +46,14 @@ class Step(NamedTuple):
         place -= self.is_method
         return named or (self.call.args[place] if 0 <= place < len(self.call.args) else None)
 
-    @property
-    def is_method(self) -> bool:
-        """Whether the function is called as `x.f(...)`, and not as `f(x, ...)` or of a library."""
-        func = self.call.func if self.call is not None else None
-        libraries = ("torch", "F", "nn", "functional", "self")
-        return isinstance(func, ast.Attribute) and not any(
-            isinstance(part, ast.Name) and part.id in libraries for part in [func.value, getattr(func.value, "value", 0)]
-        )
-
 
 class Flow(NamedTuple):
     """Describe what is done to a layer's outputs.
 
     Args:
         steps: What is done, in the order of the code.
-        names: The names that the outputs, or their parts, are unpacked to, one tuple for each such line.
+        names: The names that the outputs, or their parts, are unpacked to, one tuple for each such line; empty names
+            where the line picks the parts in an order of its own.
     """
 
     steps: tuple[Step, ...]
@@ -85,14 +74,14 @@ def flow_of(owner: nn.Module, leaf: str) -> Flow | None:
     for method in reader.methods:
         if method != "__init__":
             reader.run(method)
-    return Flow(tuple(dict.fromkeys(reader.steps)), tuple(reader.names)) if reader.found else None
+    return Flow(tuple(dict.fromkeys(reader.steps)), tuple(dict.fromkeys(reader.names))) if reader.found else None
 
 
 class _Reader:
     """Follow the outputs of one layer through the methods of a module's class."""
 
     def __init__(self, owner: nn.Module, leaf: str) -> None:
-        self.owner, self.leaf, self.methods = owner, leaf, _methods(type(owner))
+        self.owner, self.leaf, self.methods = owner, leaf, sources_of(type(owner))
         self.found = False
         self.steps: list[Step] = []
         self.names: list[tuple[str, ...]] = []
@@ -104,12 +93,15 @@ class _Reader:
         """Read a method whose arguments of these names are outputs; tell whether it returns outputs."""
         before, self.held, self.returned = (self.held, self.returned), set(given), False
         self.depth += 1
-        for line in self.methods[method].body:
-            self._line(line)
+        self._lines(self.methods[method].body)
         self.depth -= 1
         result = self.returned
         self.held, self.returned = before
         return result
+
+    def _lines(self, lines: Iterable[ast.stmt]) -> None:
+        for line in lines:
+            self._line(line)
 
     def _line(self, line: ast.stmt) -> None:
         match line:
@@ -126,25 +118,21 @@ class _Reader:
                 self.returned |= self._flows(value)
             case ast.For(target=target, iter=value, body=body):
                 self._bind(target, self._flows(value), value)
-                for inner in body:
-                    self._line(inner)
+                self._lines(body)
+            case ast.If(body=body, orelse=other):
+                before = set(self.held)
+                self._lines(body)
+                after, self.held = self.held, before
+                self._lines(other)
+                self.held |= after
             case ast.FunctionDef() | ast.ClassDef():
                 pass
-            case ast.If(test=test, body=body, orelse=other):
-                self._flows(test)
-                before = set(self.held)
-                for inner in body:
-                    self._line(inner)
-                after, self.held = self.held, before
-                for inner in other:
-                    self._line(inner)
-                self.held |= after
             case _:
-                for inner in ast.iter_child_nodes(line):
-                    if isinstance(inner, ast.stmt):
-                        self._line(inner)
-                    elif isinstance(inner, ast.expr):
-                        self._flows(inner)
+                for part in ast.iter_child_nodes(line):
+                    if isinstance(part, ast.stmt):
+                        self._line(part)
+                    elif isinstance(part, ast.expr):
+                        self._flows(part)
 
     def _bind(self, target: ast.expr, flows: bool, value: ast.expr) -> None:
         """Note which variables hold outputs from here on."""
@@ -152,8 +140,8 @@ class _Reader:
             return
         names = tuple(part.id for part in ast.walk(target) if isinstance(part, ast.Name))
         self.held = self.held | {*names} if flows else self.held - {*names}
-        if flows and len(names) > 1 and _is_in_order(value):
-            self.names.append(names)
+        if flows and len(names) > 1:
+            self.names.append(names if _is_in_order(value) else ("",) * len(names))
 
     def _flows(self, value: ast.expr) -> bool:
         """Read an expression; tell whether it is outputs."""
@@ -184,6 +172,8 @@ class _Reader:
                 return self._flows(body)
             case ast.Subscript(value=whole):
                 return self._flows(whole)
+            case ast.Attribute(attr=attribute) if attribute in FORM:
+                return False
         inner = [self._flows(part) for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr)]
         return any(inner) and not isinstance(value, ast.Compare)
 
@@ -193,51 +183,35 @@ class _Reader:
         name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
         given = [*call.args, *(word.value for word in call.keywords)]
         flows = [self._flows(part) for part in given]
-        if own is None and isinstance(func, ast.Attribute):
-            flows.append(self._flows(func.value))
-        if self._reads(func) or (name in MULTIPLY and any(map(self._reads, given))):
+        is_method = own is None and isinstance(func, ast.Attribute) and self._flows(func.value)
+        if self._is_layer(func) or (name in MULTIPLY and any(map(self._reads, given))):
             self.found = True
             return True
         if own in self.methods and self.depth < DEEPEST:
-            arguments = [argument.arg for argument in self.methods[own].args.args][1:]
-            passed = [argument for argument, flow in zip(arguments, flows, strict=False) if flow]
-            passed += [word.arg for word in call.keywords if word.arg and self._flows(word.value)]
-            return self.run(own, passed)
-        if not any(flows):
+            names = [argument.arg for argument in self.methods[own].args.args][1 : 1 + len(call.args)]
+            names += [""] * (len(call.args) - len(names)) + [word.arg or "" for word in call.keywords]
+            return self.run(own, [name for name, flow in zip(names, flows, strict=True) if flow])
+        if not (is_method or any(flows)):
             return False
         child = getattr(self.owner, own, None) if own else None
         if isinstance(child, nn.Module):
             self.steps.append(Step(type(child).__name__.lower(), call, child))
             return all(len(whole_shape(p)) < 2 for p in child.parameters())
-        self.steps.append(Step(name, call))
+        self.steps.append(Step(name, call, is_method=is_method))
         return name not in ENDS
 
+    def _is_layer(self, called: ast.expr) -> bool:
+        """Tell whether what is called is the layer, one of a list of layers, or its `forward`."""
+        while isinstance(called, ast.Subscript) or (isinstance(called, ast.Attribute) and called.attr == "forward"):
+            called = called.value
+        return _own(called) == self.leaf
+
     def _reads(self, value: ast.expr) -> bool:
-        """Tell whether an expression is the layer, or one of a list of layers, or a form of its weight."""
+        """Tell whether an expression is a form of the weight, and no output of the layer."""
         inner = [part for part in ast.walk(value) if isinstance(part, ast.Attribute)]
         return any(_own(part) == self.leaf for part in inner) and not any(
             isinstance(part, ast.Call) and _own(part.func) == self.leaf for part in ast.walk(value)
         )
-
-
-def _methods(kind: type) -> dict[str, ast.FunctionDef]:
-    """Return the methods of a class that its instances have, but for those of the libraries' base classes."""
-    if kind not in METHODS:
-        nearest: dict[str, FunctionType] = {}
-        for name, method in methods_of(kind):
-            nearest.setdefault(name, method)
-        sources = {name: _source(method) for name, method in nearest.items()}
-        METHODS[kind] = {name: source for name, source in sources.items() if source is not None}
-    return METHODS[kind]
-
-
-def _source(method: FunctionType) -> ast.FunctionDef | None:
-    """Return the source of a method; None where it is not there."""
-    try:
-        [tree] = ast.parse(textwrap.dedent(inspect.getsource(method))).body
-    except (OSError, SyntaxError, ValueError):
-        return None
-    return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 def _own(value: ast.expr | ast.AST) -> str | None:

@@ -40,8 +40,7 @@ def wrapping_parts(parts: list[str], modules: Mapping[str, nn.Module]) -> set[in
         parts: The parts of the path.
         modules: The modules of the model by path.
     """
-    places = (k for k, part in enumerate(parts) if part in TRANSPARENT)
-    return {k for k in places if len([*modules[".".join(parts[:k])].children()]) == 1}
+    return {k for k, part in enumerate(parts) if _wrapped(modules[".".join(parts[:k])]) == part}
 
 
 def inner_module(module: nn.Module | None) -> nn.Module | None:
@@ -53,13 +52,19 @@ def inner_module(module: nn.Module | None) -> nn.Module | None:
     Returns:
         The innermost module.
     """
-    while module is not None:
-        children = dict(module.named_children())
-        inner = next((children[name] for name in TRANSPARENT if name in children and len(children) == 1), None)
-        if inner is None:
-            return module
-        module = inner
-    return None
+    while module is not None and (name := _wrapped(module)):
+        module = module._modules[name]
+    return module
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """Return the name of the one module in a wrapper, or in an adapter that holds its factors itself; else None."""
+    names = [name for name, child in module._modules.items() if child is not None]
+    if len(names) != 1:
+        return None
+    own = [name for name, p in module._parameters.items() if p is not None]
+    adapts = bool(own) and all(name.startswith("lora") for name in own)
+    return names[0] if adapts or names[0] in TRANSPARENT else None
 
 
 def inner_children(module: nn.Module) -> list[nn.Module]:

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from symlm.roles.recognizers.attention import core_of, fused_order
+from symlm.roles.recognizers.attention import core_of
+from symlm.roles.recognizers.fused import fused_order
 from symlm.roles.recognizers.layers import CONTAINERS
 from symlm.roles.recognizers.names import HEAD_COUNTS
 from symlm.roles.role import Role, Site

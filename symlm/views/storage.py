@@ -1,7 +1,7 @@
 """The view of a parameter: its storage from its module, its split into matrices from its route."""
 
-from symlm.roles.recognizers.attention import fused_order
 from symlm.roles.recognizers.channels import Blocks, blocks_of_outputs
+from symlm.roles.recognizers.fused import fused_order
 from symlm.roles.recognizers.layers import is_convolution
 from symlm.roles.recognizers.leaves import halves_of_filters
 from symlm.roles.role import Role, Site

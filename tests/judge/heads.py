@@ -7,8 +7,9 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from symlm.roles.recognizers.attention import core_of, fused_order
+from symlm.roles.recognizers.attention import core_of
 from symlm.roles.recognizers.channels import is_mixer
+from symlm.roles.recognizers.fused import fused_order
 from symlm.roles.recognizers.layers import is_pointwise
 from symlm.roles.role import Role
 from symlm.views.heads import head_dim, kv_heads, shared_heads

@@ -5,32 +5,13 @@ import re
 from torch import nn
 
 from symlm.roles.code import functions_called
-from symlm.roles.recognizers.fused import order_by_code
+from symlm.roles.recognizers.fused import fused_order
 from symlm.roles.recognizers.layers import CONTAINERS, dense_children, heads_of, is_alone, shape_of
 from symlm.roles.recognizers.names import QKV, gated_projection, is_fused, is_gate, parts_of, projection
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_children
 
-OF_LATENTS = ("kv_b_proj", "wkv_b")
-FUSED_ORDERS = (
-    # The order of the outputs of fused projections by the class of the attention, which alone knows it. A new model is
-    # one line here, and a case of tests/roles/test_loss.py, which moves the blocks and looks at the loss.
-    (r"Phi3Attention|Phi4MultimodalAttention", "qkv_proj", "q k v"),
-    (r"(GPT2|OpenAIGPT|GPTBigCode|ImageGPT)Attention|CausalSelfAttention", "c_attn", "q k v"),
-    (r"MptAttention|ModernBert\w*Attention", "Wqkv", "q k v"),
-    (r"CausalSelfAttention", "qkv", "q k v"),  # litgpt
-    (r"SelfAttention", "linear_qkv", "groups of q k v"),  # Megatron
-    (r"\w*(Vision|Sam|Blip|Window|Channel)\w*Attention", "qkv", "q k v"),
-    (r"(Blip2|InstructBlip|InstructBlipVideo|VitDet|HieraMaskUnit|TimesformerSelf)Attention", "qkv", "q k v"),
-    (r"MultiheadAttention", "in_proj_weight", "q k v"),
-    (r"JetMoeAttention", "kv_proj", "k v"),
-    (r"(Granite|Evolla)\w+Attention", "to_kv", "k v"),
-    (r"(GPTNeoX|GPTNeoXJapanese|Bloom|Persimmon|Falcon)Attention", "query_key_value", "heads of q k v"),
-    (r"DisentangledSelfAttention", "in_proj", "heads of q k v"),
-    (r"AXK2Attention", "q_gate_proj", "heads of q gate"),
-    (r"CodeGenAttention", "qkv_proj", "four of q v k"),
-)
 ONE_HEAD = (r"DeepseekV4\w+", "kv_proj")  # which is k and v at once
 BESIDE_FUSED = {
     **dict.fromkeys(
@@ -39,10 +20,13 @@ BESIDE_FUSED = {
     ),
     **dict.fromkeys(("k_proj", "pos_proj", "relative_k_proj", "linear_pos", "r_net", "text_proj"), Role.ATTENTION_K),
     **dict.fromkeys(("v_proj", "conv_out_layer"), Role.ATTENTION_V),
-    **dict.fromkeys(("o_proj", "out_proj", "output_proj", "post_proj", "c_proj", "proj", "linear_proj"), Role.ATTENTION_O),
-    **dict.fromkeys(("to_out", "Wo", "wo", "output", "dense", "projection", "projection_layer"), Role.ATTENTION_O),
+    **dict.fromkeys(
+        ("o_proj", "out_proj", "output_proj", "post_proj", "c_proj", "proj", "linear_proj"), Role.ATTENTION_O
+    ),
+    **dict.fromkeys(
+        ("to_out", "Wo", "wo", "output", "dense", "projection", "projection_layer", "linear_proj"), Role.ATTENTION_O
+    ),
 }
-ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
 CHOOSES = re.compile(r"Indexer|Scorer")  # which keys a sparse attention reads; the loss does not reach it
 ATTENDING = {"scaled_dot_product_attention", "flash_attn_func", "flash_attn_qkvpacked_func", "flex_attention"}
 ATTENDS = re.compile(r"attention|attn|multi_?head|mha\b|mla\b", re.IGNORECASE)
@@ -162,44 +146,6 @@ def mixes_heads(site: Site) -> bool:
     if CHOOSES.search(type(site.parent).__name__) or projection(site.leaf) or is_gate(site.leaf):
         return False
     return site.shape[0] == site.shape[1] == heads and all(length == 1 for length in site.shape[2:])
-
-
-def fused_order(site: Site) -> str | None:
-    """Return the order of a fused projection's outputs, if its module's `fused_order`, structure or class shows it.
-
-    Args:
-        site: The site of the projection.
-
-    Returns:
-        "q k v" one after the other, "k v", "heads of q k v", "groups of q k v" (query heads, then the k and v that they
-        share), "four of q v k" (four blocks, each with all three), "heads of k v" (of latent attention) or "heads of q
-        gate"; None for any other layer.
-
-    Raises:
-        ValueError: The module's `fused_order` is none of these.
-    """
-    owner = site.module if isinstance(getattr(site.module, site.leaf, None), nn.Parameter) else site.parent
-    if stated := getattr(owner, "fused_order", None):
-        if stated not in ORDERS:
-            raise ValueError(f"{site}: the fused_order of {type(owner).__name__} is {stated!r}, choose one of {ORDERS}")
-        return str(stated)
-    if site.leaf in OF_LATENTS and hasattr(owner, "qk_nope_head_dim") and hasattr(owner, "v_head_dim"):
-        return "heads of k v"
-    name = type(owner).__name__
-    if name == "Attention" and "openai" in type(owner).__module__:
-        name = "OpenAIGPTAttention"
-    if not type(owner).__module__.startswith(("transformers.", "torch.")) and owner is not None:
-        order = order_by_code(owner, site.leaf)
-        if order is not None or name in ("VisionAttention", "Attention"):
-            return order or None
-    order = next((o for pattern, leaf, o in FUSED_ORDERS if leaf == site.leaf and re.fullmatch(pattern, name)), None)
-    if order == "q k v" and getattr(owner, "is_cross_attention", False):
-        return "k v"
-    if order is None or name not in ("GPTBigCodeAttention", "FalconAttention"):
-        return order
-    if getattr(owner, "new_decoder_architecture", False):
-        return "groups of q k v"
-    return "q k v" if getattr(owner, "multi_query", True) else "heads of q k v"
 
 
 def fuses(module: nn.Module, square: bool = True) -> bool:

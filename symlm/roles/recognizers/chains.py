@@ -1,11 +1,12 @@
 """Layers one behind the other: deep MLPs, experts' layers in lists, and names that sizes have to agree with."""
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from torch import nn
 
+from symlm.roles.flow import flow_of
 from symlm.roles.recognizers.attention import is_attention
-from symlm.roles.recognizers.layers import activates, dense_children, is_dense, kind_of, shape_of
+from symlm.roles.recognizers.layers import ACTIVATION, activates, dense_children, is_dense, kind_of, shape_of
 from symlm.roles.recognizers.names import NUMBERED
 from symlm.roles.role import Role, Site
 from symlm.roles.storage import whole_shape
@@ -56,6 +57,30 @@ def deep_layers(site: Site) -> tuple[list[nn.Module], list[nn.Module]]:
     if not activates(around):
         return [], []
     return _chain(numbered, not parallel), _chain([*children.values()], False) if alone else []
+
+
+def leads_back(site: Site, chain: list[nn.Module]) -> bool:
+    """Tell whether a layer inside a chain leads back to what the first one reads, and the code activates others alone.
+
+    Such a chain is two MLPs, one behind the other.
+
+    Args:
+        site: The site of the layer.
+        chain: The layers.
+    """
+    names = {name for name, layer in dense_children(site.ancestors[0]).items() if layer in chain}
+    if shape_of(site.module)[1] != shape_of(chain[0])[0] or site.leaf not in names:
+        return False
+    activated = {name: _is_activated(site.ancestors[0], name) for name in names}
+    return activated[site.leaf] is False and any(activated.values())
+
+
+def _is_activated(around: nn.Module, name: str) -> bool | None:
+    """Tell whether the code activates a layer's outputs before the next layer reads them; None where it is not seen."""
+    flow = flow_of(around, name)
+    steps = [(step.name, step.by) for step in flow.steps] if flow else []
+    before = takewhile(lambda step: not is_dense(step[1] if isinstance(step[1], nn.Module) else None), steps)
+    return any(ACTIVATION.search(name) for name, _ in before) if flow else None
 
 
 def _chain(layers: list[nn.Module], squares: bool) -> list[nn.Module]:

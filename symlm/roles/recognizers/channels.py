@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import fuses, fuses_a_gate, has_qkv, is_attention
-from symlm.roles.recognizers.chains import deep_layers, if_chained, is_stack
+from symlm.roles.recognizers.chains import deep_layers, if_chained, is_stack, leads_back
 from symlm.roles.recognizers.layers import (
     activates,
     dense_children,
@@ -115,12 +115,14 @@ def channel_role(site: Site) -> Role | None:
     named = {name: BY_NAME.get(name) or words.get(last_word(name)) for name, _ in parent.named_children()}
     numbered, every = deep_layers(site)
     if site.module in numbered:
-        return Role.MLP_OUT if site.module is numbered[-1] else Role.MLP_IN
+        return Role.MLP_OUT if site.module is numbered[-1] or leads_back(site, numbered) else Role.MLP_IN
     if {last_word(name) for name in named if named[name]} <= {"in", "out"} and any(map(is_stack, parent.children())):
         named = {}  # of a model, whose layers may be in front of its blocks and behind them
     if role := if_chained(named, layers).get(site.leaf):
         return role
-    return Role.MLP_OUT if every[-1:] == [site.module] else Role.MLP_IN if site.module in every else None
+    if site.module not in every:
+        return None
+    return Role.MLP_OUT if site.module is every[-1] or leads_back(site, every) else Role.MLP_IN
 
 
 def _modulates(site: Site) -> bool:

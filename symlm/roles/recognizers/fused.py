@@ -1,36 +1,91 @@
-"""In which order a projection fuses q, k and v, by how the code around it takes its outputs apart."""
+"""The order in which a projection fuses q, k and v: stated by its module, read from its code, or known by its class."""
 
 import ast
+import re
 
 from torch import nn
 
 from symlm.roles.flow import Step, flow_of
 from symlm.roles.recognizers.names import projection
+from symlm.roles.role import Site
 
+OF_LATENTS = ("kv_b_proj", "wkv_b")
+FUSED_ORDERS = (
+    # The order of the outputs of fused projections by the class of the attention, which alone knows it. A new model is
+    # one line here, and a case of tests/roles/test_loss.py, which moves the blocks and looks at the loss.
+    (r"Phi3Attention|Phi4MultimodalAttention", "qkv_proj", "q k v"),
+    (r"(GPT2|OpenAIGPT|GPTBigCode|ImageGPT)Attention|CausalSelfAttention", "c_attn", "q k v"),
+    (r"MptAttention|ModernBert\w*Attention", "Wqkv", "q k v"),
+    (r"CausalSelfAttention", "qkv", "q k v"),  # litgpt
+    (r"SelfAttention", "linear_qkv", "groups of q k v"),  # Megatron
+    (r"\w*(Vision|Sam|Blip|Window|Channel)\w*Attention", "qkv", "q k v"),
+    (r"(Blip2|InstructBlip|InstructBlipVideo|VitDet|HieraMaskUnit|TimesformerSelf)Attention", "qkv", "q k v"),
+    (r"MultiheadAttention", "in_proj_weight", "q k v"),
+    (r"JetMoeAttention", "kv_proj", "k v"),
+    (r"(Granite|Evolla)\w+Attention", "to_kv", "k v"),
+    (r"(GPTNeoX|GPTNeoXJapanese|Bloom|Persimmon|Falcon)Attention", "query_key_value", "heads of q k v"),
+    (r"DisentangledSelfAttention", "in_proj", "heads of q k v"),
+    (r"AXK2Attention", "q_gate_proj", "heads of q gate"),
+    (r"CodeGenAttention", "qkv_proj", "four of q v k"),
+)
+ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module of one's own may state
 CUTS = {"split", "chunk", "tensor_split"}
 SHAPES = {"view", "reshape", "unflatten", "rearrange"}
 LAST = (-1, 2)  # the axis of the channels
 PARTS = {("q", "k", "v"): 3, ("k", "v"): 2}
 
 
-def order_by_code(owner: nn.Module, leaf: str) -> str | None:
-    """Return the order of a fused projection's outputs: blocks one after the other, or heads that have all parts.
+def fused_order(site: Site) -> str | None:
+    """Return the order of a fused projection's outputs, if its module's `fused_order`, structure or class shows it.
 
     Args:
-        owner: The module whose code calls the projection.
-        leaf: The projection's name.
+        site: The site of the projection.
 
     Returns:
-        "q k v", "k v" or "heads of q k v"; "" for parts in another order; None where the code shows none.
+        "q k v" one after the other, "k v", "heads of q k v", "groups of q k v" (query heads, then the k and v that they
+        share), "four of q v k" (four blocks, each with all three), "heads of k v" (of latent attention) or "heads of q
+        gate"; None for any other layer.
+
+    Raises:
+        ValueError: The module's `fused_order` is none of these.
+    """
+    owner = site.module if isinstance(getattr(site.module, site.leaf, None), nn.Parameter) else site.parent
+    if stated := getattr(owner, "fused_order", None):
+        if stated not in ORDERS:
+            raise ValueError(f"{site}: the fused_order of {type(owner).__name__} is {stated!r}, choose one of {ORDERS}")
+        return str(stated)
+    if site.leaf in OF_LATENTS and hasattr(owner, "qk_nope_head_dim") and hasattr(owner, "v_head_dim"):
+        return "heads of k v"
+    name = type(owner).__name__
+    if name == "Attention" and "openai" in type(owner).__module__:
+        name = "OpenAIGPTAttention"
+    if not type(owner).__module__.startswith(("transformers.", "torch.")) and owner is not None:
+        order = _order_by_code(owner, site.leaf)
+        if order is not None or name in ("VisionAttention", "Attention"):
+            return order or None
+    order = next((o for pattern, leaf, o in FUSED_ORDERS if leaf == site.leaf and re.fullmatch(pattern, name)), None)
+    if order == "q k v" and getattr(owner, "is_cross_attention", False):
+        return "k v"
+    if order is None or name not in ("GPTBigCodeAttention", "FalconAttention"):
+        return order
+    if getattr(owner, "new_decoder_architecture", False):
+        return "groups of q k v"
+    return "q k v" if getattr(owner, "multi_query", True) else "heads of q k v"
+
+
+def _order_by_code(owner: nn.Module, leaf: str) -> str | None:
+    """Return the order by the code that calls the projection: blocks one after the other, or heads that have all parts.
+
+    "" is for parts in another order; None is where the code shows none.
     """
     flow = flow_of(owner, leaf)
     steps = [step for step in flow.steps if step.name in CUTS | SHAPES] if flow else []
     if flow is None or not steps:
         return None
-    named = (tuple(str(projection(name))[-1:] for name in names) for names in flow.names)
-    parts = next((parts for parts in named if {*parts} in map(set, PARTS)), None)
-    if parts is None or parts not in PARTS:
-        return "" if parts else None
+    named = [tuple(str(projection(name))[-1:] for name in names) for names in flow.names if len(names) in (2, 3)]
+    parts = named[0] if named else ()
+    if parts not in PARTS:
+        return "" if {*parts} in map(set, PARTS) else None
     blocks = _are_blocks(steps[0], PARTS[parts])
     if blocks is None or (not blocks and len(parts) == 2):
         return None

@@ -20,7 +20,19 @@ HEADS = (
     *("to_logits", "logits", "unembedding", "vocab_proj"),
 )
 CAPS = re.compile(r"soft_?cap|cap_logits|clamp_logits", re.IGNORECASE)
-FEELS = {"clamp", "clamp_", "clamp_min", "clamp_max", "clip", "clip_", "normalize", "rms_norm", "rmsnorm", "rsqrt", "relu"}
+FEELS = {
+    "clamp",
+    "clamp_",
+    "clamp_min",
+    "clamp_max",
+    "clip",
+    "clip_",
+    "normalize",
+    "rms_norm",
+    "rmsnorm",
+    "rsqrt",
+    "relu",
+}
 FEELS |= {"tanh", "sigmoid", "softsign", "logsumexp"}  # what a shift of all logits changes
 FLATTENS = {"view", "reshape", "flatten", "rearrange"}
 OTHER_SCORES = {"relu", "softplus", "tanh", "exp", "elu"}  # of routers without a softmax or a sigmoid
@@ -70,11 +82,9 @@ def caps_logits(module: nn.Module, leaf: str) -> bool | None:
     from_transformers = type(module).__module__.startswith("transformers.")  # whose configs weigh a z-loss, or none
     not_here = {"logsumexp"} if from_transformers else set()
     if flow := flow_of(module, leaf):
-        called = {step.name for step in flow.steps}
-        feels = FEELS - not_here
+        called, feels = frozenset(step.name for step in flow.steps), FEELS - not_here
     else:
-        called = functions_called(type(module))
-        feels = {"tanh", "sigmoid", "logsumexp"} - not_here
+        called, feels = functions_called(type(module)), {"tanh", "sigmoid", "logsumexp"} - not_here
     return True if called & feels or any(CAPS.search(name) for name in called) else None
 
 

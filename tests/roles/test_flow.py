@@ -1,0 +1,77 @@
+"""What the code does to a layer's outputs decides where shapes and names say nothing."""
+
+import plain
+import plain_flow as flow
+import pytest
+import torch
+from judge import judged, loud
+from torch import nn
+
+import symlm
+from symlm.roles import UnplacedParameters
+from symlm.roles.flow import flow_of
+
+BLOCKS = {
+    flow.Router: {"gate": "router"},
+    flow.ExpertsChoose: {"gate": "sigmoid_router"},
+    flow.ExpertsChooseFromBehind: {"gate": "sigmoid_router"},
+    flow.Slots: {"gate": "sigmoid_router"},
+    flow.FlatTokens: {"gate": "router"},
+    flow.Temperatures: {"gate": "sigmoid_router"},
+    flow.OneTemperature: {"gate": "router"},
+    flow.Normed: {"gate": "sigmoid_router"},
+    flow.Clamped: {"gate": "sigmoid_router"},
+    **{
+        kind: {"qkv": "attention_qkv", "proj": "attention_o"}
+        for kind in (flow.Fused, flow.BlocksOnAnAxis, flow.BlocksMapped, flow.CausalSelfAttention, flow.HeadsOnAnAxis)
+    },
+    flow.KeysAndValues: {"to_q": "attention_q", "to_kv": "attention_qkv", "to_out": "attention_o"},
+    flow.SelfAttention: {"linear_qkv": "attention_qkv", "linear_proj": "attention_o"},
+    flow.Groups: {"wq": "attention_q", "wk": "attention_k", "wv": "attention_v", "wo": "attention_o"},
+    flow.LettersFirst: {"qw": "attention_q", "kw": "attention_k", "vw": "attention_v", "ow": "attention_o"},
+}
+MODELS = {flow.ClampedHead: "capped_lm_head", flow.NormedHead: "capped_lm_head", flow.ActiveBefore: "lm_head"}
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+def test_the_loss_confirms_what_the_code_says_of_a_block(kind):
+    verdict, roles = judged(loud(plain.Model(kind)))
+    for leaf, role in BLOCKS[kind].items():
+        name = f"layers.0.0.{leaf}.weight"
+        assert (roles[name], verdict[name]) == (role, "right"), name
+    assert "wrong" not in verdict.values()
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_the_loss_confirms_what_the_code_says_of_a_head(kind):
+    verdict, roles = judged(loud(kind(plain.Expert)))
+    assert (roles["lm_head.weight"], verdict["lm_head.weight"]) == (MODELS[kind], "right")
+
+
+def test_another_order_of_a_fused_projection_is_refused():
+    with pytest.raises(UnplacedParameters, match="fused_order"):
+        symlm.assign_roles(plain.Model(flow.KeysFirst))
+
+
+def test_two_mlps_in_one_module_are_two():
+    roles = symlm.assign_roles(plain.Model(flow.TwoMLPs))
+    assert [str(roles[f"layers.0.0.fc{k}.weight"]) for k in (1, 2, 3, 4)] == ["mlp_in", "mlp_out"] * 2
+
+
+def test_a_layer_beside_the_factors_of_an_adapter_keeps_its_role():
+    roles = symlm.assign_roles(plain.Model(flow.Adapted))
+    names = ("c_fc.linear.weight", "c_fc.lora_A", "c_proj.linear.weight", "c_proj.lora_B")
+    assert [str(roles[f"layers.0.0.{name}"]) for name in names] == ["mlp_in", "lora", "mlp_out", "lora"]
+
+
+def test_a_flow_is_what_is_done_in_the_order_of_the_code():
+    steps = flow_of(flow.Temperatures(), "gate").steps
+    assert [(step.name, step.by) for step in steps] == [("*", "scale"), ("softmax", None)]
+    assert flow_of(flow.TwoMLPs(), "fc1").steps[0].name == "gelu"
+    assert flow_of(flow.CausalSelfAttention(), "qkv").names == (("q", "k", "v"),)
+
+
+def test_a_module_without_source_has_no_flow():
+    scope = {"nn": nn, "torch": torch}
+    exec("class Hidden(nn.Module):\n    def forward(self, x):\n        return self.gate(x).softmax(0)", scope)
+    assert flow_of(scope["Hidden"](), "gate") is None
