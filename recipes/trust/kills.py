@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,12 +18,12 @@ Outcome = list[tuple[int, float]]  # for each fault: steps that were lost, secon
 
 def kill_all(run: Run, random: Random, number: int) -> Outcome:
     """SIGKILL all processes at random moments."""
-    return chain(run, lambda: moment(run, random) and _kill(run, None))
+    return chain(run, lambda: moment(run, random) and _kill(run, None), draws=3)
 
 
 def kill_one(run: Run, random: Random, number: int) -> Outcome:
     """SIGKILL one rank at random moments; the launcher ends the rest."""
-    return chain(run, lambda: moment(run, random) and _kill(run, random))
+    return chain(run, lambda: moment(run, random) and _kill(run, random), draws=3)
 
 
 def kill_in_a_save(run: Run, random: Random, number: int) -> Outcome:
@@ -72,26 +73,38 @@ def asynchronous(act: Callable[[Run, Random, int], Outcome]) -> Callable[[Run, R
     return happen
 
 
-def chain(run: Run, fault: Callable[[], bool], links: int | None = None) -> Outcome:
+def chain(run: Run, fault: Callable[[], bool], links: int | None = None, draws: int = 1) -> Outcome:
     """Start a run, let a fault happen, go on, and so on; let the last one end, and compare it.
 
     Args:
         run: The run.
         fault: Lets it happen to the running job, waits for the job's end and looks at it; False where it ended before.
         links: How many, by default as many as its launcher allows.
+        draws: How often the run begins anew where it ends before the moment, which is drawn from another run's time.
     """
-    lost = []
-    for _ in range(links or run.links):
-        since = run.reached()
-        run.start()
-        if not fault():
+    lost = _faults(run, fault, links or run.links)
+    for _ in range(0 if lost else draws - 1):
+        shutil.rmtree(run.folder)
+        run.folder.mkdir()
+        if lost := _faults(run, fault, links or run.links):
             break
-        lost.append(max(0, run.last_step(since) - run.reached()))
     if not lost:
         raise Lost(f"the run ended before its fault: {tail(run.job.text)}")
     seconds = run.go_on()
     run.check()
     return [(steps, seconds) for steps in lost]
+
+
+def _faults(run: Run, fault: Callable[[], bool], links: int) -> list[int]:
+    """Start a run and let faults happen, each to what goes on after the one before; return the steps that each lost."""
+    lost = []
+    for _ in range(links):
+        since = run.reached()
+        run.start()
+        if not fault():
+            break
+        lost.append(max(0, run.last_step(since) - run.reached()))
+    return lost
 
 
 def moment(run: Run, random: Random) -> bool:
