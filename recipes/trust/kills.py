@@ -84,6 +84,7 @@ def chain(run: Run, fault: Callable[[], bool], links: int | None = None, draws: 
     """
     lost = _faults(run, fault, links or run.links)
     for _ in range(0 if lost else draws - 1):
+        run.took = time.monotonic() - run.job.began
         shutil.rmtree(run.folder)
         run.folder.mkdir()
         if lost := _faults(run, fault, links or run.links):
@@ -108,8 +109,8 @@ def _faults(run: Run, fault: Callable[[], bool], links: int) -> list[int]:
 
 
 def moment(run: Run, random: Random) -> bool:
-    """Wait for a random moment of the time that the undisturbed run took; False where the run has ended."""
-    seconds = random.uniform(0, float((run.whole.folder / "seconds").read_text()))
+    """Wait for a random moment of the time that the run took, or the undisturbed one; False where it has ended."""
+    seconds = random.uniform(0, run.took or float((run.whole.folder / "seconds").read_text()))
     return _wait(run, lambda: time.monotonic() - run.job.began > seconds)
 
 

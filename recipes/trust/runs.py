@@ -75,6 +75,7 @@ class Run:
         self.more: tuple[str, ...] = ()  # arguments that the undisturbed run has not, and that change no weight
         self.started = 0
         self.job: Job | None = None
+        self.took: float | None = None  # where it ended before its fault
 
     @property
     def whole(self) -> "Run":
