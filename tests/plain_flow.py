@@ -1,7 +1,7 @@
 """Modules whose code, and nothing else, says what happens to a layer's outputs."""
 
 import torch
-from plain import HEADS, WIDTH, D, Expert, Model, attend, dense
+from plain import HEADS, VOCABULARY, WIDTH, D, Expert, Model, attend, dense
 from torch import nn
 from torch.nn import functional as F
 
@@ -233,3 +233,92 @@ class Adapted(nn.Module):
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Table(nn.Module):
+    def __init__(self, tokens):
+        super().__init__()
+        self.emb = nn.Embedding(tokens, D)
+
+    def forward(self, ids):
+        return self.emb(ids)
+
+
+class ReluSquared(nn.Module):
+    """An activation of one's own, named by its class alone."""
+
+    def forward(self, x):
+        return x.clamp(min=0) ** 2
+
+
+class Boxed(nn.Module):
+    """An MLP as wide as the vocabulary is long, its first layer in a box."""
+
+    def __init__(self):
+        super().__init__()
+        self.ff = nn.Sequential(
+            nn.Sequential(dense(D, VOCABULARY), ReluSquared()), nn.LayerNorm(VOCABULARY), dense(VOCABULARY, D)
+        )
+
+    def forward(self, x):
+        return self.ff(x)
+
+
+class WrappedTokens(Model):
+    """Tokens and positions in boxes of one class, and a head that is a layer, or a function where it is tied."""
+
+    tie, squash = False, False
+
+    def __init__(self, *kinds):
+        super().__init__(*kinds)
+        del self.tok, self.lm_head
+        self.token, self.pos = Table(VOCABULARY), Table(64)
+        if self.tie:
+            self.to_logits = lambda x: x @ self.token.emb.weight.t()
+        else:
+            self.to_logits = nn.Linear(D, VOCABULARY, bias=False)
+
+    def tok(self, ids):
+        return self.token(ids) + self.pos(torch.arange(ids.shape[1]))
+
+    def logits(self, x):
+        y = self.to_logits(x)
+        if self.squash:
+            y = torch.tanh(y)
+        return y
+
+
+class WrappedTied(WrappedTokens):
+    tie = True
+
+
+class NarrowHeads(nn.Module):
+    """Heads narrower than the stream, a number of heads alone, and a gate of every head in a box."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = HEADS
+        self.to_qkv, self.to_out = dense(D, 3 * HEADS * 6), dense(HEADS * 6, D)
+        self.to_v_gate = nn.Sequential(nn.Linear(D, HEADS), nn.Sigmoid())
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        heads = attend(q, k, v).unflatten(-1, (HEADS, -1)) * self.to_v_gate(x)[..., None]
+        return self.to_out(heads.flatten(2))
+
+
+class KeysBeside(KeysAndValues):
+    """Queries in front of the parts of another layer."""
+
+    def forward(self, x):
+        qkv = (self.to_q(x), *self.to_kv(x).chunk(2, dim=-1))
+        q, k, v = map(lambda part: part * 1.0, qkv)  # noqa: C417
+        return self.to_out(attend(q, k, v))
+
+
+class Gaps(Router):
+    """A list of experts beside one with a gap."""
+
+    def __init__(self):
+        super().__init__()
+        self.gaps = nn.ModuleList([None, Expert()])

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
 LIBRARIES = re.compile(r"(torch|builtins|lightning|pytorch_lightning)(\.|$)|transformers\.(?!models\.)")
 FROM_ROWS = {"linear", "T", "mT", "t", "transpose", "swapaxes", "permute"}  # of a weight stored [outputs, inputs]
 CALLED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
 SOURCES: WeakKeyDictionary[type, dict[str, ast.FunctionDef]] = WeakKeyDictionary()
 # Methods in which a weight only gets its values.
-CONSTRUCTS = re.compile(r"(^|_)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)")
+CONSTRUCTS = re.compile(r"(^|_|\.)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)")
 FORM = ("dtype", "device", "shape", "size", "data")
 OF_PLACES = re.compile(r"pos|rel|dist|bias|type|segment")  # in names of tables whose products are an attention's scores
 MULTIPLY = {"linear", "einsum", "matmul", "mm", "bmm", "addmm"}
@@ -72,17 +74,21 @@ def sources_of(kind: type) -> dict[str, ast.FunctionDef]:
     return SOURCES[kind]
 
 
-def makes_logits(kind: type, *table: str) -> bool:
-    """Tell whether a method of a class multiplies by the transpose of a table: `F.linear(x, self.table.weight)`.
+def makes_logits(module: nn.Module, *table: str) -> bool:
+    """Tell whether code of a module multiplies by the transpose of a table: `F.linear(x, self.table.weight)`.
+
+    It is code of a method, or of a function that the module holds; not what a constructor only may do.
 
     Args:
-        kind: A class.
+        module: A module.
         table: The attributes that lead to the matrix: ("table", "weight"), or ("table",) of a parameter that other code
             of the class reads by rows.
     """
-    codes = [code for code in _codes(kind) if not CONSTRUCTS.search(code.co_name)]
-    products = (code for code in codes if {*code.co_names} & MULTIPLY or _multiplies(code))
-    return not is_of_places(table[0]) and any(_reads(code, table) and _from_rows([code]) for code in products)
+    held = [value.__code__ for value in vars(module).values() if isinstance(value, FunctionType)]
+    codes = [code for code in _codes(type(module)) if not CONSTRUCTS.search(code.co_qualname.partition(".<")[0])]
+    products = (code for code in codes + held if {*code.co_names} & MULTIPLY or _multiplies(code))
+    names = [part for part in table if part != "weight"][-2:]
+    return not any(map(is_of_places, names)) and any(_reads(code, table) and _from_rows([code]) for code in products)
 
 
 def is_of_places(path: str) -> bool:

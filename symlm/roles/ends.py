@@ -1,14 +1,13 @@
 """The token matrices at the ends of every model inside a module: embeddings and heads."""
 
 from collections.abc import Collection, Iterator
-from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
 from symlm.roles.code import is_of_places, makes_logits
 from symlm.roles.recognizers.attention import is_attention
-from symlm.roles.recognizers.layers import heads_of, is_dense
+from symlm.roles.recognizers.layers import activates, heads_of, is_alone, is_dense
 from symlm.roles.recognizers.logits import (
     HEADS,
     caps_logits,
@@ -46,8 +45,8 @@ class EndMatrices:
         self.inputs |= {id(p) for end in self._ends("get_input_embeddings") if _is_table(end) for p in _weights_of(end)}
         self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in _weights_of(end)}
         self.vocabulary = max((table.num_embeddings for table in self.tables.values()), default=0)
-        self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
         self.outputs |= {id(table.weight) for path, table in self.tables.items() if self._makes_logits(path)}
+        self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
 
     def role(self, site: Site) -> Role | None:
         """Return the role of a parameter if it is a token matrix.
@@ -124,13 +123,12 @@ class EndMatrices:
 
     def _makes_logits(self, path: str) -> bool:
         """Tell whether the code of a module around a table, or of one that holds it, makes logits with its weight."""
-        name, above = path.rpartition(".")[2], ("", *accumulate(path.split(".")[:-1], "{}.{}".format))
-        users = {(type(self.modules[owner]), name, "weight") for owner in above} | {(type(self.tables[path]), "weight")}
+        table, parts = self.tables[path], path.split(".")
+        reads = [(self.modules[".".join(parts[:k])], *unwrapped_path(parts[k:]), "weight") for k in range(len(parts))]
+        reads.append((table, "weight"))
         for owner in self.modules.values():
-            users |= {
-                (type(owner), key, "weight") for key, child in owner._modules.items() if child is self.tables[path]
-            }
-        return any(makes_logits(kind, *read) for kind, *read in users)
+            reads += [(owner, key, "weight") for key, child in owner._modules.items() if child is table]
+        return any(makes_logits(owner, *names) for owner, *names in reads)
 
     def _is_named_head(self, site: Site) -> bool:
         in_a_list = len(site.path) > 1 and site.path[-1].isdigit() and site.path[-2].rstrip("s") in HEADS
@@ -174,7 +172,11 @@ class EndMatrices:
         }
         for table_path, table in self.tables.items():
             shape = whole_shape(table.weight)
-            if self._has_getter(table_path) or shape[0] < min(FEWEST, self.vocabulary):
+            if (
+                id(table.weight) in self.outputs
+                or self._has_getter(table_path)
+                or shape[0] < min(FEWEST, self.vocabulary)
+            ):
                 continue
             alike = {path: linear for path, linear in linears.items() if _shape_of(linear) == shape and shape[0] > 1}
             heads = {path: linear for path, linear in alike.items() if not self._is_hidden(path, linear, alike)}
@@ -206,19 +208,24 @@ class EndMatrices:
         return self._feeds_another(path, linear.out_features)
 
     def _feeds_another(self, path: str, rows: int) -> bool:
-        """Tell whether a layer beside this one reads its outputs: one after it, or one that leads back."""
+        """Tell whether a layer beside this one, or beside its box, reads its outputs: one after it, or one back."""
         parts = unwrapped_path(path.split("."))
-        above = self.by_path.get(".".join(parts[:-1]))
-        siblings = dict(above.named_children()) if above is not None and parts[-1] else {}
-        later = list(siblings)[list(siblings).index(parts[-1]) + 1 :] if parts[-1] in siblings else []
-        children = (inner_module(siblings[name]) for name in later)
-        if any(isinstance(child, nn.Linear) and child.in_features == rows for child in children):
+        box = self.by_path.get(".".join(parts[:-1]))
+        boxed = isinstance(box, nn.Sequential) and is_alone(box) and activates(box)
+        if self._is_read(parts, rows) or (boxed and self._is_read(parts[:-1], rows)):
             return True
-        if is_called_head(parts[-1]):
-            return False
+        siblings = dict(box.named_children()) if box is not None and not is_called_head(parts[-1]) else {}
         own, others = siblings.get(parts[-1]), (inner_module(child) for child in siblings.values())
         back = _shape_of(own)[::-1] if isinstance(own, nn.Linear) else None
         return any(isinstance(child, nn.Linear) and _shape_of(child) == back for child in others if child is not own)
+
+    def _is_read(self, parts: list[str], rows: int) -> bool:
+        """Tell whether a layer behind a module, in the same module around both, has as many inputs."""
+        above = self.by_path.get(".".join(parts[:-1])) if parts else None
+        names = [*above._modules] if above is not None else []
+        later = names[names.index(parts[-1]) + 1 :] if parts and parts[-1] in names else []
+        children = (inner_module(above._modules[name]) for name in later) if above is not None else ()
+        return any(isinstance(child, nn.Linear) and child.in_features == rows for child in children)
 
 
 def _block(path: str) -> str:

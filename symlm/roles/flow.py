@@ -119,11 +119,11 @@ class _Reader:
             case ast.For(target=target, iter=value, body=body):
                 self._bind(target, self._flows(value), value)
                 self._lines(body)
-            case ast.If(body=body, orelse=other):
-                before = set(self.held)
-                self._lines(body)
+            case ast.If(test=test, body=body, orelse=other):
+                known, before = self._known(test), set(self.held)
+                self._lines(() if known is False else body)
                 after, self.held = self.held, before
-                self._lines(other)
+                self._lines(() if known else other)
                 self.held |= after
             case ast.FunctionDef() | ast.ClassDef():
                 pass
@@ -174,6 +174,8 @@ class _Reader:
                 return self._flows(whole)
             case ast.Attribute(attr=attribute) if attribute in FORM:
                 return False
+            case ast.IfExp(test=test, body=body, orelse=other) if (known := self._known(test)) is not None:
+                return self._flows(body if known else other)
         inner = [self._flows(part) for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr)]
         return any(inner) and not isinstance(value, ast.Compare)
 
@@ -199,6 +201,22 @@ class _Reader:
             return all(len(whole_shape(p)) < 2 for p in child.parameters())
         self.steps.append(Step(name, call, is_method=is_method))
         return name not in ENDS
+
+    def _known(self, test: ast.expr) -> bool | None:
+        """Return how a test of plain options of the module comes out; None where it asks for anything else."""
+        match test:
+            case ast.UnaryOp(op=ast.Not(), operand=inner):
+                return None if (known := self._known(inner)) is None else not known
+            case ast.BoolOp(op=ast.And(), values=parts):
+                known_parts = [self._known(part) for part in parts]
+                return False if False in known_parts else True if all(known_parts) else None
+            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as op], comparators=[ast.Constant(value=None)]):
+                name = _own(left)
+                return None if name is None else (getattr(self.owner, name, None) is None) == isinstance(op, ast.Is)
+            case ast.Call(func=ast.Name(id="exists"), args=[inner]):
+                return None if (name := _own(inner)) is None else getattr(self.owner, name, None) is not None
+        value = getattr(self.owner, name, self) if (name := _own(test)) and name != "training" else self
+        return bool(value) if isinstance(value, bool | int | float | str | None) else None
 
     def _is_layer(self, called: ast.expr) -> bool:
         """Tell whether what is called is the layer, one of a list of layers, or its `forward`."""

@@ -150,7 +150,7 @@ def _holds_experts(module: nn.Module) -> bool:
     return any(all(map(_is_mlp, child)) for child in lists)
 
 
-def _is_mlp(module: nn.Module) -> bool:
+def _is_mlp(module: nn.Module | None) -> bool:
     """Tell whether a module has two dense layers or more inside, and no attention."""
-    inside = [*module.modules()]
+    inside = [*module.modules()] if module is not None else []  # of a list with gaps
     return sum(map(is_dense, inside)) > 1 and not any(is_attention(other) for other in inside)

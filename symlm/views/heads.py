@@ -3,7 +3,7 @@
 from torch import nn
 
 from symlm.roles.recognizers.attention import core_of
-from symlm.roles.recognizers.fused import fused_order
+from symlm.roles.recognizers.fused import fused_order, has_equal_parts
 from symlm.roles.recognizers.layers import CONTAINERS
 from symlm.roles.recognizers.names import HEAD_COUNTS
 from symlm.roles.role import Role, Site
@@ -40,7 +40,8 @@ def head_dim(site: Site, role: Role) -> int:
     count = _asked(site, HEAD_COUNTS)
     if role is Role.ATTENTION_QKV and count:  # of equal q, k and v each is as wide as the model
         cross = fused_order(site) == "k v"
-        kv_count = kv_heads(site) or (count if cross or channels == 3 * site.shape[int(not site.transposed)] else None)
+        equal = channels == 3 * site.shape[int(not site.transposed)] or has_equal_parts(site.parent, site.leaf)
+        kv_count = kv_heads(site) or (count if cross or equal else None)
         count = count * (not cross) + 2 * kv_count if kv_count else None
     elif role in (Role.ATTENTION_K, Role.ATTENTION_V):
         count = kv_heads(site) or _heads_as_queries(site, channels, count)

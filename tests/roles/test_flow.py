@@ -11,8 +11,9 @@ import symlm
 from symlm.roles import UnplacedParameters
 from symlm.roles.flow import flow_of
 
+BESIDE = (("to_q", "attention_q"), ("to_kv", "attention_qkv"), ("to_out", "attention_o"))
 BLOCKS = {
-    flow.Router: {"gate": "router"},
+    **dict.fromkeys((flow.Router, flow.Gaps), (("gate", "router"),)),
     flow.ExpertsChoose: {"gate": "sigmoid_router"},
     flow.ExpertsChooseFromBehind: {"gate": "sigmoid_router"},
     flow.Slots: {"gate": "sigmoid_router"},
@@ -25,7 +26,9 @@ BLOCKS = {
         kind: {"qkv": "attention_qkv", "proj": "attention_o"}
         for kind in (flow.Fused, flow.BlocksOnAnAxis, flow.BlocksMapped, flow.CausalSelfAttention, flow.HeadsOnAnAxis)
     },
-    flow.KeysAndValues: {"to_q": "attention_q", "to_kv": "attention_qkv", "to_out": "attention_o"},
+    **dict.fromkeys((flow.KeysAndValues, flow.KeysBeside), BESIDE),
+    flow.NarrowHeads: {"to_qkv": "attention_qkv", "to_out": "attention_o", "to_v_gate.0": "mlp_in"},
+    flow.Boxed: {"ff.0.0": "mlp_in", "ff.2": "mlp_out"},
     flow.SelfAttention: {"linear_qkv": "attention_qkv", "linear_proj": "attention_o"},
     flow.Groups: {"wq": "attention_q", "wk": "attention_k", "wv": "attention_v", "wo": "attention_o"},
     flow.LettersFirst: {"qw": "attention_q", "kw": "attention_k", "vw": "attention_v", "ow": "attention_o"},
@@ -36,7 +39,7 @@ MODELS = {flow.ClampedHead: "capped_lm_head", flow.NormedHead: "capped_lm_head",
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
 def test_the_loss_confirms_what_the_code_says_of_a_block(kind):
     verdict, roles = judged(loud(plain.Model(kind)))
-    for leaf, role in BLOCKS[kind].items():
+    for leaf, role in dict(BLOCKS[kind]).items():
         name = f"layers.0.0.{leaf}.weight"
         assert (roles[name], verdict[name]) == (role, "right"), name
     assert "wrong" not in verdict.values()
@@ -46,6 +49,22 @@ def test_the_loss_confirms_what_the_code_says_of_a_block(kind):
 def test_the_loss_confirms_what_the_code_says_of_a_head(kind):
     verdict, roles = judged(loud(kind(plain.Expert)))
     assert (roles["lm_head.weight"], verdict["lm_head.weight"]) == (MODELS[kind], "right")
+
+
+@pytest.mark.parametrize("kind", [flow.WrappedTokens, flow.WrappedTied], ids=lambda kind: kind.__name__)
+def test_a_table_makes_logits_where_a_function_of_the_model_says_so(kind):
+    verdict, roles = judged(loud(kind(flow.Boxed)))
+    assert "wrong" not in verdict.values()
+    assert str(roles["token.emb.weight"]) == ("tied_embedding" if kind.tie else "embedding")
+    assert str(roles["pos.emb.weight"]) == "embedding"
+    assert kind.tie or str(roles["to_logits.weight"]) == "lm_head"
+
+
+def test_what_an_option_has_switched_on_counts():
+    class Squashed(flow.WrappedTokens):
+        squash = True
+
+    assert symlm.assign_roles(Squashed(plain.Expert))["to_logits.weight"] == "capped_lm_head"
 
 
 def test_another_order_of_a_fused_projection_is_refused():

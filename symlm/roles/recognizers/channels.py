@@ -14,6 +14,7 @@ from symlm.roles.recognizers.layers import (
     activates,
     dense_children,
     heads_of,
+    is_alone,
     is_convolution,
     is_dense,
     shape_of,
@@ -103,7 +104,8 @@ def channel_role(site: Site) -> Role | None:
         return Role.MLP_IN  # the second factor of what is added to the neurons
     if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ATTENDING):
         return Role.MLP_IN
-    if heads_of(parent) == shape_of(site.module)[1] > 1 and is_attention(parent) and projection(site.leaf) is None:
+    around = site.ancestors[1] if isinstance(parent, nn.Sequential) and is_alone(parent) else parent
+    if heads_of(around) == shape_of(site.module)[1] > 1 and is_attention(around) and projection(site.leaf) is None:
         return Role.MLP_IN  # a number a head
     if is_gate(site.leaf) and any(is_attention(module) for module in site.ancestors[:2]):
         return Role.MLP_IN

@@ -32,7 +32,7 @@ ORDERS = ("q k v", "k v", "heads of q k v", "groups of q k v")  # that a module 
 CUTS = {"split", "chunk", "tensor_split"}
 SHAPES = {"view", "reshape", "unflatten", "rearrange"}
 LAST = (-1, 2)  # the axis of the channels
-PARTS = {("q", "k", "v"): 3, ("k", "v"): 2}
+PARTS = (("q", "k", "v"), ("k", "v"))
 
 
 def fused_order(site: Site) -> str | None:
@@ -86,10 +86,30 @@ def _order_by_code(owner: nn.Module, leaf: str) -> str | None:
     parts = named[0] if named else ()
     if parts not in PARTS:
         return "" if {*parts} in map(set, PARTS) else None
-    blocks = _are_blocks(steps[0], PARTS[parts])
+    chunks = _chunks(steps[0])
+    if chunks and chunks != len(parts):  # beside queries of another layer
+        parts = parts[-chunks:]
+    blocks = _are_blocks(steps[0], len(parts))
     if blocks is None or (not blocks and len(parts) == 2):
         return None
     return " ".join(parts) if blocks else "heads of q k v"
+
+
+def has_equal_parts(owner: nn.Module | None, leaf: str) -> bool:
+    """Tell whether the code takes a fused projection apart into equal parts, so that k and v have all heads.
+
+    Args:
+        owner: The module whose code calls the projection.
+        leaf: The projection's name.
+    """
+    flow = flow_of(owner, leaf) if owner is not None else None
+    steps = [step for step in flow.steps if step.name in CUTS | SHAPES] if flow else []
+    return bool(steps) and _chunks(steps[0]) is not None
+
+
+def _chunks(step: Step) -> int | None:
+    """Return the number of equal parts that a step makes; None where it is no such step."""
+    return _number(step.argument(1, "chunks")) if step.name in ("chunk", "tensor_split") else None
 
 
 def _are_blocks(step: Step, parts: int) -> bool | None:

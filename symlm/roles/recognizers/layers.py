@@ -127,12 +127,13 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def activates(module: nn.Module) -> bool:
-    """Tell whether the code of a module names an activation, or a child is one.
+    """Tell whether the code of a module names an activation, or a child is one, by its class.
 
     Args:
         module: A module around dense layers.
     """
-    kinds = [type(child) for child in module.children() if not isinstance(child, nn.MultiheadAttention)]
-    if any(kind.__module__ == "torch.nn.modules.activation" for kind in kinds):
+    children = [child for child in module.children() if not isinstance(child, nn.MultiheadAttention)]
+    if any(type(child).__module__ == "torch.nn.modules.activation" for child in children):
         return True
-    return any(ACTIVATION.search(name) for name in functions_called(type(module)))
+    bare = (kind_of(child) for child in children if not any(True for _ in child.parameters()))
+    return any(map(ACTIVATION.search, (*functions_called(type(module)), *bare)))

@@ -14,7 +14,7 @@ from symlm.roles.wrappers import inner_module
 
 TABLES = {"pos", "position", "positions", "positional", "embedding", "embeddings", "embed", "emb", "token", "tokens"}
 TABLES |= {"latent", "latents", "query", "queries", "probe", "cls", "mask", "register", "prompt", "ape", "feature"}
-TABLES |= {"codevectors", "slot", "slots", "embeds"}
+TABLES |= {"codevectors", "slot", "slots", "embeds", "mem"}
 ELEMENTS = {"a_log", "d", "dt_bias", "scale", "decay", "gamma", "beta", "alpha", "b1", "b2", "bias", "biases"}
 ELEMENTS |= {"lambda", "lambdas", "scales", "gammas", "betas", "alphas", "gain", "gains", "slopes"}
 PROJECTIONS = {  # stored [d, heads, head_dim]
@@ -73,7 +73,7 @@ def leaf_role(site: Site) -> Role | None:
         return None
     if words & TABLES or (name.isdigit() and inside & TABLES) or "extensor" in words:
         kind = type(site.module)
-        tied = makes_logits(kind, site.leaf) and looks_up(kind, site.leaf)
+        tied = makes_logits(site.module, site.leaf) and looks_up(kind, site.leaf)
         return (Role.TIED_EMBEDDING if tied else Role.EMBEDDING) if len(shape) == 2 else Role.VECTOR
     return None
 
