@@ -292,6 +292,20 @@ class WrappedTied(WrappedTokens):
     tie = True
 
 
+class Untied(Model):
+    """Code for a tied table stands behind that for the head that is there."""
+
+    def __init__(self, *kinds):
+        super().__init__(*kinds)
+        self.to_out = self.lm_head
+        del self.lm_head
+
+    def logits(self, x):
+        if hasattr(self, "to_out"):
+            return self.to_out(x)
+        return x @ self.tok.weight.t()
+
+
 class NarrowHeads(nn.Module):
     """Heads narrower than the stream, a number of heads alone, and a gate of every head in a box."""
 
@@ -322,3 +336,43 @@ class Gaps(Router):
     def __init__(self):
         super().__init__()
         self.gaps = nn.ModuleList([None, Expert()])
+
+
+class LerpLinear(nn.Module):
+    """A module whose name ends as a layer's, with the layer inside."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.linear, self.mu = dense(inputs, outputs), nn.Parameter(torch.zeros(inputs))
+
+    def forward(self, x):
+        return self.linear(x + (x.roll(1, 1) - x) * self.mu)
+
+
+class ChannelMix(nn.Module):
+    """RWKV's, with mixes in its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.value, self.receptance = LerpLinear(D, 48), dense(48, D), LerpLinear(D, D)
+
+    def forward(self, x):
+        return self.receptance(x).sigmoid() * self.value(torch.relu(self.key(x)) ** 2)
+
+
+class SigmoidElsewhere(Router):
+    """A sigmoid of something else in the router's class."""
+
+    def __init__(self):
+        super().__init__()
+        self.strength = nn.Parameter(torch.zeros(1))
+
+    def score(self, logits):
+        return torch.sigmoid(self.strength) * logits.softmax(-1)
+
+
+class BlocksScaled(Fused):
+    def parts(self, x):
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.n_head, -1).permute(2, 0, 1, 3, 4)
+        q, k, v = qkv[0] * 0.7, qkv[1], qkv[2]
+        return q, k, v

@@ -16,7 +16,7 @@ FROM_ROWS = {"linear", "T", "mT", "t", "transpose", "swapaxes", "permute"}  # of
 CALLED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
 SOURCES: WeakKeyDictionary[type, dict[str, ast.FunctionDef]] = WeakKeyDictionary()
 # Methods in which a weight only gets its values.
-CONSTRUCTS = re.compile(r"(^|_|\.)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)")
+CONSTRUCTS = re.compile(r"(^|_)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)")
 FORM = ("dtype", "device", "shape", "size", "data")
 OF_PLACES = re.compile(r"pos|rel|dist|bias|type|segment")  # in names of tables whose products are an attention's scores
 MULTIPLY = {"linear", "einsum", "matmul", "mm", "bmm", "addmm"}
@@ -24,13 +24,13 @@ PRODUCTS = {"@", "_grouped_mm", "grouped_mm"} | MULTIPLY - {"linear", "einsum"}
 
 
 def functions_called(kind: type) -> frozenset[str]:
-    """Return the names that the methods of a class call or read, those that it inherits too.
+    """Return the names that the methods of a class call or read, those that it inherits too, constructors left out.
 
     Args:
         kind: A class.
     """
     if kind not in CALLED:
-        CALLED[kind] = frozenset(name for code in _codes(kind) for name in code.co_names)
+        CALLED[kind] = frozenset(name for code in _codes(kind) if not _constructs(code) for name in code.co_names)
     return CALLED[kind]
 
 
@@ -85,7 +85,7 @@ def makes_logits(module: nn.Module, *table: str) -> bool:
             of the class reads by rows.
     """
     held = [value.__code__ for value in vars(module).values() if isinstance(value, FunctionType)]
-    codes = [code for code in _codes(type(module)) if not CONSTRUCTS.search(code.co_qualname.partition(".<")[0])]
+    codes = [code for code in _codes(type(module)) if not _constructs(code)]
     products = (code for code in codes + held if {*code.co_names} & MULTIPLY or _multiplies(code))
     names = [part for part in table if part != "weight"][-2:]
     return not any(map(is_of_places, names)) and any(_reads(code, table) and _from_rows([code]) for code in products)
@@ -113,6 +113,11 @@ def looks_up(kind: type, name: str) -> bool:
         or any("SUBSCR" in step.opname or step.argrepr == "[]" for step in dis.get_instructions(code))
         for code in codes
     )
+
+
+def _constructs(code: CodeType) -> bool:
+    """Tell whether code is that of a method in which weights only get their values, or of a function in it."""
+    return bool(CONSTRUCTS.search(code.co_qualname.partition(".<")[0].rpartition(".")[2]))
 
 
 def _from_rows(codes: list[CodeType]) -> bool | None:

@@ -45,8 +45,10 @@ class EndMatrices:
         self.inputs |= {id(p) for end in self._ends("get_input_embeddings") if _is_table(end) for p in _weights_of(end)}
         self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in _weights_of(end)}
         self.vocabulary = max((table.num_embeddings for table in self.tables.values()), default=0)
-        self.outputs |= {id(table.weight) for path, table in self.tables.items() if self._makes_logits(path)}
-        self.outputs |= {id(p) for linear in self._heads_by_shape() for p in _weights_of(linear)}
+        for path, table in self.tables.items():
+            heads = self._heads_by_shape(path)
+            self.outputs |= {id(p) for head in heads for p in _weights_of(head)}
+            self.outputs |= {id(table.weight)} if not heads and self._makes_logits(path) else set()
 
     def role(self, site: Site) -> Role | None:
         """Return the role of a parameter if it is a token matrix.
@@ -153,9 +155,10 @@ class EndMatrices:
         return bool(kinds) or not any(map(has_other_loss, around))
 
     def _sizes_of_heads(self, path: tuple[str, ...]) -> set[int]:
-        """Return how many classes or tokens the nearest config above a module counts."""
-        config = next(self._configs(path), None)
-        sizes = (getattr(config, name, None) for name in ("num_labels", "vocab_size"))
+        """Return how many classes or tokens the nearest config above a module counts, or a model of classes itself."""
+        above = (self.by_path.get(".".join(path[:k])) for k in range(len(path), -1, -1))
+        owners = (next(self._configs(path), None), *above)
+        sizes = [getattr(owner, name, None) for owner in owners for name in ("num_labels", "vocab_size", "num_classes")]
         return {size for size in sizes if isinstance(size, int)}
 
     def _configs(self, path: tuple[str, ...]) -> Iterator[Any]:
@@ -163,30 +166,25 @@ class EndMatrices:
         found = (getattr(self.by_path.get(".".join(path[:k])), "config", None) for k in range(len(path), -1, -1))
         yield from (config for config in found if config is not None)
 
-    def _heads_by_shape(self) -> Iterator[nn.Linear]:
-        """Yield the linear layers over a table's tokens in the smallest module with both, hidden layers left out."""
+    def _heads_by_shape(self, path: str) -> list[nn.Linear]:
+        """Return the linear layers over a table's tokens in the smallest module with both, hidden layers left out."""
+        shape = whole_shape(self.tables[path].weight)
+        if self._has_getter(path) or shape[0] < max(2, min(FEWEST, self.vocabulary)):
+            return []
         linears = {
-            path: module
-            for path, module in self.modules.items()
+            place: module
+            for place, module in self.modules.items()
             if isinstance(module, nn.Linear) and any(p.requires_grad for p in _weights_of(module))
         }
-        for table_path, table in self.tables.items():
-            shape = whole_shape(table.weight)
-            if (
-                id(table.weight) in self.outputs
-                or self._has_getter(table_path)
-                or shape[0] < min(FEWEST, self.vocabulary)
-            ):
-                continue
-            alike = {path: linear for path, linear in linears.items() if _shape_of(linear) == shape and shape[0] > 1}
-            heads = {path: linear for path, linear in alike.items() if not self._is_hidden(path, linear, alike)}
-            named = {path for path in heads if is_called_head(unwrapped_path(path.split("."))[-1])}
-            heads = {path: linear for path, linear in heads.items() if path in named or not named}
-            scope = table_path
-            while scope and not any(_is_inside(path, scope) for path in heads):
-                scope = scope.rpartition(".")[0]
-            inside = [linear for path, linear in heads.items() if _is_inside(path, scope)]
-            yield from inside[-1:] if shape[0] == shape[1] else inside
+        alike = {place: linear for place, linear in linears.items() if _shape_of(linear) == shape}
+        heads = {place: linear for place, linear in alike.items() if not self._is_hidden(place, linear, alike)}
+        named = {place for place in heads if is_called_head(unwrapped_path(place.split("."))[-1])}
+        heads = {place: linear for place, linear in heads.items() if place in named or not named}
+        scope = path
+        while scope and not any(_is_inside(place, scope) for place in heads):
+            scope = scope.rpartition(".")[0]
+        inside = [linear for place, linear in heads.items() if _is_inside(place, scope)]
+        return inside[-1:] if shape[0] == shape[1] else inside
 
     def _has_getter(self, path: str) -> bool:
         """Tell whether a model around a table has named its head already."""

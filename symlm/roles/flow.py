@@ -242,6 +242,7 @@ def _is_in_order(value: ast.expr) -> bool:
     """Tell whether what is unpacked is in the order of the outputs: no tuple that picks them in another."""
     if not isinstance(value, ast.Tuple):
         return True
-    picks = [part.slice for part in value.elts if isinstance(part, ast.Subscript)]
-    places = [pick.value for pick in picks if isinstance(pick, ast.Constant) and isinstance(pick.value, int)]
+    picks = [[inner.slice for inner in ast.walk(part) if isinstance(inner, ast.Subscript)] for part in value.elts]
+    numbers = [pick[0].value for pick in picks if len(pick) == 1 and isinstance(pick[0], ast.Constant)]
+    places = [number for number in numbers if isinstance(number, int)]
     return len(places) == len(value.elts) and places == sorted(places)

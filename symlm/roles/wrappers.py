@@ -58,13 +58,14 @@ def inner_module(module: nn.Module | None) -> nn.Module | None:
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    """Return the name of the one module in a wrapper, or in an adapter that holds its factors itself; else None."""
+    """Return the name of the one module in a wrapper, an adapter with its factors, what is called a layer; or None."""
     names = [name for name, child in module._modules.items() if child is not None]
     if len(names) != 1:
         return None
     own = [name for name, p in module._parameters.items() if p is not None]
     adapts = bool(own) and all(name.startswith("lora") for name in own)
-    return names[0] if adapts or names[0] in TRANSPARENT else None
+    called = type(module).__name__.endswith("Linear") and "weight" not in own
+    return names[0] if adapts or called or names[0] in TRANSPARENT else None
 
 
 def inner_children(module: nn.Module) -> list[nn.Module]:

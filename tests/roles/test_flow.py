@@ -13,7 +13,7 @@ from symlm.roles.flow import flow_of
 
 BESIDE = (("to_q", "attention_q"), ("to_kv", "attention_qkv"), ("to_out", "attention_o"))
 BLOCKS = {
-    **dict.fromkeys((flow.Router, flow.Gaps), (("gate", "router"),)),
+    **dict.fromkeys((flow.Router, flow.Gaps, flow.SigmoidElsewhere), (("gate", "router"),)),
     flow.ExpertsChoose: {"gate": "sigmoid_router"},
     flow.ExpertsChooseFromBehind: {"gate": "sigmoid_router"},
     flow.Slots: {"gate": "sigmoid_router"},
@@ -24,7 +24,14 @@ BLOCKS = {
     flow.Clamped: {"gate": "sigmoid_router"},
     **{
         kind: {"qkv": "attention_qkv", "proj": "attention_o"}
-        for kind in (flow.Fused, flow.BlocksOnAnAxis, flow.BlocksMapped, flow.CausalSelfAttention, flow.HeadsOnAnAxis)
+        for kind in (
+            flow.Fused,
+            flow.BlocksOnAnAxis,
+            flow.BlocksMapped,
+            flow.BlocksScaled,
+            flow.CausalSelfAttention,
+            flow.HeadsOnAnAxis,
+        )
     },
     **dict.fromkeys((flow.KeysAndValues, flow.KeysBeside), BESIDE),
     flow.NarrowHeads: {"to_qkv": "attention_qkv", "to_out": "attention_o", "to_v_gate.0": "mlp_in"},
@@ -60,6 +67,11 @@ def test_a_table_makes_logits_where_a_function_of_the_model_says_so(kind):
     assert kind.tie or str(roles["to_logits.weight"]) == "lm_head"
 
 
+def test_a_head_that_is_there_comes_before_code_of_a_tied_table():
+    roles = symlm.assign_roles(flow.Untied(plain.Expert))
+    assert (str(roles["tok.weight"]), str(roles["to_out.weight"])) == ("embedding", "lm_head")
+
+
 def test_what_an_option_has_switched_on_counts():
     class Squashed(flow.WrappedTokens):
         squash = True
@@ -67,9 +79,23 @@ def test_what_an_option_has_switched_on_counts():
     assert symlm.assign_roles(Squashed(plain.Expert))["to_logits.weight"] == "capped_lm_head"
 
 
+def test_a_model_of_classes_says_how_many_it_has():
+    model = nn.ModuleDict({"attention": flow.Fused(), "head": nn.Linear(32, 7)})
+    with pytest.raises(UnplacedParameters, match="head"):
+        symlm.assign_roles(nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4), "head": nn.Linear(32, 64)}))
+    model.num_classes = 7
+    assert symlm.assign_roles(model)["head.weight"] == "lm_head"
+
+
 def test_another_order_of_a_fused_projection_is_refused():
     with pytest.raises(UnplacedParameters, match="fused_order"):
         symlm.assign_roles(plain.Model(flow.KeysFirst))
+
+
+def test_a_layer_inside_a_module_that_is_called_a_layer_is_the_layer():
+    roles = symlm.assign_roles(plain.Model(flow.ChannelMix))
+    names = ("key.linear", "value", "receptance.linear")
+    assert [str(roles[f"layers.0.0.{name}.weight"]) for name in names] == ["mlp_in", "mlp_out", "mlp_in"]
 
 
 def test_two_mlps_in_one_module_are_two():

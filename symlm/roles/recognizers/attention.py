@@ -65,6 +65,8 @@ def attention_role(site: Site) -> Role | None:
             return Role.ATTENTION_O
     if not (ATTENDS.search(type(parent).__name__) or fuses(parent, square=False) or _states_heads(parent)):
         return None
+    if heads_of(parent) == shape_of(site.module)[1]:
+        return None  # a number a head
     low_rank = {"a", "b"} & set(parts_of(site.leaf))
     return BESIDE_FUSED.get(site.leaf) or (role if role is Role.ATTENTION_O and not low_rank else None)
 

@@ -16,12 +16,13 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def is_dense(module: nn.Module | None) -> bool:
-    """Tell whether a module is a dense layer, by its class or a subclass's name.
+    """Tell whether a module is a dense layer, by its class, or by its class's name and a weight of its own.
 
     Args:
         module: A module.
     """
-    return isinstance(module, nn.Linear) or type(module).__name__.endswith(("Linear", "Conv1D"))
+    named = type(module).__name__.endswith(("Linear", "Conv1D"))
+    return isinstance(module, nn.Linear) or (named and isinstance(getattr(module, "weight", None), Tensor))
 
 
 def is_weight_of_dense(site: Site) -> bool:

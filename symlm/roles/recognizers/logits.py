@@ -52,8 +52,10 @@ def ignores_a_shift(site: Site) -> bool:
     if type(site.module).__name__ in NOT_INVARIANT or "noise" in site.leaf:
         return False
     around = (site.module, *site.ancestors[:2])
-    if any(map(normalizes, around[:2])) or _feels_a_shift(site):
+    if any(map(normalizes, around[:2])):
         return False
+    if (feels := _feels_a_shift(site)) is not None:
+        return not feels
     for module in around:
         scoring = [type(child).__name__.lower() for name, child in module.named_children() if name.startswith("scor")]
         if scoring:
@@ -139,23 +141,28 @@ def is_called_head(name: str) -> bool:
     return name in HEADS or name.endswith("_head")
 
 
-def _feels_a_shift(site: Site) -> bool:
-    """Tell whether the code around a router changes its logits by what a shift of them changes, before their softmax.
+def _feels_a_shift(site: Site) -> bool | None:
+    """Tell whether the code around a router does to its logits what a shift of them changes, up to their softmax.
 
-    Or the softmax is over the tokens, as where experts choose them.
+    Or the softmax is over the tokens, as where experts choose them. None is where the code shows no softmax alone.
     """
     places = zip((site.leaf, *site.path[::-1]), (site.module, *site.ancestors[:2]), strict=False)
+    scores: set[str] = set()
     for leaf, module in places:
         steps = flow.steps if (flow := flow_of(module, leaf)) else ()
+        scores |= {step.name for step in steps} & {"softmax", "sigmoid"}
         last = max((place for place, step in enumerate(steps) if step.name == "softmax"), default=-1)
-        flattens = functions_called(type(module)) & FLATTENS
-        experts = shape_of(site.module)[1]
-        for step in steps[: last + 1]:
-            factor = getattr(module, step.by, None) if isinstance(step.by, str) else None
-            by_expert = isinstance(factor, Tensor) and whole_shape(factor)[-1:] == (experts,)
-            if step.name in FEELS or by_expert or (step.name == "softmax" and _is_over_tokens(step, bool(flattens))):
-                return True
-    return False
+        if any(_changes(step, module, shape_of(site.module)[1]) for step in steps[: last + 1]):
+            return True
+    return False if scores == {"softmax"} else None
+
+
+def _changes(step: Step, module: nn.Module, experts: int) -> bool:
+    """Tell whether a shift of all logits changes what a step makes of them."""
+    factor = getattr(module, step.by, None) if isinstance(step.by, str) else None
+    by_expert = isinstance(factor, Tensor) and whole_shape(factor)[-1:] == (experts,)
+    flat = bool(functions_called(type(module)) & FLATTENS)
+    return step.name in FEELS or by_expert or (step.name == "softmax" and _is_over_tokens(step, flat))
 
 
 def _is_over_tokens(softmax: Step, flat: bool) -> bool:
