@@ -14,7 +14,7 @@ from torch import nn
 LIBRARIES = re.compile(r"(torch|builtins|lightning|pytorch_lightning)(\.|$)|transformers\.(?!models\.)")
 FROM_ROWS = {"linear", "T", "mT", "t", "transpose", "swapaxes", "permute"}  # of a weight stored [outputs, inputs]
 CALLED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
-SOURCES: WeakKeyDictionary[type, dict[str, ast.FunctionDef]] = WeakKeyDictionary()
+SOURCES: WeakKeyDictionary[type, dict[str, list[ast.FunctionDef]]] = WeakKeyDictionary()
 # Methods in which a weight only gets its values.
 CONSTRUCTS = re.compile(r"(^|_)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)")
 FORM = ("dtype", "device", "shape", "size", "data")
@@ -58,19 +58,21 @@ def methods_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
                 yield name, method
 
 
-def sources_of(kind: type) -> dict[str, ast.FunctionDef]:
-    """Return the source of each method that the instances of a class have, but for the libraries'.
+def sources_of(kind: type) -> dict[str, list[ast.FunctionDef]]:
+    """Return the sources of the methods of a class, the nearest first, then what they override, but not the libraries'.
 
     Args:
         kind: A class.
 
     Returns:
-        The methods by name; one whose source is not there is left out.
+        By the method's name; one whose source is not there is left out.
     """
     if kind not in SOURCES:
-        nearest = dict(reversed([*methods_of(kind)]))
-        sources = {name: _source(method) for name, method in nearest.items()}
-        SOURCES[kind] = {name: source for name, source in sources.items() if source is not None}
+        found: dict[str, list[ast.FunctionDef]] = {}
+        for name, method in methods_of(kind):
+            if source := _source(method):
+                found.setdefault(name, []).append(source)
+        SOURCES[kind] = found
     return SOURCES[kind]
 
 

@@ -85,16 +85,16 @@ class _Reader:
         self.found = False
         self.steps: list[Step] = []
         self.names: list[tuple[str, ...]] = []
-        self.depth = 0
+        self.running: list[tuple[str, int]] = []  # methods inside methods, and how many classes above the nearest one
         self.held: set[str] = set()  # the variables that hold outputs
         self.returned = False
 
-    def run(self, method: str, given: Iterable[str] = ()) -> bool:
+    def run(self, method: str, given: Iterable[str] = (), above: int = 0) -> bool:
         """Read a method whose arguments of these names are outputs; tell whether it returns outputs."""
         before, self.held, self.returned = (self.held, self.returned), set(given), False
-        self.depth += 1
-        self._lines(self.methods[method].body)
-        self.depth -= 1
+        self.running.append((method, above))
+        self._lines(self.methods[method][above].body)
+        self.running.pop()
         result = self.returned
         self.held, self.returned = before
         return result
@@ -189,10 +189,10 @@ class _Reader:
         if self._is_layer(func) or (name in MULTIPLY and any(map(self._reads, given))):
             self.found = True
             return True
-        if own in self.methods and self.depth < DEEPEST:
-            names = [argument.arg for argument in self.methods[own].args.args][1 : 1 + len(call.args)]
+        if method := self._method(func):
+            names = [argument.arg for argument in self.methods[method[0]][method[1]].args.args][1 : 1 + len(call.args)]
             names += [""] * (len(call.args) - len(names)) + [word.arg or "" for word in call.keywords]
-            return self.run(own, [name for name, flow in zip(names, flows, strict=True) if flow])
+            return self.run(method[0], [name for name, flow in zip(names, flows, strict=True) if flow], method[1])
         if not (is_method or any(flows)):
             return False
         child = getattr(self.owner, own, None) if own else None
@@ -201,6 +201,17 @@ class _Reader:
             return all(len(whole_shape(p)) < 2 for p in child.parameters())
         self.steps.append(Step(name, call, is_method=is_method))
         return name not in ENDS
+
+    def _method(self, called: ast.expr) -> tuple[str, int] | None:
+        """Return the method that is called of `self` or of `super()`, and its class's place; None for others."""
+        name, above = _own(called), 0
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Call):
+            kind = called.value.func
+            if isinstance(kind, ast.Name) and kind.id == "super":
+                name = called.attr
+                above = next((place + 1 for method, place in self.running[::-1] if method == name), 0)
+        exists = name is not None and above < len(self.methods.get(name, ()))
+        return (name, above) if name and exists and len(self.running) < DEEPEST else None
 
     def _known(self, test: ast.expr) -> bool | None:
         """Return how a test of plain options of the module comes out; None where it asks for anything else."""
@@ -213,6 +224,9 @@ class _Reader:
             case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as op], comparators=[ast.Constant(value=None)]):
                 name = _own(left)
                 return None if name is None else (getattr(self.owner, name, None) is None) == isinstance(op, ast.Is)
+            case ast.Compare(left=left, ops=[ast.Eq()], comparators=[ast.Constant(value=str() | int() as other)]):
+                own = getattr(self.owner, name, None) if (name := _own(left)) else None
+                return own == other if isinstance(own, str | int) else None
             case ast.Call(func=ast.Name(id="exists"), args=[inner]):
                 return None if (name := _own(inner)) is None else getattr(self.owner, name, None) is not None
         value = getattr(self.owner, name, self) if (name := _own(test)) and name != "training" else self

@@ -64,7 +64,7 @@ def _wrapped(module: nn.Module) -> str | None:
         return None
     own = [name for name, p in module._parameters.items() if p is not None]
     adapts = bool(own) and all(name.startswith("lora") for name in own)
-    called = type(module).__name__.endswith("Linear") and "weight" not in own
+    called = type(module).__name__.endswith("Linear") and names == ["linear"]
     return names[0] if adapts or called or names[0] in TRANSPARENT else None
 
 

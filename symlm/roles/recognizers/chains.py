@@ -1,6 +1,6 @@
 """Layers one behind the other: deep MLPs, experts' layers in lists, and names that sizes have to agree with."""
 
-from itertools import pairwise, takewhile
+from itertools import pairwise
 
 from torch import nn
 
@@ -59,28 +59,34 @@ def deep_layers(site: Site) -> tuple[list[nn.Module], list[nn.Module]]:
     return _chain(numbered, not parallel), _chain([*children.values()], False) if alone else []
 
 
-def leads_back(site: Site, chain: list[nn.Module]) -> bool:
-    """Tell whether a layer inside a chain leads back to what the first one reads, and the code activates others alone.
+def role_by_flow(site: Site) -> Role | None:
+    """Return the role of a layer whose outputs the code activates and gives to another one, or that reads such outputs.
 
-    Such a chain is two MLPs, one behind the other.
+    Layers that lead to one layer together are gates and values, and one of them is activated.
 
     Args:
-        site: The site of the layer.
-        chain: The layers.
+        site: The site of a dense layer.
     """
-    names = {name for name, layer in dense_children(site.ancestors[0]).items() if layer in chain}
-    if shape_of(site.module)[1] != shape_of(chain[0])[0] or site.leaf not in names:
-        return False
-    activated = {name: _is_activated(site.ancestors[0], name) for name in names}
-    return activated[site.leaf] is False and any(activated.values())
+    layers = dense_children(site.parent) if site.parent is not None and not is_attention(site.parent) else {}
+    if site.parent is None or site.leaf not in layers or len(layers) < 2:
+        return None
+    next_ = {name: _next_layer(site.parent, name, layers) for name in layers}
+    active = {behind for behind, activated in next_.values() if activated}
+    if next_[site.leaf][0] in active:
+        return Role.MLP_IN
+    return Role.MLP_OUT if site.leaf in active else None
 
 
-def _is_activated(around: nn.Module, name: str) -> bool | None:
-    """Tell whether the code activates a layer's outputs before the next layer reads them; None where it is not seen."""
-    flow = flow_of(around, name)
-    steps = [(step.name, step.by) for step in flow.steps] if flow else []
-    before = takewhile(lambda step: not is_dense(step[1] if isinstance(step[1], nn.Module) else None), steps)
-    return any(ACTIVATION.search(name) for name, _ in before) if flow else None
+def _next_layer(around: nn.Module, name: str, layers: dict[str, nn.Module]) -> tuple[str, bool]:
+    """Return the layer that the code gives a layer's outputs to, and whether it activates them before; "" for none."""
+    flow, activated = flow_of(around, name), False
+    for step in flow.steps if flow else ():
+        behind = next((other for other, layer in layers.items() if layer is step.by and other != name), None)
+        if behind:
+            fits = shape_of(layers[behind])[0] * 2 >= shape_of(layers[name])[1]
+            return (behind, activated) if fits else ("", False)
+        activated |= bool(ACTIVATION.search(step.name))
+    return "", False
 
 
 def _chain(layers: list[nn.Module], squares: bool) -> list[nn.Module]:

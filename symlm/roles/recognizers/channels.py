@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import fuses, fuses_a_gate, has_qkv, is_attention
-from symlm.roles.recognizers.chains import deep_layers, if_chained, is_stack, leads_back
+from symlm.roles.recognizers.chains import deep_layers, if_chained, is_stack, role_by_flow
 from symlm.roles.recognizers.layers import (
     activates,
     dense_children,
@@ -111,20 +111,22 @@ def channel_role(site: Site) -> Role | None:
         return Role.MLP_IN
     if isinstance(parent, nn.Sequential) and is_gate("".join(site.path[-2:-1])) and is_attention(site.ancestors[1]):
         return Role.MLP_IN if [*dense_children(parent).values()][-1] is site.module else Role.MATRIX  # a low rank
+    if role := role_by_flow(site):
+        return role
     square = len(set(site.shape)) == 1 and activates(parent)
     words = SQUARE if square else IN_AND_OUT if activates(parent) else {}
     layers = {name: shape_of(layer) for name, layer in dense_children(parent).items()}
     named = {name: BY_NAME.get(name) or words.get(last_word(name)) for name, _ in parent.named_children()}
     numbered, every = deep_layers(site)
     if site.module in numbered:
-        return Role.MLP_OUT if site.module is numbered[-1] or leads_back(site, numbered) else Role.MLP_IN
+        return Role.MLP_OUT if site.module is numbered[-1] else Role.MLP_IN
     if {last_word(name) for name in named if named[name]} <= {"in", "out"} and any(map(is_stack, parent.children())):
         named = {}  # of a model, whose layers may be in front of its blocks and behind them
     if role := if_chained(named, layers).get(site.leaf):
         return role
     if site.module not in every:
         return None
-    return Role.MLP_OUT if site.module is every[-1] or leads_back(site, every) else Role.MLP_IN
+    return Role.MLP_OUT if site.module is every[-1] else Role.MLP_IN
 
 
 def _modulates(site: Site) -> bool:
