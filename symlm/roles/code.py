@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
 
-from torch import nn
-
 LIBRARIES = re.compile(r"(torch|builtins|lightning|pytorch_lightning)(\.|$)|transformers\.(?!models\.)")
 FROM_ROWS = {"linear", "T", "mT", "t", "transpose", "swapaxes", "permute"}  # of a weight stored [outputs, inputs]
 CALLED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
@@ -76,13 +74,13 @@ def sources_of(kind: type) -> dict[str, list[ast.FunctionDef]]:
     return SOURCES[kind]
 
 
-def makes_logits(module: nn.Module, *table: str) -> bool:
+def makes_logits(module: object, *table: str) -> bool:
     """Tell whether code of a module multiplies by the transpose of a table: `F.linear(x, self.table.weight)`.
 
     It is code of a method, or of a function that the module holds; not what a constructor only may do.
 
     Args:
-        module: A module.
+        module: A module, or an object that holds one.
         table: The attributes that lead to the matrix: ("table", "weight"), or ("table",) of a parameter that other code
             of the class reads by rows.
     """

@@ -64,7 +64,7 @@ class EndMatrices:
         """
         is_input = id(site.parameter) in self.inputs
         heads = heads_of(site.parent) if is_input else 0
-        if is_input and site.path and ("bias" in site.path[-1] or site.shape[1] == heads):
+        if is_input and (any("bias" in part for part in site.path[-2:]) or site.shape[1] == heads):
             return Role.VECTOR  # a number for each bucket and head: no rotation mixes heads
         if isinstance(site.module, nn.Linear) and is_adaptive(site):
             return Role.LM_HEAD
@@ -109,7 +109,8 @@ class EndMatrices:
             return True  # by its norms
         if site.parent is not None and normalizes(site.parent):
             return True
-        around = ((self.by_path.get(".".join(site.path[:k])), site.path[k]) for k in range(len(site.path) - 1, -1, -1))
+        places = range(len(site.path) - 1, -1, -1)
+        around = [(site.module, "weight"), *((self.by_path.get(".".join(site.path[:k])), site.path[k]) for k in places)]
         said = (caps_logits(module, name) for module, name in around if module is not None)
         return next((capped for capped in said if capped is not None), False)
 
@@ -128,8 +129,12 @@ class EndMatrices:
         table, parts = self.tables[path], path.split(".")
         reads = [(self.modules[".".join(parts[:k])], *unwrapped_path(parts[k:]), "weight") for k in range(len(parts))]
         reads.append((table, "weight"))
-        for owner in self.modules.values():
-            reads += [(owner, key, "weight") for key, child in owner._modules.items() if child is table]
+        plain = (
+            value for owner in self.modules.values() for value in vars(owner).values() if hasattr(value, "__dict__")
+        )
+        held = [(value, vars(value)) for value in plain if not isinstance(value, type)]  # by what is no module itself
+        held += [(owner, owner._modules) for owner in self.modules.values()]
+        reads += [(owner, key, "weight") for owner, values in held for key, value in values.items() if value is table]
         return any(makes_logits(owner, *names) for owner, *names in reads)
 
     def _is_named_head(self, site: Site) -> bool:

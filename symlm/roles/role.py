@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from torch import nn
 
-from symlm.roles.storage import inputs_first, whole_shape
+from symlm.roles.storage import AXES, inputs_first, whole_shape
 
 
 class Role(StrEnum):
@@ -66,7 +66,7 @@ class Site:
     @property
     def leaf(self) -> str:
         """The name of the projection: `q_proj` for `...q_proj.weight`, `down_proj` for `...down_proj`."""
-        last = self.name.rpartition(".")[2]
+        last = AXES.sub("", self.name.rpartition(".")[2])
         return self.path[-1] if self.path and (last in TENSORS or ".parametrizations." in self.name) else last
 
     @property

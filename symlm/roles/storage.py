@@ -1,5 +1,6 @@
 """How a weight is stored: its full shape, and whether its outputs come before its inputs."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from symlm.roles.code import multiplies_from_rows
 BLOCKS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("w1", "w2"), ("w1", "w3"), ("wi", "wo"))
 COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 ROUTERS = ("router", "gate", "gating")  # ends of the names of classes
+AXES = re.compile(r"_[A-Z]{2,4}$")  # at the end of a name, as torchtitan's `w1_EFD`
 SIZES = (
     *(("in_features", "out_features"), ("input_size", "output_size"), ("in_dim", "out_dim")),
     *(("input_dim", "output_dim"), ("d_in", "d_out")),
@@ -64,7 +66,8 @@ def block_of_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     Args:
         module: A module.
     """
-    stacks = {name: p for name, p in module.named_parameters(recurse=False) if len(whole_shape(p)) == 3}
+    own = module.named_parameters(recurse=False)
+    stacks = {AXES.sub("", name): p for name, p in own if len(whole_shape(p)) == 3}
     pairs = [(stacks[into], stacks[out]) for into, out in BLOCKS if {into, out} <= {*stacks}]
     return next(((into, out) for into, out in pairs if _lead_back(whole_shape(into), whole_shape(out))), None)
 

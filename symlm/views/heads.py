@@ -63,16 +63,19 @@ def query_heads(site: Site) -> int | None:
     return _asked(site, HEAD_COUNTS)
 
 
-def kv_heads(site: Site) -> int | None:
+def kv_heads(site: Site, fused: int = 0) -> int | None:
     """Return the number of heads of k and v, as the attention module or its config names it; None if neither does.
 
     Args:
         site: The site of an attention projection.
+        fused: Of a projection fused by groups, all of its heads.
     """
     if count := _asked(site, KV_COUNTS):
         return count
-    heads, groups = _asked(site, HEAD_COUNTS), _asked(site, ("num_key_value_groups",))
-    return heads // groups if heads and groups else None
+    heads, groups = _asked(site, HEAD_COUNTS), _asked(site, ("num_key_value_groups", "heads_per_kv"))
+    if groups and (heads or fused):
+        return heads // groups if heads else fused // (groups + 2)
+    return None
 
 
 def _heads_as_queries(site: Site, channels: int, count: int | None) -> int | None:

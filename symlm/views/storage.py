@@ -208,7 +208,7 @@ def _fused_view(site: Site, granularity: str) -> MatrixView:
 
 def _groups_view(site: Site, granularity: str, heads: int, width: int) -> MatrixView:
     """Return the view of a projection fused by groups: query heads, then the k and v that they share."""
-    groups = kv_heads(site) if fused_order(site) == "groups of q k v" else heads // 3
+    groups = kv_heads(site, heads) if fused_order(site) == "groups of q k v" else heads // 3
     if not groups or heads % groups or heads // groups < 3:
         raise ValueError(
             f"{site}: {heads} heads do not split into groups of q, k and v; set num_key_value_heads on "

@@ -47,7 +47,8 @@ TOKENS_IN_COLUMNS = (("MobileBertLMPredictionHead", "dense"),)  # the head of th
 ATTENDING = ("attention", "lstm", "mla", "compressor")  # parts of the names of classes
 LEAVES_MIXER = ("out_proj", "o_proj", "linear_out", "output", "down_proj", "dense", "x_proj")
 MODULATES = re.compile(
-    r"ada_?ln|ada_?layer_?norm|ada_?norm|modulation|film$|to_(gamma|beta|scale|shift)", re.IGNORECASE
+    r"ada_?ln|ada_?layer_?norm|ada_?norm|norm_?zero|modulation|(^|_)mod$|film$|to_(gamma|beta|scale|shift)",
+    re.IGNORECASE,
 )
 GATES = (
     "gate_proj",

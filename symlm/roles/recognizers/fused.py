@@ -18,6 +18,7 @@ FUSED_ORDERS = (
     (r"MptAttention|ModernBert\w*Attention", "Wqkv", "q k v"),
     (r"CausalSelfAttention", "qkv", "q k v"),  # litgpt
     (r"SelfAttention", "linear_qkv", "groups of q k v"),  # Megatron
+    (r"FusedQKVLinear", "wqkv", "groups of q k v"),  # torchtitan
     (r"\w*(Vision|Sam|Blip|Window|Channel)\w*Attention", "qkv", "q k v"),
     (r"(Blip2|InstructBlip|InstructBlipVideo|VitDet|HieraMaskUnit|TimesformerSelf)Attention", "qkv", "q k v"),
     (r"MultiheadAttention", "in_proj_weight", "q k v"),
