@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 LIBRARIES = re.compile(r"(torch|builtins|lightning|pytorch_lightning)(\.|$)|transformers\.(?!models\.)")
 FROM_ROWS = {"linear", "T", "mT", "t", "transpose", "swapaxes", "permute"}  # of a weight stored [outputs, inputs]
 CALLED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+LAYERS: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 SOURCES: WeakKeyDictionary[type, dict[str, list[ast.FunctionDef]]] = WeakKeyDictionary()
 # Methods in which a weight only gets its values.
 CONSTRUCTS = re.compile(r"(^|_)(init|initiali[sz]e|reset|tie|resize|load|save)(_|$)")
@@ -89,6 +90,18 @@ def makes_logits(module: object, *table: str) -> bool:
     products = (code for code in codes + held if {*code.co_names} & MULTIPLY or _multiplies(code))
     names = [part for part in table if part != "weight"][-2:]
     return not any(map(is_of_places, names)) and any(_reads(code, table) and _from_rows([code]) for code in products)
+
+
+def multiplies_by_weight(kind: type) -> bool:
+    """Tell whether a class multiplies by its own `weight`, as a layer of any name does, and looks nothing up in it.
+
+    Args:
+        kind: A class.
+    """
+    if kind not in LAYERS:
+        codes = [code for code in _codes(kind) if not _constructs(code) and "weight" in code.co_names]
+        LAYERS[kind] = any({*code.co_names} & MULTIPLY or _multiplies(code) for code in codes)
+    return LAYERS[kind]
 
 
 def is_of_places(path: str) -> bool:

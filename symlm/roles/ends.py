@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from symlm.roles.code import is_of_places, makes_logits
+from symlm.roles.code import is_of_places, looks_up, makes_logits
 from symlm.roles.recognizers.attention import is_attention
-from symlm.roles.recognizers.layers import activates, heads_of, is_alone, is_dense
+from symlm.roles.recognizers.layers import activates, heads_of, is_alone, is_dense, shape_of
 from symlm.roles.recognizers.logits import (
     HEADS,
     caps_logits,
@@ -37,14 +37,14 @@ class EndMatrices:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.by_path = by_unwrapped_path(self.modules)
-        kinds = (nn.Embedding, nn.EmbeddingBag)
-        self.tables = {path: module for path, module in self.modules.items() if isinstance(module, kinds)}
-        if sparse := [path for path, table in self.tables.items() if table.sparse and table.weight.requires_grad]:
+        self.tables = {path: module for path, module in self.modules.items() if _looks_up(module)}
+        tables = self.tables.items()
+        if sparse := [path for path, t in tables if getattr(t, "sparse", False) and t.weight.requires_grad]:
             raise ValueError(f"{sparse} give sparse gradients, which no rule accepts: build them with sparse=False")
         self.inputs = {id(p) for table in self.tables.values() for p in _weights_of(table)}
         self.inputs |= {id(p) for end in self._ends("get_input_embeddings") if _is_table(end) for p in _weights_of(end)}
         self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in _weights_of(end)}
-        self.vocabulary = max((table.num_embeddings for table in self.tables.values()), default=0)
+        self.vocabulary = max((whole_shape(table.weight)[0] for table in self.tables.values()), default=0)
         for path, table in self.tables.items():
             heads = self._heads_by_shape(path)
             self.outputs |= {id(p) for head in heads for p in _weights_of(head)}
@@ -135,6 +135,8 @@ class EndMatrices:
         held = [(value, vars(value)) for value in plain if not isinstance(value, type)]  # by what is no module itself
         held += [(owner, owner._modules) for owner in self.modules.values()]
         reads += [(owner, key, "weight") for owner, values in held for key, value in values.items() if value is table]
+        weights = [(owner, owner._parameters.items()) for owner in self.modules.values() if owner is not table]
+        reads += [(owner, key) for owner, values in weights for key, value in values if value is table.weight]
         return any(makes_logits(owner, *names) for owner, *names in reads)
 
     def _is_named_head(self, site: Site) -> bool:
@@ -171,7 +173,7 @@ class EndMatrices:
         found = (getattr(self.by_path.get(".".join(path[:k])), "config", None) for k in range(len(path), -1, -1))
         yield from (config for config in found if config is not None)
 
-    def _heads_by_shape(self, path: str) -> list[nn.Linear]:
+    def _heads_by_shape(self, path: str) -> list[nn.Module]:
         """Return the linear layers over a table's tokens in the smallest module with both, hidden layers left out."""
         shape = whole_shape(self.tables[path].weight)
         if self._has_getter(path) or shape[0] < max(2, min(FEWEST, self.vocabulary)):
@@ -179,7 +181,7 @@ class EndMatrices:
         linears = {
             place: module
             for place, module in self.modules.items()
-            if isinstance(module, nn.Linear) and any(p.requires_grad for p in _weights_of(module))
+            if is_dense(module) and any(p.requires_grad for p in _weights_of(module))
         }
         alike = {place: linear for place, linear in linears.items() if _shape_of(linear) == shape}
         heads = {place: linear for place, linear in alike.items() if not self._is_hidden(place, linear, alike)}
@@ -203,12 +205,12 @@ class EndMatrices:
                 continue
         return False
 
-    def _is_hidden(self, path: str, linear: nn.Linear, alike: Collection[str]) -> bool:
+    def _is_hidden(self, path: str, linear: nn.Module, alike: Collection[str]) -> bool:
         """Tell whether a layer is in a block that is repeated, or feeds another layer beside it."""
         parts = unwrapped_path(path.split("."))
         if not is_called_head(parts[-1]) and len({other for other in alike if _block(other) == _block(path)}) > 1:
             return True
-        return self._feeds_another(path, linear.out_features)
+        return self._feeds_another(path, _shape_of(linear)[0])
 
     def _feeds_another(self, path: str, rows: int) -> bool:
         """Tell whether a layer beside this one, or beside its box, reads its outputs: one after it, or one back."""
@@ -247,9 +249,18 @@ def _weights_of(end: nn.Module) -> Iterator[nn.Parameter]:
             yield p
 
 
-def _shape_of(linear: nn.Linear) -> tuple[int, int]:
+def _shape_of(layer: nn.Module) -> tuple[int, int]:
     """Return (outputs, inputs), also where the weight is computed from others or emptied."""
-    return linear.out_features, linear.in_features
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else shape_of(layer)[::-1]  # type: ignore[return-value]
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Tell whether a module is a table whose rows are looked up: torch's, or one of another class with that name."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return True
+    weight = module._parameters.get("weight")
+    named = type(module).__name__.endswith("Embedding") and weight is not None and len(whole_shape(weight)) == 2
+    return named and looks_up(type(module), "weight")
 
 
 def _is_table(end: nn.Module) -> bool:

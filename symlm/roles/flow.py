@@ -198,7 +198,7 @@ class _Reader:
         child = getattr(self.owner, own, None) if own else None
         if isinstance(child, nn.Module):
             self.steps.append(Step(type(child).__name__.lower(), call, child))
-            return all(len(whole_shape(p)) < 2 for p in child.parameters())
+            return all(shape[1:2] in ((), (1,)) for shape in map(whole_shape, child.parameters()))  # by channel
         self.steps.append(Step(name, call, is_method=is_method))
         return name not in ENDS
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from symlm.roles.code import multiplies_from_rows
+from symlm.roles.code import multiplies_by_weight, multiplies_from_rows
 
 BLOCKS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("w1", "w2"), ("w1", "w3"), ("wi", "wo"))
 COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 ROUTERS = ("router", "gate", "gating")  # ends of the names of classes
+PARALLEL = re.compile(r"(Column|Row)ParallelLinear$")  # fairscale's and Megatron's, whose products are elsewhere
 AXES = re.compile(r"_[A-Z]{2,4}$")  # at the end of a name, as torchtitan's `w1_EFD`
 SIZES = (
     *(("in_features", "out_features"), ("input_size", "output_size"), ("in_dim", "out_dim")),
@@ -46,11 +47,14 @@ def inputs_first(module: nn.Module, around: nn.Module | None = None) -> bool | N
     name = type(module).__name__
     if isinstance(stated, bool) or name.endswith("Conv1D") or isinstance(module, nn.Linear):
         return bool(stated) or name.endswith("Conv1D")
+    if PARALLEL.search(name):
+        return False
     if pair := block_of_experts(module):
         return _of_experts(*pair, around, type(module))
     if name.lower().endswith(ROUTERS) or router_weights(module):
         return _of_router(module, around)
-    if not name.endswith("Linear") or not isinstance(weight := getattr(module, "weight", None), Tensor):
+    weight = getattr(module, "weight", None)
+    if not (name.endswith("Linear") or is_own_layer(module)) or not isinstance(weight, Tensor):
         return False
     rows, columns = (*whole_shape(weight), 0, 0)[:2]
     for names in SIZES:
@@ -58,6 +62,27 @@ def inputs_first(module: nn.Module, around: nn.Module | None = None) -> bool | N
         if inputs != outputs and {inputs, outputs} == {rows, columns}:
             return inputs == rows
     return _by_code(type(module))
+
+
+def is_own_layer(module: nn.Module) -> bool:
+    """Tell whether a module of a class of one's own is a dense layer: a matrix, a bias perhaps, and their product.
+
+    Args:
+        module: A module.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    alone = (
+        not module._modules
+        and {*own} <= {"weight", "bias"}
+        and "weight" in own
+        and not isinstance(module, nn.Embedding)
+    )
+    return (
+        alone
+        and len(whole_shape(own["weight"])) == 2
+        and not type(module).__name__.lower().endswith(ROUTERS)
+        and multiplies_by_weight(type(module))
+    )
 
 
 def block_of_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:

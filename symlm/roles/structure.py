@@ -11,6 +11,7 @@ from symlm.roles.recognizers.attention import (
     is_inside_attention,
     mixes_heads,
 )
+from symlm.roles.recognizers.chains import is_apart
 from symlm.roles.recognizers.channels import POINTWISE, channel_role, mixer_of
 from symlm.roles.recognizers.layers import is_computed, is_dense, is_pointwise, is_weight_of_dense, shape_of
 from symlm.roles.recognizers.leaves import leaf_role, role_by_filters
@@ -87,7 +88,7 @@ def classify(site: Site, ends: EndMatrices) -> Role | None:
         return role
     if ends.is_unclear(site):
         return None
-    if role := role_by_shapes(site, ends.inputs | ends.outputs):
+    if role := None if is_apart(site) else role_by_shapes(site, ends.inputs | ends.outputs):
         return role
     if is_inside_attention(site) or is_ambiguous(site):  # what none of its names says is never one matrix
         return None

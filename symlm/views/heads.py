@@ -4,8 +4,8 @@ from torch import nn
 
 from symlm.roles.recognizers.attention import core_of
 from symlm.roles.recognizers.fused import fused_order, has_equal_parts
-from symlm.roles.recognizers.layers import CONTAINERS
-from symlm.roles.recognizers.names import HEAD_COUNTS
+from symlm.roles.recognizers.layers import CONTAINERS, dense_children, shape_of
+from symlm.roles.recognizers.names import HEAD_COUNTS, projection
 from symlm.roles.role import Role, Site
 
 HEAD_DIMS = (
@@ -41,10 +41,11 @@ def head_dim(site: Site, role: Role) -> int:
     if role is Role.ATTENTION_QKV and count:  # of equal q, k and v each is as wide as the model
         cross = fused_order(site) == "k v"
         equal = channels == 3 * site.shape[int(not site.transposed)] or has_equal_parts(site.parent, site.leaf)
-        kv_count = kv_heads(site) or (count if cross or equal else None)
+        kv_count = kv_heads(site) or _heads_by_queries(site, channels // 2 if cross else 0, count)
+        kv_count = kv_count or (count if cross or equal else None)
         count = count * (not cross) + 2 * kv_count if kv_count else None
     elif role in (Role.ATTENTION_K, Role.ATTENTION_V):
-        count = kv_heads(site) or _heads_as_queries(site, channels, count)
+        count = kv_heads(site) or _heads_by_queries(site, channels, count)
     if count and channels % count == 0:
         return channels // count
     raise ValueError(
@@ -78,16 +79,19 @@ def kv_heads(site: Site, fused: int = 0) -> int | None:
     return None
 
 
-def _heads_as_queries(site: Site, channels: int, count: int | None) -> int | None:
-    """Return the number of heads of k or v: that of the queries beside them, or of groups where they are narrower."""
-    queries = (
-        getattr(site.parent, name, None) for name in ("q_proj", "query", "q", "wq", "Wq", "to_q", "c_q", "q_lin")
-    )
-    sizes = [getattr(module, "out_features", channels) for module in queries if module is not None]
-    if all(size == channels for size in sizes):
-        return count
-    groups = _asked(site, ("groups",))
-    return groups if groups and count and count % groups == 0 and sizes[0] * groups == channels * count else None
+def _heads_by_queries(site: Site, channels: int, count: int | None) -> int | None:
+    """Return the number of heads of k or v, each as wide as one of the queries beside them; None where it is not seen.
+
+    Without queries beside them there are as many.
+    """
+    layers = dense_children(site.parent).items() if site.parent is not None else ()
+    rows = {projection(name): shape_of(layer)[1] for name, layer in layers}
+    if Role.ATTENTION_Q not in rows or not count:
+        return count if channels else None
+    if rows.get(Role.ATTENTION_K, channels) != channels:
+        return None  # values of another width
+    width, rest = divmod(rows[Role.ATTENTION_Q], count)
+    return channels // width if not rest and width and channels and channels % width == 0 else None
 
 
 def _asked(site: Site, names: tuple[str, ...]) -> int | None:

@@ -239,16 +239,16 @@ def test_q_k_and_v_are_known_by_being_together(names):
     assert groups["attention_q"]["view"] == groups["attention_k"]["view"] == "(h m) n -> h m n, h=4"
 
 
-def test_keys_of_grouped_queries_need_their_number_of_heads():
+def test_a_head_of_grouped_keys_is_as_wide_as_one_of_the_queries():
     module = nn.Module()
     for leaf, rows in (("wq", 32), ("wk", 16), ("wv", 16), ("wo", 32)):
         setattr(module, leaf, nn.Linear(32, rows, bias=False))
     module.n_heads = 4
-    with pytest.raises(ValueError, match=r"wk.weight .*num_key_value_heads"):
-        symlm.param_groups(holder(block=module))
-    module.n_kv_heads = 2
     groups = {group["role"]: group["view"] for group in symlm.param_groups(holder(block=module))}
     assert groups["attention_k"] == "(h m) n -> h m n, h=2"
+    module.wk, module.wv = (nn.Linear(32, 12, bias=False) for _ in range(2))
+    with pytest.raises(ValueError, match=r"wk.weight .*num_key_value_heads"):
+        symlm.param_groups(holder(block=module))
 
 
 def test_a_message_of_many_parameters_is_short_and_begins_with_the_remedy():

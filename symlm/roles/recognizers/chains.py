@@ -54,9 +54,16 @@ def deep_layers(site: Site) -> tuple[list[nn.Module], list[nn.Module]]:
     others = (p for child in parent.children() if not is_dense(inner_module(child)) for p in child.parameters())
     alone = not is_attention(parent) and all(len(whole_shape(p)) < 2 for p in others)
     parallel = listed and "mlp" not in kind_of(around)  # equal squares may be
-    if not activates(around):
+    if not activates(around) or _is_no_chain(site):
         return [], []
     return _chain(numbered, not parallel), _chain([*children.values()], False) if alone else []
+
+
+def _is_no_chain(site: Site) -> bool:
+    """Tell whether the code gives the outputs of a layer beside one to another than the one behind it."""
+    behind = _layers_behind(site)
+    known = bool(behind) and all(flow_of(site.ancestors[0], name) for name in behind)
+    return known and any(behind[name][0] != other for name, other in pairwise(behind))
 
 
 def role_by_flow(site: Site) -> Role | None:
@@ -67,14 +74,33 @@ def role_by_flow(site: Site) -> Role | None:
     Args:
         site: The site of a dense layer.
     """
-    layers = dense_children(site.parent) if site.parent is not None and not is_attention(site.parent) else {}
-    if site.parent is None or site.leaf not in layers or len(layers) < 2:
-        return None
-    next_ = {name: _next_layer(site.parent, name, layers) for name in layers}
-    active = {behind for behind, activated in next_.values() if activated}
-    if next_[site.leaf][0] in active:
+    behind = _layers_behind(site)
+    active = {other for other, activated in behind.values() if activated}
+    if behind.get(site.leaf, ("", False))[0] in active:
         return Role.MLP_IN
     return Role.MLP_OUT if site.leaf in active else None
+
+
+def is_apart(site: Site) -> bool:
+    """Tell whether the code shows layers that neither read each other's outputs nor activate or normalize theirs.
+
+    Args:
+        site: The site of one of them.
+    """
+    behind = _layers_behind(site)
+    flows = [flow_of(site.ancestors[0], name) for name in behind]
+    known = bool(flows) and all(flows) and not any(other for other, _ in behind.values())
+    names = [step.name for flow in flows if flow for step in flow.steps]
+    return known and not any(ACTIVATION.search(name) or "norm" in name for name in names)
+
+
+def _layers_behind(site: Site) -> dict[str, tuple[str, bool]]:
+    """Return, of each layer beside one in no attention, which one the code gives its outputs to, and if activated."""
+    around = site.parent
+    layers = dense_children(around) if around is not None and not is_attention(around) else {}
+    if around is None or site.leaf not in layers or len(layers) < 2:
+        return {}
+    return {name: _next_layer(around, name, layers) for name in layers}
 
 
 def _next_layer(around: nn.Module, name: str, layers: dict[str, nn.Module]) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import fuses, fuses_a_gate, has_qkv, is_attention
-from symlm.roles.recognizers.chains import deep_layers, if_chained, is_stack, role_by_flow
+from symlm.roles.recognizers.chains import deep_layers, if_chained, is_apart, is_stack, role_by_flow
 from symlm.roles.recognizers.layers import (
     activates,
     dense_children,
@@ -112,7 +112,7 @@ def channel_role(site: Site) -> Role | None:
         return Role.MLP_IN
     if isinstance(parent, nn.Sequential) and is_gate("".join(site.path[-2:-1])) and is_attention(site.ancestors[1]):
         return Role.MLP_IN if [*dense_children(parent).values()][-1] is site.module else Role.MATRIX  # a low rank
-    if role := role_by_flow(site):
+    if (role := role_by_flow(site)) or is_apart(site):
         return role
     square = len(set(site.shape)) == 1 and activates(parent)
     words = SQUARE if square else IN_AND_OUT if activates(parent) else {}

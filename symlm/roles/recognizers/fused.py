@@ -89,8 +89,8 @@ def _order_by_code(owner: nn.Module, leaf: str) -> str | None:
         return "" if {*parts} in map(set, PARTS) else None
     chunks = _chunks(steps[0])
     if chunks and chunks != len(parts):  # beside queries of another layer
-        parts = parts[-chunks:]
-    blocks = _are_blocks(steps[0], len(parts))
+        parts = parts[-chunks:] if "q" not in leaf.lower() else ()
+    blocks = _are_blocks(steps[0], len(parts)) if parts else None
     if blocks is None or (not blocks and len(parts) == 2):
         return None
     return " ".join(parts) if blocks else "heads of q k v"

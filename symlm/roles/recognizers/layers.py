@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from symlm.roles.code import functions_called
 from symlm.roles.recognizers.names import HEAD_COUNTS
 from symlm.roles.role import TENSORS, Site
-from symlm.roles.storage import inputs_first, whole_shape
+from symlm.roles.storage import inputs_first, is_own_layer, whole_shape
 from symlm.roles.wrappers import inner_module
 
 NORMS = ("_WeightNorm", "_SpectralNorm")  # torch's, of a weight that is stored
@@ -16,13 +16,15 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def is_dense(module: nn.Module | None) -> bool:
-    """Tell whether a module is a dense layer, by its class, or by its class's name and a weight of its own.
+    """Tell whether a module is a dense layer: by its class, by its class's name, or by what it does with its weight.
 
     Args:
         module: A module.
     """
+    if module is None or isinstance(module, nn.Linear):
+        return module is not None
     named = type(module).__name__.endswith(("Linear", "Conv1D"))
-    return isinstance(module, nn.Linear) or (named and isinstance(getattr(module, "weight", None), Tensor))
+    return isinstance(getattr(module, "weight", None), Tensor) and (named or is_own_layer(module))
 
 
 def is_weight_of_dense(site: Site) -> bool:

@@ -16,7 +16,7 @@ from symlm.roles.storage import whole_shape
 
 HEADS = (
     *("lm_head", "output", "embed_out", "output_projection", "unembed", "head", "score", "classifier"),
-    *("seq_relationship",),
+    *("seq_relationship", "output_layer"),
     *("to_logits", "logits", "unembedding", "vocab_proj"),
 )
 CAPS = re.compile(r"soft_?cap|cap_logits|clamp_logits", re.IGNORECASE)
@@ -152,16 +152,17 @@ def _feels_a_shift(site: Site) -> bool | None:
         steps = flow.steps if (flow := flow_of(module, leaf)) else ()
         scores |= {step.name for step in steps} & {"softmax", "sigmoid"}
         last = max((place for place, step in enumerate(steps) if step.name == "softmax"), default=-1)
-        if any(_changes(step, module, shape_of(site.module)[1]) for step in steps[: last + 1]):
+        chosen = any(step.name == "topk" for step in steps[:last])  # among experts, whose scores the softmax is of
+        if any(_changes(step, module, shape_of(site.module)[1], chosen) for step in steps[: last + 1]):
             return True
     return False if scores == {"softmax"} else None
 
 
-def _changes(step: Step, module: nn.Module, experts: int) -> bool:
+def _changes(step: Step, module: nn.Module, experts: int, chosen: bool) -> bool:
     """Tell whether a shift of all logits changes what a step makes of them."""
     factor = getattr(module, step.by, None) if isinstance(step.by, str) else None
     by_expert = isinstance(factor, Tensor) and whole_shape(factor)[-1:] == (experts,)
-    flat = bool(functions_called(type(module)) & FLATTENS)
+    flat = chosen or bool(functions_called(type(module)) & FLATTENS)
     return step.name in FEELS or by_expert or (step.name == "softmax" and _is_over_tokens(step, flat))
 
 
