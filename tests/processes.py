@@ -640,6 +640,32 @@ def load_and_train(rank, world, saved, sharded):
     return whole(wrapped)
 
 
+def misplaced(rank, world):
+    """Load the last rank's shards on all, a whole state beside shards, and shards beside a whole model."""
+
+    def built(sharded):
+        model = model_of("fsdp2")
+        if sharded:
+            shard(model, init_device_mesh("cpu", (world,)))
+        return model, optimizer_of("fsdp2", model)
+
+    states = {}
+    for sharded in (False, True):
+        model, optimizer = built(sharded)
+        train(model, optimizer, 1)
+        states[sharded] = optimizer.state_dict()
+    found = {"own": built(True)[1].load_state_dict(states[True])}
+    files = [states[True]]
+    dist.broadcast_object_list(files, src=world - 1)
+    wrong = {"file": (files[0], True), "whole": (states[False], True), "shards": (states[True], False)}
+    for name, (state, sharded) in wrong.items():
+        try:
+            found[name] = built(sharded)[1].load_state_dict(state)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def watched(rank, world):
     """Router and logit metrics of this rank's share of the tokens, gathered over all."""
 
@@ -784,6 +810,7 @@ EXTRA_CASES = {
     "refused under zero": refused_under_zero,
     "8 bits": eight_bits,
     "watched": watched,
+    "misplaced": misplaced,
     "save": save,
     "load": load,
     "mixed precision": mixed_precision,

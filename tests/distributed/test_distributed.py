@@ -235,6 +235,15 @@ def test_a_conductor_on_many_ranks_is_the_one_of_one_process(ran, world):
                     assert relative(row[name], expected[name]) < RUN, (case, name)
 
 
+@BOTH
+def test_a_state_of_another_place_is_refused(ran, world):
+    *others, last = result(ran, "misplaced", world)
+    assert last.pop("file") is None
+    for found in (*others, last):
+        assert found.pop("own") is None
+        assert all("is placed otherwise than the parameter" in message for message in found.values())
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Checkpoints of four shards and of four copies after five steps, and what the run in shards had after ten."""
