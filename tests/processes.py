@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -409,6 +410,19 @@ def disagreement(rank, world):
         except RuntimeError as error:
             messages.append(str(error))
     return messages
+
+
+def own_gradients(rank, world):
+    """Return what a first step warns of where every rank has its own batch: a bare model, DDP, and one that says so."""
+    found = {}
+    for case in ("bare", "ddp", "own"):
+        model = model_of("ddp")
+        optimizer = symlm.SymOptimizer(model, shared=case != "own")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train(DistributedDataParallel(model) if case == "ddp" else model, optimizer, 2, rank, world)
+        found[case] = [str(warning.message) for warning in told]
+    return found
 
 
 def missing_peer(rank, world):
@@ -816,6 +830,7 @@ EXTRA_CASES = {
     "mixed precision": mixed_precision,
     "missing peer": missing_peer,
     "disagreement": disagreement,
+    "own gradients": own_gradients,
     "nonfinite": nonfinite,
     "half": half,
     "work": work,

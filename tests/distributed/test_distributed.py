@@ -139,6 +139,15 @@ def test_ranks_that_disagree_all_raise_with_the_digests(ran, world):
 
 
 @BOTH
+def test_replicas_whose_gradients_nobody_averaged_are_warned_of(ran, world):
+    for found in result(ran, "own gradients", world):
+        told = [message for message in found["bare"] if "differ between ranks" in message]
+        assert len(told) == 1
+        assert "model.embed_tokens.weight" in told[0]
+        assert not any("differ between ranks" in message for message in found["ddp"] + found["own"])
+
+
+@BOTH
 def test_one_bad_rank_makes_all_skip(ran, world):
     assert result(ran, "nonfinite", world) == [{"same": True, "skipped": 1}] * world
 
