@@ -694,13 +694,14 @@ def watched(rank, world):
 
 
 def refused_under_zero(rank, world):
-    """One rotation a layer, and momenta of 8 bits, are refused under ZeRO, before any update."""
-    return [refused_by_zero(case, model_of("zero2"), rank, world) for case in ("zero2 aro layer", "zero2 8 bits")]
+    """One rotation a layer, momenta of 8 bits and parameters in another order are refused before any update."""
+    found = [refused_by_zero(case, model_of("zero2"), rank, world) for case in ("zero2 aro layer", "zero2 8 bits")]
+    return [*found, refused_by_zero("zero2", model_of("zero2"), rank, world, {"round_robin_gradients": True})]
 
 
-def refused_by_zero(case, model, rank, world):
+def refused_by_zero(case, model, rank, world, zero=None):
     """Return the message of a first step under ZeRO."""
-    accelerator, engine, _ = prepared_by_deepspeed(case, model)
+    accelerator, engine, _ = prepared_by_deepspeed(case, model, zero=zero or {})
     try:
         accelerator.backward(loss_of(engine, batch(0, rank, world)))
         message = "no error"

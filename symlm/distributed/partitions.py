@@ -112,7 +112,7 @@ def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> lis
         The fragments in the model's order, the empty ones too.
 
     Raises:
-        RuntimeError: The partition is on another device than the parameters (offload).
+        RuntimeError: The partition is on another device than the parameters (offload), or has them in another order.
     """
     device = named[0][1].device
     if flat.device.type != device.type:
@@ -121,6 +121,12 @@ def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> lis
             'run offloaded; remove "offload_optimizer" from the DeepSpeed configuration'
         )
     stage_3 = hasattr(named[0][1], "ds_tensor")
+    places = [] if stage_3 else [p.data_ptr() for _, p in named]  # its marks are of the model's order, whatever its own
+    if places != sorted(places):
+        raise RuntimeError(
+            "DeepSpeed stores the parameters in another order than it says where they are: remove "
+            '"round_robin_gradients", which is for an offloaded optimizer'
+        )
     parts = [(name, p, *part) for name, p in named if (part := _part_of_3(p, flat) if stage_3 else _part_of_1_and_2(p))]
     group = _group_of(parts[0][1]) if parts else None
     of_ranks = intervals_of_all([interval for *_, interval, _ in parts], group, flat.device)

@@ -95,9 +95,10 @@ def test_zero_cuts_the_optimizers_state(ran, case):
 
 
 def test_what_zero_has_no_place_for_is_refused(ran):
-    for layers, eight_bits in result(ran, "refused under zero", 2):
+    for layers, eight_bits, order in result(ran, "refused under zero", 2):
         assert "rotation 'layer' needs a layer's matrices together; set rotation 'own'" in layers
         assert "momentum_dtype='int8' stores blocks of whole rows, which ZeRO" in eight_bits
+        assert 'remove "round_robin_gradients"' in order
 
 
 @BOTH
