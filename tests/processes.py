@@ -747,7 +747,7 @@ def refused_settings(rank, world):
     """Settings under which accelerate or DeepSpeed would not run symlm are refused before anything is wrapped."""
     messages = []
     refused = ({"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}})
-    for zero in (*refused, {"zero_quantized_weights": True}):
+    for zero in (*refused, {"zero_quantized_weights": True}, {"elastic_checkpoint": True}):
         try:
             prepared_by_deepspeed("zero3", model_of("zero3"), zero=zero)
         except ValueError as error:

@@ -22,7 +22,7 @@ def refuse_settings() -> None:
 
     Raises:
         ValueError: The configuration offloads the optimizer, which accelerate then replaces silently by DeepSpeed's own
-            Adam; or it has a setting that symlm was never run with.
+            Adam; or it has a setting that symlm was never run with, or whose checkpoints nobody reads.
     """
     accelerate: Any = sys.modules.get("accelerate")
     # The shared state is read directly: AcceleratorState() would overwrite FSDP's distributed type in it.
@@ -44,6 +44,11 @@ def refuse_settings() -> None:
     quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key) is True]
     if quantized:
         raise ValueError(f"symlm was never run with DeepSpeed's {quantized}, which need a GPU: leave them out")
+    if zero.get("elastic_checkpoint") is True:
+        raise ValueError(
+            "DeepSpeed writes elastic checkpoints of any optimizer and reads those of Adam alone: remove "
+            '"elastic_checkpoint"'
+        )
 
 
 @dataclass(frozen=True)

@@ -126,10 +126,11 @@ def test_momenta_of_8_bits_are_sharded_within_a_rounding_and_go_on_bit_for_bit(r
 
 @BOTH
 def test_settings_of_deepspeed_that_would_not_run_symlm_are_refused_at_construction(ran, world):
-    for offloaded, parameters, quantized in result(ran, "refused settings", world):
+    for offloaded, parameters, quantized, elastic in result(ran, "refused settings", world):
         assert "its own Adam takes symlm's place" in offloaded
         assert 'remove "offload_param"' in parameters
         assert "zero_quantized_weights" in quantized
+        assert 'remove "elastic_checkpoint"' in elastic
 
 
 @BOTH
