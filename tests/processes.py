@@ -31,6 +31,7 @@ import symlm
 from symlm.gradient_conductor import GradientConductor
 from symlm.qk_clip import QKClip
 from symlm.state.quantization import dequantized
+from symlm.step_control import REDUCTIONS, StepControl
 
 STEPS = 10
 CLIP = 0.1
@@ -756,6 +757,30 @@ def refused_settings(rank, world):
     return messages
 
 
+def train_controlled(model, over, rank=0, world=1, wrap=lambda model: model):
+    """Take steps that are all shortened; return the weights."""
+    control = StepControl(model, optimizer_of("ddp", model), r_target=0.05, over=over)
+    wrapped = wrap(model)
+    for step in range(3):
+        wrapped.zero_grad()
+        x = batch(step, rank, world)
+        loss_of(wrapped, x).backward()
+        control.step(input_ids=x)
+    return whole(model)
+
+
+def controlled(rank, world):
+    """Shorten steps by what all ranks' batches say; shards are refused."""
+    found = {over: train_controlled(model_of("ddp"), over, rank, world, DistributedDataParallel) for over in REDUCTIONS}
+    try:
+        train_controlled(
+            model_of("ddp"), "max", rank, world, lambda model: shard(model, init_device_mesh("cpu", (world,)))
+        )
+    except RuntimeError as error:
+        found["shards"] = str(error)
+    return found
+
+
 CONDUCTED = ("text", "against")
 CONDUCTED_STEPS = 4
 
@@ -820,6 +845,7 @@ def skips_together(model, conductor, rank, world):
 
 
 EXTRA_CASES = {
+    "controlled": controlled,
     "conducted": conducted,
     "refused settings": refused_settings,
     "refused under zero": refused_under_zero,

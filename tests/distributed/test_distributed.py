@@ -18,12 +18,14 @@ from processes import (
     run,
     train,
     train_conducted,
+    train_controlled,
     train_half,
     whole,
 )
 
 import symlm
 from symlm.gradient_conductor import GradientConductor
+from symlm.step_control import REDUCTIONS
 
 PAIRS = [(case, world) for case in CASES for world in WORLDS.get(case, (2,))]
 FOUR = pytest.param(4, marks=pytest.mark.slow)
@@ -253,6 +255,15 @@ def test_a_state_of_another_place_is_refused(ran, world):
     for found in (*others, last):
         assert found.pop("own") is None
         assert all("is placed otherwise than the parameter" in message for message in found.values())
+
+
+@BOTH
+def test_a_controlled_step_is_that_of_all_ranks_batches(ran, world):
+    for over in REDUCTIONS:
+        alone = train_controlled(model_of("ddp"), over)
+        for rank in result(ran, "controlled", world):
+            assert all(relative(rank[over][name], W) < RUN for name, W in alone.items()), over
+            assert "which shards are not: use DDP" in rank["shards"]
 
 
 @pytest.fixture(scope="module")
