@@ -28,6 +28,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import symlm
+import symlm.scion
+from symlm.agd import AGD
 from symlm.gradient_conductor import GradientConductor
 from symlm.qk_clip import QKClip
 from symlm.state.quantization import dequantized
@@ -770,15 +772,34 @@ def train_controlled(model, over, rank=0, world=1, wrap=lambda model: model):
 
 
 def controlled(rank, world):
-    """Shorten steps by what all ranks' batches say; shards are refused."""
-    found = {over: train_controlled(model_of("ddp"), over, rank, world, DistributedDataParallel) for over in REDUCTIONS}
-    try:
-        train_controlled(
-            model_of("ddp"), "max", rank, world, lambda model: shard(model, init_device_mesh("cpu", (world,)))
-        )
-    except RuntimeError as error:
-        found["shards"] = str(error)
-    return found
+    """Shorten steps by what all ranks' batches say."""
+    return {over: train_controlled(model_of("ddp"), over, rank, world, DistributedDataParallel) for over in REDUCTIONS}
+
+
+def refused_shards(rank, world):
+    """Return the messages of what needs whole weights and is given shards."""
+
+    def sharded(model):
+        return fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+
+    def step_of_agd():
+        layers = sharded(nn.Linear(8, 8, bias=False))
+        optimizer = AGD(layers)
+        layers(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+
+    messages = []
+    for attempt in (
+        lambda: train_controlled(model_of("ddp"), "max", rank, world, sharded),
+        step_of_agd,
+        lambda: symlm.agd.initialize_(sharded(nn.Linear(8, 8, bias=False))),
+        lambda: symlm.scion.initialize_(sharded(model_of("ddp"))),
+    ):
+        try:
+            messages.append(attempt())
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
 
 
 CONDUCTED = ("text", "against")
@@ -846,6 +867,7 @@ def skips_together(model, conductor, rank, world):
 
 EXTRA_CASES = {
     "controlled": controlled,
+    "refused shards": refused_shards,
     "conducted": conducted,
     "refused settings": refused_settings,
     "refused under zero": refused_under_zero,

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from numerics import RANKS, RANKS_AT_SMALL_RATES, RANKS_OF_ROOTS, RUN, relative
+from numerics import FP32, RANKS, RANKS_AT_SMALL_RATES, RANKS_OF_ROOTS, RUN, relative
 from processes import (
     CASES,
     CLIP,
@@ -262,8 +262,15 @@ def test_a_controlled_step_is_that_of_all_ranks_batches(ran, world):
     for over in REDUCTIONS:
         alone = train_controlled(model_of("ddp"), over)
         for rank in result(ran, "controlled", world):
-            assert all(relative(rank[over][name], W) < RUN for name, W in alone.items()), over
-            assert "which shards are not: use DDP" in rank["shards"]
+            assert all(relative(rank[over][name], W) < FP32 for name, W in alone.items()), over  # whose r is in fp32
+
+
+@BOTH
+def test_what_needs_whole_weights_refuses_shards(ran, world):
+    for control, agd, *initialized in result(ran, "refused shards", world):
+        assert "which shards are not: use DDP" in control
+        assert "AGD's rate is of whole layers" in agd
+        assert all("is sharded: initialize the model before" in message for message in initialized)
 
 
 @pytest.fixture(scope="module")
