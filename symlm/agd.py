@@ -82,7 +82,8 @@ class AGD(torch.optim.Optimizer):
 
         Raises:
             ValueError: A scheduler or the caller wrote a value to the group that no step can use.
-            RuntimeError: A layer has no gradient, and the rate needs all, or a sparse one; nothing was updated.
+            RuntimeError: A layer has no gradient, and the rate needs all, or a sparse one, or is sharded; nothing was
+                updated.
             FloatingPointError: A gradient is not finite; nothing was updated.
         """
         loss = None
@@ -92,6 +93,8 @@ class AGD(torch.optim.Optimizer):
         group = self.param_groups[0]
         check_values("AGD", group)
         layers = group["params"]
+        if any(hasattr(p, "placements") or p.ndim < 2 for p in layers):
+            raise RuntimeError("AGD's rate is of whole layers, which shards and partitions are not: train with DDP")
         if any(p.grad is None for p in layers):
             missing = [k for k, p in enumerate(layers) if p.grad is None]
             raise RuntimeError(
@@ -169,7 +172,7 @@ def initialize_(model: nn.Module) -> None:
         model: The model, changed in place.
 
     Raises:
-        ValueError: As `AGD`, or the model is on the meta device.
+        ValueError: As `AGD`, or the model is on the meta device, or sharded.
 
     Source:
         Bernstein et al., arXiv 2304.05187, algorithm 1.

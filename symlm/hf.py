@@ -76,7 +76,16 @@ def trainer_optimizer(lr: float | None = None, **kwargs: Any) -> tuple[type[Trai
 
     Returns:
         The factory class, and the arguments with which the Trainer calls it.
+
+    Raises:
+        ValueError: The DeepSpeed configuration of the Trainer's arguments has an optimizer of its own.
     """
+    deepspeed: Any = sys.modules.get("transformers.integrations.deepspeed")
+    if "optimizer" in ((deepspeed and deepspeed.deepspeed_config()) or {}):
+        raise ValueError(
+            'DeepSpeed\'s configuration has an "optimizer", which the Trainer takes in the place of this one: remove '
+            'that section, and "scheduler" too, which would set one rate for all roles'
+        )
     return TrainerOptimizer, kwargs if lr is None else {"lr": lr, **kwargs}
 
 

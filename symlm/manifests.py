@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -59,6 +60,8 @@ def damage_of(folder: Path, required: bool = False) -> str:
 def newest_whole(found: Iterable[Path], report: Callable[[str], None], required: bool = False) -> Path | None:
     """Return the newest checkpoint that is whole; damaged ones that are newer are renamed `*.damaged`.
 
+    Several processes may call it at once: one of them puts a damaged checkpoint aside, and all return the same.
+
     Args:
         found: Checkpoints, the oldest first.
         report: What is called with a sentence for each that is damaged.
@@ -68,11 +71,15 @@ def newest_whole(found: Iterable[Path], report: Callable[[str], None], required:
         The newest whole one, None without any.
     """
     for path in reversed(list(found)):
-        if not (damage := damage_of(path, required)):
-            return path
+        try:
+            if not (damage := damage_of(path, required)):
+                return path
+            mine = path.rename(path.with_name(f"{path.name}.damaged.{os.getpid()}"))
+        except FileNotFoundError:  # another process has put it aside
+            continue
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        mine.rename(aside)
         report(f"WARNING: {path} is damaged ({damage}); it is {aside.name} now, and the one before is taken")
     return None
 

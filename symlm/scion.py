@@ -26,7 +26,7 @@ def initialize_(model: nn.Module, seed: int = 0) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: The model is on the meta device.
+        ValueError: The model is on the meta device, or sharded.
 
     Source:
         Pethick et al., arXiv 2502.07529, section 5, and the `init` of its code.

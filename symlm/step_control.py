@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from symlm.distributed.collectives import averaged_everywhere, largest_everywhere
+from symlm.distributed.tensors import local
 from symlm.step.directions import wide
 
 REDUCTIONS = ("max", "mean")
@@ -40,7 +42,8 @@ class StepControl:
     Δ_a is the spread `max_k a_k − min_k a_k` of a position, reduced over positions. `π/Δ_a` is a lower bound of the
     radius within which the Taylor series of the loss along the step converges: below r = 1 it does, beyond it may. The
     exact radius of two classes is `exact_binary_radius`. The step is what the optimizer changed in the parameters, so
-    that any optimizer can be controlled. It costs a copy of the parameters, and a forward pass with its tangent.
+    that any optimizer can be controlled. It costs a copy of the parameters, and a forward pass with its tangent. With
+    DDP r is that of the rank with the largest, or for "mean" the mean of all; shards are refused.
 
     Args:
         model: The model.
@@ -90,8 +93,13 @@ class StepControl:
 
         Returns:
             What the optimizer's step returns.
+
+        Raises:
+            RuntimeError: Parameters are sharded. No step was made.
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if any(local(p) is not p for p in parameters):
+            raise RuntimeError("step control runs the model on copies of whole weights, which shards are not: use DDP")
         before = [self._exact(p) for p in parameters]
         result = self.optimizer.step()
         step = [self._exact(p).sub_(old) for p, old in zip(parameters, before, strict=True)]
@@ -155,7 +163,8 @@ class StepControl:
             change = self._change(values, tangents, inputs, named)
         if change.ndim < 1 or change.shape[-1] < 2:
             raise TypeError(f"logits of shape {tuple(change.shape)} have no axis of two classes or more; pass logits=")
-        return float(reduce_spread(change, self.over) / pi)
+        r = (reduce_spread(change, self.over) / pi).nan_to_num(inf, inf)
+        return float(averaged_everywhere(r) if self.over == "mean" else largest_everywhere(r))
 
     def _change(
         self, values: dict[str, Tensor], tangents: dict[str, Tensor], inputs: tuple[Any, ...], named: dict[str, Any]

@@ -45,10 +45,10 @@ class TwiceAsWide(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linear_1, self.linear_2 = dense(D, 2 * D), dense(2 * D, 2 * D)
+        self.linear_1, self.linear_2 = dense(20, 40), dense(40, 40)
 
     def forward(self, x):
-        return self.linear_2(F.gelu(self.linear_1(x)))[..., ::2]
+        return self.linear_2(F.gelu(self.linear_1(x[..., :20])))[..., :D]
 
 
 class Projection(nn.Module):

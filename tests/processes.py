@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -27,9 +28,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import symlm
+import symlm.scion
+from symlm.agd import AGD
 from symlm.gradient_conductor import GradientConductor
 from symlm.qk_clip import QKClip
 from symlm.state.quantization import dequantized
+from symlm.step_control import REDUCTIONS, StepControl
 
 STEPS = 10
 CLIP = 0.1
@@ -411,6 +415,19 @@ def disagreement(rank, world):
     return messages
 
 
+def own_gradients(rank, world):
+    """Return what a first step warns of where every rank has its own batch: a bare model, DDP, and one that says so."""
+    found = {}
+    for case in ("bare", "ddp", "own"):
+        model = model_of("ddp")
+        optimizer = symlm.SymOptimizer(model, shared=case != "own")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train(DistributedDataParallel(model) if case == "ddp" else model, optimizer, 2, rank, world)
+        found[case] = [str(warning.message) for warning in told]
+    return found
+
+
 def missing_peer(rank, world):
     """The last rank takes its second step too late for the others."""
     model = model_of("fsdp2")
@@ -640,6 +657,32 @@ def load_and_train(rank, world, saved, sharded):
     return whole(wrapped)
 
 
+def misplaced(rank, world):
+    """Load the last rank's shards on all, a whole state beside shards, and shards beside a whole model."""
+
+    def built(sharded):
+        model = model_of("fsdp2")
+        if sharded:
+            shard(model, init_device_mesh("cpu", (world,)))
+        return model, optimizer_of("fsdp2", model)
+
+    states = {}
+    for sharded in (False, True):
+        model, optimizer = built(sharded)
+        train(model, optimizer, 1)
+        states[sharded] = optimizer.state_dict()
+    found = {"own": built(True)[1].load_state_dict(states[True])}
+    files = [states[True]]
+    dist.broadcast_object_list(files, src=world - 1)
+    wrong = {"file": (files[0], True), "whole": (states[False], True), "shards": (states[True], False)}
+    for name, (state, sharded) in wrong.items():
+        try:
+            found[name] = built(sharded)[1].load_state_dict(state)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def watched(rank, world):
     """Router and logit metrics of this rank's share of the tokens, gathered over all."""
 
@@ -654,13 +697,14 @@ def watched(rank, world):
 
 
 def refused_under_zero(rank, world):
-    """One rotation a layer, and momenta of 8 bits, are refused under ZeRO, before any update."""
-    return [refused_by_zero(case, model_of("zero2"), rank, world) for case in ("zero2 aro layer", "zero2 8 bits")]
+    """One rotation a layer, momenta of 8 bits and parameters in another order are refused before any update."""
+    found = [refused_by_zero(case, model_of("zero2"), rank, world) for case in ("zero2 aro layer", "zero2 8 bits")]
+    return [*found, refused_by_zero("zero2", model_of("zero2"), rank, world, {"round_robin_gradients": True})]
 
 
-def refused_by_zero(case, model, rank, world):
+def refused_by_zero(case, model, rank, world, zero=None):
     """Return the message of a first step under ZeRO."""
-    accelerator, engine, _ = prepared_by_deepspeed(case, model)
+    accelerator, engine, _ = prepared_by_deepspeed(case, model, zero=zero or {})
     try:
         accelerator.backward(loss_of(engine, batch(0, rank, world)))
         message = "no error"
@@ -706,12 +750,56 @@ def refused_settings(rank, world):
     """Settings under which accelerate or DeepSpeed would not run symlm are refused before anything is wrapped."""
     messages = []
     refused = ({"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}})
-    for zero in (*refused, {"zero_quantized_weights": True}):
+    for zero in (*refused, {"zero_quantized_weights": True}, {"elastic_checkpoint": True}):
         try:
             prepared_by_deepspeed("zero3", model_of("zero3"), zero=zero)
         except ValueError as error:
             messages.append(str(error))
         leave_deepspeed()
+    return messages
+
+
+def train_controlled(model, over, rank=0, world=1, wrap=lambda model: model):
+    """Take steps that are all shortened; return the weights."""
+    # By a difference, since the layers that DeepSpeed leaves behind in a process have no forward derivative.
+    control = StepControl(model, optimizer_of("ddp", model), r_target=0.05, over=over, difference=True)
+    wrapped = wrap(model)
+    for step in range(3):
+        wrapped.zero_grad()
+        x = batch(step, rank, world)
+        loss_of(wrapped, x).backward()
+        control.step(input_ids=x)
+    return whole(model)
+
+
+def controlled(rank, world):
+    """Shorten steps by what all ranks' batches say."""
+    return {over: train_controlled(model_of("ddp"), over, rank, world, DistributedDataParallel) for over in REDUCTIONS}
+
+
+def refused_shards(rank, world):
+    """Return the messages of what needs whole weights and is given shards."""
+
+    def sharded(model):
+        return fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+
+    def step_of_agd():
+        layers = sharded(nn.Linear(8, 8, bias=False))
+        optimizer = AGD(layers)
+        layers(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+
+    messages = []
+    for attempt in (
+        lambda: train_controlled(model_of("ddp"), "max", rank, world, sharded),
+        step_of_agd,
+        lambda: symlm.agd.initialize_(sharded(nn.Linear(8, 8, bias=False))),
+        lambda: symlm.scion.initialize_(sharded(model_of("ddp"))),
+    ):
+        try:
+            messages.append(attempt())
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
     return messages
 
 
@@ -779,16 +867,20 @@ def skips_together(model, conductor, rank, world):
 
 
 EXTRA_CASES = {
+    "controlled": controlled,
+    "refused shards": refused_shards,
     "conducted": conducted,
     "refused settings": refused_settings,
     "refused under zero": refused_under_zero,
     "8 bits": eight_bits,
     "watched": watched,
+    "misplaced": misplaced,
     "save": save,
     "load": load,
     "mixed precision": mixed_precision,
     "missing peer": missing_peer,
     "disagreement": disagreement,
+    "own gradients": own_gradients,
     "nonfinite": nonfinite,
     "half": half,
     "work": work,

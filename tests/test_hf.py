@@ -55,6 +55,19 @@ def test_target_modules_are_refused(tmp_path):
         trainer(tmp_path, optim_target_modules=["q_proj"]).create_optimizer()
 
 
+def test_an_optimizer_of_deepspeeds_configuration_is_refused(tmp_path, monkeypatch):
+    """transformers then never calls the factory, and trains by DeepSpeed's AdamW without a word."""
+    from transformers.integrations import deepspeed
+
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    told = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "train_micro_batch_size_per_gpu": "auto"}
+    kept = deepspeed.HfDeepSpeedConfig(told)
+    with pytest.raises(ValueError, match='has an "optimizer", which the Trainer takes in the place'):
+        symlm.hf.trainer_optimizer(lr=0.02)
+    del kept.config["optimizer"]
+    assert symlm.hf.trainer_optimizer(lr=0.02)
+
+
 def test_a_loss_with_weights_of_its_own_is_trained(tmp_path):
     class Classify(nn.Module):
         def __init__(self, model):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import symlm
+import symlm.manifests
 from symlm.averaging import EMANesterov, TailAverage
 
 ROOT = Path(__file__).parents[1]
@@ -211,6 +212,27 @@ def test_the_newest_whole_checkpoint_of_a_trainer_is_taken(checkpointed, tmp_pat
     resumed = trainer(folder, save_steps=3, callbacks=[symlm.hf.SafeCheckpoints()])
     resumed.train(resume_from_checkpoint=newest(folder))
     assert same(weights(resumed.model), load_file(checkpointed / "checkpoint-6" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("first", ["before it looks", "before it renames"])
+def test_two_processes_that_look_for_the_newest_checkpoint_at_once_find_the_same(
+    checkpointed, tmp_path, monkeypatch, first
+):
+    folder = shutil.copytree(checkpointed, tmp_path / "run")
+    (folder / "checkpoint-6" / "optimizer.pt").write_bytes(b"another's")
+    newest, damage_of = symlm.hf.SafeCheckpoints.newest, symlm.manifests.damage_of
+
+    def beside_another(path, required):
+        monkeypatch.setattr(symlm.manifests, "damage_of", damage_of)
+        damage = damage_of(path, required) if first == "before it renames" else None
+        with pytest.warns(UserWarning, match="checkpoint-6 is damaged"):
+            assert newest(folder) == str(folder / "checkpoint-3")
+        return damage or damage_of(path, required)
+
+    monkeypatch.setattr(symlm.manifests, "damage_of", beside_another)
+    assert newest(folder) == str(folder / "checkpoint-3")
+    assert (folder / "checkpoint-6.damaged" / "optimizer.pt").read_bytes() == b"another's"
+    assert {path.name for path in folder.glob("*6*")} == {"checkpoint-6.damaged"}
 
 
 def test_a_finished_trainer_that_is_resumed_makes_no_step_more(saved, tmp_path):

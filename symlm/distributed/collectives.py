@@ -128,7 +128,7 @@ def check_agreement(plan: str, device: torch.device) -> None:
     digests = [f"{int(x):014x}" for x in of_ranks]
     if len(set(digests)) > 1:
         raise RuntimeError(
-            f"the ranks disagree on version, model, table or options: rank {dist.get_rank()} has plan {digest:014x}, "
-            f"all have {digests}; install the same torch and symlm, and build the same model and optimizer, on all "
-            "ranks, or pass shared=False where plain parameters belong to one rank"
+            f"the ranks disagree on version, model, table, options or what has a gradient: rank {dist.get_rank()} has "
+            f"plan {digest:014x}, all have {digests}; install the same torch and symlm, and build the same model and "
+            "optimizer, on all ranks, or pass shared=False where plain parameters belong to one rank"
         )

@@ -22,7 +22,7 @@ def refuse_settings() -> None:
 
     Raises:
         ValueError: The configuration offloads the optimizer, which accelerate then replaces silently by DeepSpeed's own
-            Adam; or it has a setting that symlm was never run with.
+            Adam; or it has a setting that symlm was never run with, or whose checkpoints nobody reads.
     """
     accelerate: Any = sys.modules.get("accelerate")
     # The shared state is read directly: AcceleratorState() would overwrite FSDP's distributed type in it.
@@ -44,6 +44,11 @@ def refuse_settings() -> None:
     quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key) is True]
     if quantized:
         raise ValueError(f"symlm was never run with DeepSpeed's {quantized}, which need a GPU: leave them out")
+    if zero.get("elastic_checkpoint") is True:
+        raise ValueError(
+            "DeepSpeed writes elastic checkpoints of any optimizer and reads those of Adam alone: remove "
+            '"elastic_checkpoint"'
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> lis
         The fragments in the model's order, the empty ones too.
 
     Raises:
-        RuntimeError: The partition is on another device than the parameters (offload).
+        RuntimeError: The partition is on another device than the parameters (offload), or has them in another order.
     """
     device = named[0][1].device
     if flat.device.type != device.type:
@@ -121,6 +126,12 @@ def fragments_of(flat: Tensor, named: Sequence[tuple[str, nn.Parameter]]) -> lis
             'run offloaded; remove "offload_optimizer" from the DeepSpeed configuration'
         )
     stage_3 = hasattr(named[0][1], "ds_tensor")
+    places = [] if stage_3 else [p.data_ptr() for _, p in named]  # its marks are of the model's order, whatever its own
+    if places != sorted(places):
+        raise RuntimeError(
+            "DeepSpeed stores the parameters in another order than it says where they are: remove "
+            '"round_robin_gradients", which is for an offloaded optimizer'
+        )
     parts = [(name, p, *part) for name, p in named if (part := _part_of_3(p, flat) if stage_3 else _part_of_1_and_2(p))]
     group = _group_of(parts[0][1]) if parts else None
     of_ranks = intervals_of_all([interval for *_, interval, _ in parts], group, flat.device)

@@ -101,16 +101,18 @@ def refuse_other_than_module(model: object) -> None:
 
 
 def refuse_without_weights(model: nn.Module) -> None:
-    """Refuse a model on the meta device, which has no weights to initialize.
+    """Refuse a model on the meta device, which has no weights to initialize, and one whose weights are cut.
 
     Args:
         model: The model.
 
     Raises:
-        ValueError: A parameter has a shape alone.
+        ValueError: A parameter has a shape alone, or is sharded.
     """
     if empty := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ValueError(f"{empty[0]} is on the meta device: call model.to_empty(device=...), then initialize")
+    if cut := [name for name, p in model.named_parameters() if hasattr(p, "placements")]:
+        raise ValueError(f"{cut[0]} is sharded: initialize the model before it is sharded, and load the weights there")
 
 
 def _report(unplaced: list[Site], ends: EndMatrices) -> str:

@@ -1,6 +1,7 @@
 """At a group's first step all ranks compare what they are about to do: programs, names, shapes and options."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symlm.distributed.collectives import check_agreement, world_size
+from symlm.distributed.collectives import check_agreement, largest_everywhere, world_size
 from symlm.distributed.tensors import local
 from symlm.routing.options import UNCOMPARED, key_of, named_parameters
+from symlm.state.names import some
 from symlm.state.originals import Originals
 from symlm.views.matrix_view import MatrixView
+
+APART = 0.01  # of the norms of one gradient on two ranks; rounding is far below, and other batches are above
 
 
 class Agreement:
@@ -45,8 +49,34 @@ class Agreement:
             for name, shape, missing in common_shapes(group, originals)
         ]
         check_agreement("\n".join([program(), *lines]), local(first[0]["params"][0]).device)
+        warn_of_own_gradients(first, originals)
         self._agreed |= {key_of(group) for group in first}
         return True
+
+
+def warn_of_own_gradients(groups: Sequence[dict[str, Any]], originals: Originals) -> None:
+    """Warn of plain parameters that count as replicated and have another gradient on every rank.
+
+    Args:
+        groups: Parameter groups, the same on all ranks, which call this together.
+        originals: The parameters of ZeRO's partitions.
+    """
+    found = {
+        name: p.grad.norm().float()
+        for group in groups
+        for name, p in named_parameters(group)
+        if group["shared"] and local(p) is p and p.grad is not None and not originals.fragments(group, p)
+    }
+    if world_size() == 1 or not found:
+        return
+    norms = torch.stack([norm.to(local(groups[0]["params"][0]).device) for norm in found.values()]).nan_to_num()
+    most, least = largest_everywhere(torch.stack([norms, -norms]))
+    if apart := [name for name, differ in zip(found, (most + least > APART * most).tolist(), strict=True) if differ]:
+        warnings.warn(
+            f"the gradients of {some(apart)} differ between ranks, which share plain parameters: one rank's direction "
+            "moves them on all. Average them, as DDP does, or pass shared=False where parameters belong to one rank",
+            stacklevel=6,
+        )
 
 
 @cache

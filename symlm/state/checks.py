@@ -78,7 +78,7 @@ def flaw_of(group: dict[str, Any], name: str, p: Tensor, state: Mapping[str, Any
         needed: The tensors that it must have.
 
     Returns:
-        What it lacks, or has in another shape or dtype or not finite; nothing for a state that is whole.
+        What it lacks, or has in another shape, place or dtype or not finite; nothing for a state that is whole.
     """
     if missing := sorted(key for key in needed if not isinstance(state.get(key), Tensor)):
         return f"lacks {missing}: it is incomplete, save it anew"
@@ -87,6 +87,11 @@ def flaw_of(group: dict[str, Any], name: str, p: Tensor, state: Mapping[str, Any
         x, first = state[key], begun.get(key, state[key])
         if x.shape != first.shape:
             return f"is of another size: its saved {key} is {list(x.shape)}, the parameter is {list(p.shape)}"
+        if key in MEANS and _place(x) != _place(p):
+            return (
+                "is placed otherwise than the parameter, as by another rank, number of ranks or wrapper: give the "
+                "whole state to torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
         if x.dtype != first.dtype and not (x.is_floating_point() and first.is_floating_point()):
             return f"is damaged: its saved {key} is {x.dtype}; take another checkpoint"
         if local(x).is_meta != local(p).is_meta:
@@ -94,6 +99,11 @@ def flaw_of(group: dict[str, Any], name: str, p: Tensor, state: Mapping[str, Any
         if not local(p).is_meta and not _can_go_on(key, local(x)):
             return f"is damaged: its saved {key} is not finite; take another checkpoint, or the rest by strict=False"
     return ""
+
+
+def _place(x: Any) -> tuple[Any, ...] | None:
+    """Return which part of a whole a DTensor is on this rank, or was on the one that saved it; None for a plain one."""
+    return (x.placements, x.device_mesh.get_coordinate(), local(x).shape) if hasattr(x, "placements") else None
 
 
 def _can_go_on(key: str, x: Tensor) -> bool:

@@ -22,6 +22,7 @@ class Schedules:
     """
 
     def __init__(self) -> None:
+        self._groups: list[Group] = []
         self._beta1: list[float] = []
         self._rates: list[float | None] = []
         self._versions: list[int | None] = []
@@ -36,6 +37,7 @@ class Schedules:
             groups: The parameter groups.
             dial: The rate that the caller gave; a tensor is watched.
         """
+        self._groups = list(groups)
         self._beta1 = [group["betas"][0] for group in groups]
         self._rates = [_number(group["lr"]) for group in groups]
         self._versions = [_version(group["lr"]) for group in groups]
@@ -47,9 +49,12 @@ class Schedules:
         """Carry over what schedulers and callers wrote since the last step.
 
         Args:
-            groups: The parameter groups; momenta and rates are written.
+            groups: The parameter groups, or one of them where ZeRO steps group by group, and all are looked at; momenta
+                and rates are written.
             dial: The rate that the caller gave.
         """
+        if all(any(group is known for known in self._groups) for group in groups):
+            groups = self._groups
         if len(groups) != len(self._beta1):
             self.remember(groups, dial)
         for k, group in enumerate(groups):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from numerics import RANKS, RANKS_AT_SMALL_RATES, RANKS_OF_ROOTS, RUN, relative
+from numerics import FP32, RANKS, RANKS_AT_SMALL_RATES, RANKS_OF_ROOTS, RUN, relative
 from processes import (
     CASES,
     CLIP,
@@ -18,12 +18,14 @@ from processes import (
     run,
     train,
     train_conducted,
+    train_controlled,
     train_half,
     whole,
 )
 
 import symlm
 from symlm.gradient_conductor import GradientConductor
+from symlm.step_control import REDUCTIONS
 
 PAIRS = [(case, world) for case in CASES for world in WORLDS.get(case, (2,))]
 FOUR = pytest.param(4, marks=pytest.mark.slow)
@@ -95,9 +97,10 @@ def test_zero_cuts_the_optimizers_state(ran, case):
 
 
 def test_what_zero_has_no_place_for_is_refused(ran):
-    for layers, eight_bits in result(ran, "refused under zero", 2):
+    for layers, eight_bits, order in result(ran, "refused under zero", 2):
         assert "rotation 'layer' needs a layer's matrices together; set rotation 'own'" in layers
         assert "momentum_dtype='int8' stores blocks of whole rows, which ZeRO" in eight_bits
+        assert 'remove "round_robin_gradients"' in order
 
 
 @BOTH
@@ -125,10 +128,11 @@ def test_momenta_of_8_bits_are_sharded_within_a_rounding_and_go_on_bit_for_bit(r
 
 @BOTH
 def test_settings_of_deepspeed_that_would_not_run_symlm_are_refused_at_construction(ran, world):
-    for offloaded, parameters, quantized in result(ran, "refused settings", world):
+    for offloaded, parameters, quantized, elastic in result(ran, "refused settings", world):
         assert "its own Adam takes symlm's place" in offloaded
         assert 'remove "offload_param"' in parameters
         assert "zero_quantized_weights" in quantized
+        assert 'remove "elastic_checkpoint"' in elastic
 
 
 @BOTH
@@ -136,6 +140,15 @@ def test_ranks_that_disagree_all_raise_with_the_digests(ran, world):
     for messages in zip(*result(ran, "disagreement", world), strict=True):
         assert all("the ranks disagree" in message for message in messages)
         assert len({message.split("all have")[1] for message in messages}) == 1
+
+
+@BOTH
+def test_replicas_whose_gradients_nobody_averaged_are_warned_of(ran, world):
+    for found in result(ran, "own gradients", world):
+        told = [message for message in found["bare"] if "differ between ranks" in message]
+        assert len(told) == 1
+        assert "model.embed_tokens.weight" in told[0]
+        assert not any("differ between ranks" in message for message in found["ddp"] + found["own"])
 
 
 @BOTH
@@ -233,6 +246,31 @@ def test_a_conductor_on_many_ranks_is_the_one_of_one_process(ran, world):
                 assert relative(found["weights"][name], W) < RUN, (case, name)
                 for row, expected in zip(found["gradients"], last, strict=True):
                     assert relative(row[name], expected[name]) < RUN, (case, name)
+
+
+@BOTH
+def test_a_state_of_another_place_is_refused(ran, world):
+    *others, last = result(ran, "misplaced", world)
+    assert last.pop("file") is None
+    for found in (*others, last):
+        assert found.pop("own") is None
+        assert all("is placed otherwise than the parameter" in message for message in found.values())
+
+
+@BOTH
+def test_a_controlled_step_is_that_of_all_ranks_batches(ran, world):
+    for over in REDUCTIONS:
+        alone = train_controlled(model_of("ddp"), over)
+        for rank in result(ran, "controlled", world):
+            assert all(relative(rank[over][name], W) < FP32 for name, W in alone.items()), over  # whose r is in fp32
+
+
+@BOTH
+def test_what_needs_whole_weights_refuses_shards(ran, world):
+    for control, agd, *initialized in result(ran, "refused shards", world):
+        assert "which shards are not: use DDP" in control
+        assert "AGD's rate is of whole layers" in agd
+        assert all("is sharded: initialize the model before" in message for message in initialized)
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,25 @@ def test_a_schedule_that_breaks_the_proportions_is_warned_of_once(name):
     assert len([w for w in caught if "proportions" in str(w.message)]) == 1
 
 
+def test_steps_of_one_group_at_a_time_are_warned_of_too():
+    """As DeepSpeed's ZeRO-1 and 2 step, whose own WarmupLR sets one rate."""
+    opt = symlm.SymOptimizer(model := tiny())
+    loss_of(model, tokens()).backward()
+    groups = opt.param_groups
+
+    def step_one_by_one():
+        for group in groups:
+            opt.param_groups = [group]
+            opt.step()
+
+    step_one_by_one()
+    for group in groups:
+        group["lr"] = 5e-5
+    with pytest.warns(UserWarning, match=r"the rates of .*lm_head.* left the table's proportions") as caught:
+        step_one_by_one()
+    assert len([w for w in caught if "proportions" in str(w.message)]) == 1
+
+
 def test_a_schedule_that_multiplies_is_not_warned_of():
     opt = symlm.SymOptimizer(model := tiny())
     scheduler = LambdaLR(opt, lambda k: min(1, k / 3) * (1 - k / 7))
