@@ -1,25 +1,25 @@
 """The token matrices at the ends of every model inside a module: embeddings and heads."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from symlm.roles.code import is_of_places, looks_up, makes_logits
+from symlm.roles.heads import HeadsByShape, is_inside, weights_of
 from symlm.roles.recognizers.attention import is_attention
-from symlm.roles.recognizers.layers import activates, heads_of, is_alone, is_dense, shape_of
+from symlm.roles.recognizers.layers import heads_of, is_dense
 from symlm.roles.recognizers.logits import (
     HEADS,
     caps_logits,
     has_other_loss,
     is_adaptive,
-    is_called_head,
     normalizes,
     scales_rows,
 )
 from symlm.roles.role import Role, Site
+from symlm.roles.source.calls import is_of_places, looks_up, makes_logits
 from symlm.roles.storage import whole_shape
-from symlm.roles.wrappers import by_unwrapped_path, inner_module, unwrapped_path
+from symlm.roles.wrappers import by_unwrapped_path, unwrapped_path
 
 FEWEST = 16  # tokens of a vocabulary; a table of fewer is of classes, types or steps
 
@@ -37,17 +37,20 @@ class EndMatrices:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.by_path = by_unwrapped_path(self.modules)
+        self.heads = HeadsByShape(self.modules, self.by_path)
         self.tables = {path: module for path, module in self.modules.items() if _looks_up(module)}
         tables = self.tables.items()
         if sparse := [path for path, t in tables if getattr(t, "sparse", False) and t.weight.requires_grad]:
             raise ValueError(f"{sparse} give sparse gradients, which no rule accepts: build them with sparse=False")
-        self.inputs = {id(p) for table in self.tables.values() for p in _weights_of(table)}
-        self.inputs |= {id(p) for end in self._ends("get_input_embeddings") if _is_table(end) for p in _weights_of(end)}
-        self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in _weights_of(end)}
+        self.inputs = {id(p) for table in self.tables.values() for p in weights_of(table)}
+        self.inputs |= {id(p) for end in self._ends("get_input_embeddings") if _is_table(end) for p in weights_of(end)}
+        self.outputs = {id(p) for end in self._ends("get_output_embeddings") for p in weights_of(end)}
         self.vocabulary = max((whole_shape(table.weight)[0] for table in self.tables.values()), default=0)
         for path, table in self.tables.items():
-            heads = self._heads_by_shape(path)
-            self.outputs |= {id(p) for head in heads for p in _weights_of(head)}
+            shape = whole_shape(table.weight)
+            few = shape[0] < max(2, min(FEWEST, self.vocabulary))
+            heads = [] if few or is_of_places(path) or self._has_getter(path) else self.heads.over(path, shape)
+            self.outputs |= {id(p) for head in heads for p in weights_of(head)}
             self.outputs |= {id(table.weight)} if not heads and self._makes_logits(path) else set()
 
     def role(self, site: Site) -> Role | None:
@@ -91,7 +94,7 @@ class EndMatrices:
             more = rows - self.vocabulary
             padded = columns in widths and more != 0 and -8 <= more <= max(self.vocabulary // 8, 8)
             over_tokens = (rows == self.vocabulary or padded) and rows not in widths and self.vocabulary >= FEWEST
-            return over_tokens and not self._feeds_another(path, rows)
+            return over_tokens and not self.heads.feed_another(path, rows)
         blocks = any("attention" in type(module).__name__.lower() for module in self.modules.values())
         sizes = self._sizes_of_heads(site.path)
         return blocks and site.leaf in HEADS and (not sizes or site.shape[0] > site.shape[1])
@@ -102,7 +105,8 @@ class EndMatrices:
         Args:
             site: The head's site.
         """
-        owners = (self.by_path.get(".".join(site.path[:k])) for k in range(len(site.path)))
+        parts = site.name.split(".")  # with the wrappers, which may scale
+        owners = [self.modules.get(".".join(parts[:k])) for k in range(len(parts))]
         if any(scales_rows(owner, site.shape[0]) or has_other_loss(owner) for owner in owners if owner is not None):
             return True
         if ".parametrizations." in site.name or site.name.endswith(("weight_v", "weight_orig")):
@@ -149,7 +153,7 @@ class EndMatrices:
         if not dense or is_attention(site.parent):
             return False
         above = ".".join(site.path[: -2 if in_a_list else -1])
-        has_tokens = any(_is_inside(path, above) and not is_of_places(path) for path in self.tables)
+        has_tokens = any(is_inside(path, above) and not is_of_places(path) for path in self.tables)
         counted = site.shape[0] in self._sizes_of_heads(site.path)  # of a model of sounds or images
         return (has_tokens or counted) and self._has_softmax(site.path)
 
@@ -173,26 +177,6 @@ class EndMatrices:
         found = (getattr(self.by_path.get(".".join(path[:k])), "config", None) for k in range(len(path), -1, -1))
         yield from (config for config in found if config is not None)
 
-    def _heads_by_shape(self, path: str) -> list[nn.Module]:
-        """Return the linear layers over a table's tokens in the smallest module with both, hidden layers left out."""
-        shape = whole_shape(self.tables[path].weight)
-        if self._has_getter(path) or shape[0] < max(2, min(FEWEST, self.vocabulary)):
-            return []
-        linears = {
-            place: module
-            for place, module in self.modules.items()
-            if is_dense(module) and any(p.requires_grad for p in _weights_of(module))
-        }
-        alike = {place: linear for place, linear in linears.items() if _shape_of(linear) == shape}
-        heads = {place: linear for place, linear in alike.items() if not self._is_hidden(place, linear, alike)}
-        named = {place for place in heads if is_called_head(unwrapped_path(place.split("."))[-1])}
-        heads = {place: linear for place, linear in heads.items() if place in named or not named}
-        scope = path
-        while scope and not any(_is_inside(place, scope) for place in heads):
-            scope = scope.rpartition(".")[0]
-        inside = [linear for place, linear in heads.items() if _is_inside(place, scope)]
-        return inside[-1:] if shape[0] == shape[1] else inside
-
     def _has_getter(self, path: str) -> bool:
         """Tell whether a model around a table has named its head already."""
         parts = path.split(".")
@@ -205,60 +189,12 @@ class EndMatrices:
                 continue
         return False
 
-    def _is_hidden(self, path: str, linear: nn.Module, alike: Collection[str]) -> bool:
-        """Tell whether a layer is in a block that is repeated, or feeds another layer beside it."""
-        parts = unwrapped_path(path.split("."))
-        if not is_called_head(parts[-1]) and len({other for other in alike if _block(other) == _block(path)}) > 1:
-            return True
-        return self._feeds_another(path, _shape_of(linear)[0])
-
-    def _feeds_another(self, path: str, rows: int) -> bool:
-        """Tell whether a layer beside this one, or beside its box, reads its outputs: one after it, or one back."""
-        parts = unwrapped_path(path.split("."))
-        box = self.by_path.get(".".join(parts[:-1]))
-        boxed = isinstance(box, nn.Sequential) and is_alone(box) and activates(box)
-        if self._is_read(parts, rows) or (boxed and self._is_read(parts[:-1], rows)):
-            return True
-        siblings = dict(box.named_children()) if box is not None and not is_called_head(parts[-1]) else {}
-        own, others = siblings.get(parts[-1]), (inner_module(child) for child in siblings.values())
-        back = _shape_of(own)[::-1] if isinstance(own, nn.Linear) else None
-        return any(isinstance(child, nn.Linear) and _shape_of(child) == back for child in others if child is not own)
-
-    def _is_read(self, parts: list[str], rows: int) -> bool:
-        """Tell whether a layer behind a module, in the same module around both, has as many inputs."""
-        above = self.by_path.get(".".join(parts[:-1])) if parts else None
-        names = [*above._modules] if above is not None else []
-        later = names[names.index(parts[-1]) + 1 :] if parts and parts[-1] in names else []
-        children = (inner_module(above._modules[name]) for name in later) if above is not None else ()
-        return any(isinstance(child, nn.Linear) and child.in_features == rows for child in children)
-
-
-def _block(path: str) -> str:
-    """Return a path with the numbers of its blocks left out; a number at the end counts the heads of a list."""
-    *above, last = path.split(".")
-    return (
-        ".".join(["*" if part.isdigit() else part for part in above] + [last]) if any(map(str.isdigit, above)) else path
-    )
-
-
-def _weights_of(end: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the matrices of a table or a head, inside wrappers too, and not those of adapters on it."""
-    for name, p in end.named_parameters():
-        path = unwrapped_path(["end", *name.split(".")[:-1]])
-        if path == ["end"] and len(whole_shape(p)) == 2 and whole_shape(p)[1] > 1:
-            yield p
-
-
-def _shape_of(layer: nn.Module) -> tuple[int, int]:
-    """Return (outputs, inputs), also where the weight is computed from others or emptied."""
-    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else shape_of(layer)[::-1]  # type: ignore[return-value]
-
 
 def _looks_up(module: nn.Module) -> bool:
     """Tell whether a module is a table whose rows are looked up: torch's, or one of another class with that name."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return True
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     named = type(module).__name__.endswith("Embedding") and weight is not None and len(whole_shape(weight)) == 2
     return named and looks_up(type(module), "weight")
 
@@ -266,7 +202,3 @@ def _looks_up(module: nn.Module) -> bool:
 def _is_table(end: nn.Module) -> bool:
     """Tell whether an input embedding is over tokens: patches go through a linear layer or a convolution."""
     return any("embedding" in type(module).__name__.lower() for module in end.modules())
-
-
-def _is_inside(path: str, above: str) -> bool:
-    return not above or path == above or path.startswith(f"{above}.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from symlm.roles.code import multiplies_by_weight, multiplies_from_rows
+from symlm.roles.source.calls import multiplies_by_weight, multiplies_from_rows
 
 BLOCKS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("w1", "w2"), ("w1", "w3"), ("wi", "wo"))
 COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")

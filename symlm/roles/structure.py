@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from symlm.roles.code import functions_called
 from symlm.roles.ends import EndMatrices
 from symlm.roles.recognizers.attention import (
     attention_role,
@@ -24,6 +23,7 @@ from symlm.roles.recognizers.shapes import (
     role_by_shapes,
 )
 from symlm.roles.role import Role, Site
+from symlm.roles.source.calls import functions_called
 from symlm.roles.storage import block_of_experts, number_of_experts, router_weights, whole_shape
 
 EXPERTS = {

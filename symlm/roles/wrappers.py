@@ -53,16 +53,16 @@ def inner_module(module: nn.Module | None) -> nn.Module | None:
         The innermost module.
     """
     while module is not None and (name := _wrapped(module)):
-        module = module._modules[name]
+        module = dict(module.named_children())[name]
     return module
 
 
 def _wrapped(module: nn.Module) -> str | None:
     """Return the name of the one module in a wrapper, an adapter with its factors, what is called a layer; or None."""
-    names = [name for name, child in module._modules.items() if child is not None]
+    names = [name for name, _ in module.named_children()]
     if len(names) != 1:
         return None
-    own = [name for name, p in module._parameters.items() if p is not None]
+    own = [name for name, _ in module.named_parameters(recurse=False)]
     adapts = bool(own) and all(name.startswith("lora") for name in own)
     called = type(module).__name__.endswith("Linear") and names == ["linear"]
     return names[0] if adapts or called or names[0] in TRANSPARENT else None

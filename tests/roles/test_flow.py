@@ -9,7 +9,7 @@ from torch import nn
 
 import symlm
 from symlm.roles import UnplacedParameters
-from symlm.roles.flow import flow_of
+from symlm.roles.source.flow import flow_of
 
 BESIDE = (("to_q", "attention_q"), ("to_kv", "attention_qkv"), ("to_out", "attention_o"))
 BLOCKS = {
@@ -114,6 +114,49 @@ def test_a_flow_is_what_is_done_in_the_order_of_the_code():
     assert [(step.name, step.by) for step in steps] == [("*", "scale"), ("softmax", None)]
     assert flow_of(flow.TwoMLPs(), "fc1").steps[0].name == "gelu"
     assert flow_of(flow.CausalSelfAttention(), "qkv").names == (("q", "k", "v"),)
+
+
+def test_options_are_read_without_asking_a_property():
+    class Trained(flow.Router):
+        @property
+        def trainer(self):
+            raise RuntimeError("not attached")
+
+        def score(self, logits):
+            return logits.softmax(-1) if not self.trainer else logits.sigmoid()
+
+    assert symlm.assign_roles(plain.Model(Trained))["layers.0.0.gate.weight"] == "sigmoid_router"  # either may run
+
+
+def test_an_option_that_says_sigmoid_comes_before_code_of_another_branch():
+    class Passed(flow.Router):
+        def __init__(self):
+            super().__init__()
+            self.score_function = "sigmoid"
+
+        def score(self, logits):
+            return apart(logits, self.score_function) if self.training else logits.softmax(-1)
+
+    def apart(logits, how):
+        return getattr(torch, how)(logits)
+
+    assert symlm.assign_roles(plain.Model(Passed))["layers.0.0.gate.weight"] == "sigmoid_router"
+
+
+def test_scripted_modules_and_tables_of_positions_are_read():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    parts = {"pos_emb": nn.Embedding(16, 32), "scripted": torch.jit.script(Block()), "enter": nn.Linear(32, 16)}
+    with pytest.raises(UnplacedParameters, match=r"scripted\.fc"):
+        symlm.assign_roles(nn.ModuleDict(parts))
+    del parts["scripted"]
+    assert symlm.assign_roles(nn.ModuleDict({**parts, "tok": nn.Embedding(64, 32)}))["enter.weight"] == "matrix"
 
 
 def test_a_module_without_source_has_no_flow():

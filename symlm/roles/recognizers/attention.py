@@ -4,11 +4,11 @@ import re
 
 from torch import nn
 
-from symlm.roles.code import functions_called
 from symlm.roles.recognizers.fused import fused_order
 from symlm.roles.recognizers.layers import CONTAINERS, dense_children, heads_of, is_alone, shape_of
 from symlm.roles.recognizers.names import QKV, gated_projection, is_fused, is_gate, parts_of, projection
 from symlm.roles.role import Role, Site
+from symlm.roles.source.calls import functions_called
 from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_children
 
@@ -65,7 +65,7 @@ def attention_role(site: Site) -> Role | None:
             return Role.ATTENTION_O
     if not (ATTENDS.search(type(parent).__name__) or fuses(parent, square=False) or _states_heads(parent)):
         return None
-    if heads_of(parent) == shape_of(site.module)[1]:
+    if heads_of(parent) == shape_of(site.module)[1] > 1:
         return None  # a number a head
     low_rank = {"a", "b"} & set(parts_of(site.leaf))
     return BESIDE_FUSED.get(site.leaf) or (role if role is Role.ATTENTION_O and not low_rank else None)

@@ -4,11 +4,11 @@ from itertools import pairwise
 
 from torch import nn
 
-from symlm.roles.flow import flow_of
 from symlm.roles.recognizers.attention import is_attention
 from symlm.roles.recognizers.layers import ACTIVATION, activates, dense_children, is_dense, kind_of, shape_of
 from symlm.roles.recognizers.names import NUMBERED
 from symlm.roles.role import Role, Site
+from symlm.roles.source.flow import flow_of
 from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_module
 

@@ -5,9 +5,9 @@ import re
 
 from torch import nn
 
-from symlm.roles.flow import Step, flow_of
 from symlm.roles.recognizers.names import projection
 from symlm.roles.role import Site
+from symlm.roles.source.flow import Step, flow_of
 
 OF_LATENTS = ("kv_b_proj", "wkv_b")
 FUSED_ORDERS = (

@@ -4,14 +4,14 @@ import re
 
 from torch import Tensor, nn
 
-from symlm.roles.code import functions_called
 from symlm.roles.recognizers.names import HEAD_COUNTS
 from symlm.roles.role import TENSORS, Site
+from symlm.roles.source.calls import functions_called
 from symlm.roles.storage import inputs_first, is_own_layer, whole_shape
 from symlm.roles.wrappers import inner_module
 
 NORMS = ("_WeightNorm", "_SpectralNorm")  # torch's, of a weight that is stored
-ACTIVATION = re.compile(r"(^|_)act|^(sin|erf)$|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
+ACTIVATION = re.compile(r"(^|_|norm)act|^(sin|erf)$|gelu|relu|silu|swi|glu|tanh|sigmoid|mish|softplus|(^|_)elu|ACT2FN")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 

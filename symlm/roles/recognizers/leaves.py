@@ -4,11 +4,11 @@ import re
 
 from torch import nn
 
-from symlm.roles.code import looks_up, makes_logits
 from symlm.roles.recognizers.layers import activates, heads_of, is_convolution, is_dense, is_norm, is_pointwise, kind_of
 from symlm.roles.recognizers.names import BY_NAME, QKV, is_fused, projection
 from symlm.roles.recognizers.shapes import INERT
 from symlm.roles.role import Role, Site
+from symlm.roles.source.calls import looks_up, makes_logits
 from symlm.roles.storage import whole_shape
 from symlm.roles.wrappers import inner_module
 

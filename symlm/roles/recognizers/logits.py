@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from symlm.roles.code import functions_called
-from symlm.roles.flow import Step, flow_of
 from symlm.roles.recognizers.layers import shape_of
 from symlm.roles.role import Site
+from symlm.roles.source.calls import functions_called
+from symlm.roles.source.flow import Step, flow_of
 from symlm.roles.storage import whole_shape
 
 HEADS = (
@@ -54,6 +54,8 @@ def ignores_a_shift(site: Site) -> bool:
     around = (site.module, *site.ancestors[:2])
     if any(map(normalizes, around[:2])):
         return False
+    if any("sigmoid" in text for module in around for name, text in _texts(module) if "scor" in name):
+        return False
     if (feels := _feels_a_shift(site)) is not None:
         return not feels
     for module in around:
@@ -62,7 +64,7 @@ def ignores_a_shift(site: Site) -> bool:
             return "softmax" in scoring[0]
         called = {score for name in _functions(module) for score in ("softmax", "sigmoid") if score in name}
         if len(called) == 2:
-            said = {score for value in _texts(module) for score in called if score in value}
+            said = {score for _, value in _texts(module) for score in called if score in value}
             return said == {"softmax"}
         if called:
             return called == {"softmax"}
@@ -160,8 +162,9 @@ def _feels_a_shift(site: Site) -> bool | None:
 
 def _changes(step: Step, module: nn.Module, experts: int, chosen: bool) -> bool:
     """Tell whether a shift of all logits changes what a step makes of them."""
-    factor = getattr(module, step.by, None) if isinstance(step.by, str) else None
-    by_expert = isinstance(factor, Tensor) and whole_shape(factor)[-1:] == (experts,)
+    factors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    factor = factors.get(step.by) if isinstance(step.by, str) else None
+    by_expert = factor is not None and whole_shape(factor)[-1:] == (experts,)
     flat = chosen or bool(functions_called(type(module)) & FLATTENS)
     return step.name in FEELS or by_expert or (step.name == "softmax" and _is_over_tokens(step, flat))
 
@@ -183,10 +186,10 @@ def _functions(module: nn.Module) -> frozenset[str]:
     return functions_called(type(module)) | acts
 
 
-def _texts(module: nn.Module) -> Iterator[str]:
-    """Yield the text options of a module and of its config, where a scoring function may be named."""
+def _texts(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the text options of a module and of its config by name, where a scoring function may be named."""
     for owner in (module, *(getattr(module, name, None) for name in ("config", "args", "cfg"))):
-        yield from (value for value in _settings(owner).values() if isinstance(value, str))
+        yield from ((str(name), value) for name, value in _settings(owner).items() if isinstance(value, str))
 
 
 def _settings(owner: Any) -> Mapping[str, Any]:

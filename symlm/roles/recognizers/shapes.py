@@ -5,7 +5,6 @@ from collections.abc import Collection
 
 from torch import nn
 
-from symlm.roles.code import functions_called
 from symlm.roles.recognizers.attention import BESIDE_FUSED, fuses, has_qkv, is_attention
 from symlm.roles.recognizers.chains import Layer, layers_of_experts, stand_around_blocks
 from symlm.roles.recognizers.layers import (
@@ -21,6 +20,7 @@ from symlm.roles.recognizers.layers import (
 from symlm.roles.recognizers.logits import HEADS
 from symlm.roles.recognizers.names import is_fused, projection
 from symlm.roles.role import Role, Site
+from symlm.roles.source.calls import functions_called
 from symlm.roles.wrappers import inner_module
 
 INERT = re.compile(r"drop|identity|flatten|norm|rearrange|permute|transpose|reshape|pool")

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from symlm.roles.code import FORM, MULTIPLY, sources_of
+from symlm.roles.source.calls import FORM, MULTIPLY, sources_of
+from symlm.roles.source.options import outcome, own_name
 from symlm.roles.storage import whole_shape
 
 ENDS = {  # calls whose results are no longer the outputs, changed
@@ -120,7 +121,7 @@ class _Reader:
                 self._bind(target, self._flows(value), value)
                 self._lines(body)
             case ast.If(test=test, body=body, orelse=other):
-                known, before = self._known(test), set(self.held)
+                known, before = outcome(test, self.owner), set(self.held)
                 self._lines(() if known is False else body)
                 after, self.held = self.held, before
                 self._lines(() if known else other)
@@ -160,7 +161,7 @@ class _Reader:
             case ast.BinOp(left=left, op=op, right=right):
                 flows = [self._flows(left), self._flows(right)]
                 if any(flows) and isinstance(op, SCALES):
-                    factors = {_own(part) for side in (left, right) for part in ast.walk(side)} - {None, self.leaf}
+                    factors = {own_name(part) for side in (left, right) for part in ast.walk(side)} - {None, self.leaf}
                     self.steps += [Step("*", by=name) for name in sorted(filter(None, factors))]
                 return any(flows)
             case ast.GeneratorExp(elt=element, generators=loops) | ast.ListComp(elt=element, generators=loops):
@@ -174,14 +175,14 @@ class _Reader:
                 return self._flows(whole)
             case ast.Attribute(attr=attribute) if attribute in FORM:
                 return False
-            case ast.IfExp(test=test, body=body, orelse=other) if (known := self._known(test)) is not None:
+            case ast.IfExp(test=test, body=body, orelse=other) if (known := outcome(test, self.owner)) is not None:
                 return self._flows(body if known else other)
         inner = [self._flows(part) for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr)]
         return any(inner) and not isinstance(value, ast.Compare)
 
     def _call(self, call: ast.Call) -> bool:
         """Read a call; tell whether its result is outputs, changed or not."""
-        func, own = call.func, _own(call.func)
+        func, own = call.func, own_name(call.func)
         name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
         given = [*call.args, *(word.value for word in call.keywords)]
         flows = [self._flows(part) for part in given]
@@ -195,7 +196,7 @@ class _Reader:
             return self.run(method[0], [name for name, flow in zip(names, flows, strict=True) if flow], method[1])
         if not (is_method or any(flows)):
             return False
-        child = getattr(self.owner, own, None) if own else None
+        child = dict(self.owner.named_children()).get(own) if own else None
         if isinstance(child, nn.Module):
             self.steps.append(Step(type(child).__name__.lower(), call, child))
             return all(shape[1:2] in ((), (1,)) for shape in map(whole_shape, child.parameters()))  # by channel
@@ -204,7 +205,7 @@ class _Reader:
 
     def _method(self, called: ast.expr) -> tuple[str, int] | None:
         """Return the method that is called of `self` or of `super()`, and its class's place; None for others."""
-        name, above = _own(called), 0
+        name, above = own_name(called), 0
         if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Call):
             kind = called.value.func
             if isinstance(kind, ast.Name) and kind.id == "super":
@@ -213,43 +214,18 @@ class _Reader:
         exists = name is not None and above < len(self.methods.get(name, ()))
         return (name, above) if name and exists and len(self.running) < DEEPEST else None
 
-    def _known(self, test: ast.expr) -> bool | None:
-        """Return how a test of plain options of the module comes out; None where it asks for anything else."""
-        match test:
-            case ast.UnaryOp(op=ast.Not(), operand=inner):
-                return None if (known := self._known(inner)) is None else not known
-            case ast.BoolOp(op=ast.And(), values=parts):
-                known_parts = [self._known(part) for part in parts]
-                return False if False in known_parts else True if all(known_parts) else None
-            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as op], comparators=[ast.Constant(value=None)]):
-                name = _own(left)
-                return None if name is None else (getattr(self.owner, name, None) is None) == isinstance(op, ast.Is)
-            case ast.Compare(left=left, ops=[ast.Eq()], comparators=[ast.Constant(value=str() | int() as other)]):
-                own = getattr(self.owner, name, None) if (name := _own(left)) else None
-                return own == other if isinstance(own, str | int) else None
-            case ast.Call(func=ast.Name(id="exists"), args=[inner]):
-                return None if (name := _own(inner)) is None else getattr(self.owner, name, None) is not None
-        value = getattr(self.owner, name, self) if (name := _own(test)) and name != "training" else self
-        return bool(value) if isinstance(value, bool | int | float | str | None) else None
-
     def _is_layer(self, called: ast.expr) -> bool:
         """Tell whether what is called is the layer, one of a list of layers, or its `forward`."""
         while isinstance(called, ast.Subscript) or (isinstance(called, ast.Attribute) and called.attr == "forward"):
             called = called.value
-        return _own(called) == self.leaf
+        return own_name(called) == self.leaf
 
     def _reads(self, value: ast.expr) -> bool:
         """Tell whether an expression is a form of the weight, and no output of the layer."""
         inner = [part for part in ast.walk(value) if isinstance(part, ast.Attribute)]
-        return any(_own(part) == self.leaf for part in inner) and not any(
-            isinstance(part, ast.Call) and _own(part.func) == self.leaf for part in ast.walk(value)
+        return any(own_name(part) == self.leaf for part in inner) and not any(
+            isinstance(part, ast.Call) and own_name(part.func) == self.leaf for part in ast.walk(value)
         )
-
-
-def _own(value: ast.expr | ast.AST) -> str | None:
-    """Return the name of an attribute of `self`; None for anything else."""
-    of_self = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "self"
-    return value.attr if of_self else None  # type: ignore[union-attr]
 
 
 def _is_in_order(value: ast.expr) -> bool:
