@@ -192,6 +192,17 @@ class ParallelEnds(Model):
         self.tok, self.lm_head = VocabParallelEmbedding(), ColumnParallelLinear(D, VOCABULARY)
 
 
+class Recurrent(nn.Module):
+    """A layer that reads the channels of a recurrence."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.fc = nn.LSTM(D, 20, batch_first=True, bias=False), dense(20, D)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0])
+
+
 class Around(Model):
     """Three layers around a stack activate nothing."""
 

@@ -37,6 +37,10 @@ def test_the_loss_confirms_the_roles_of_public_styles(kind):
     assert "wrong" not in verdict.values()
 
 
+def test_a_layer_behind_a_recurrence_leads_out_of_its_channels():
+    assert symlm.assign_roles(plain.Model(styles.Recurrent))["layers.0.0.fc.weight"] == "mlp_out"
+
+
 def test_layers_that_activate_nothing_are_no_mlp():
     roles = symlm.assign_roles(styles.Around(plain.Expert))
     assert {str(roles[f"{name}.weight"]) for name in ("enter", "into", "back")} == {"matrix"}

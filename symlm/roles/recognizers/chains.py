@@ -136,6 +136,18 @@ def layers_of_experts(site: Site) -> list[Layer]:
     return [(some[0], *shape_of(some[0])) for some in lists] if 2 <= len(lists) <= 3 else []
 
 
+def reads_a_recurrence(site: Site) -> bool:
+    """Tell whether a layer stands behind a recurrence of torch's, and has as many inputs as that has channels.
+
+    Args:
+        site: The site of a dense layer.
+    """
+    before = [*site.parent.children()] if site.parent is not None else []
+    before = before[: before.index(site.module)] if site.module in before else []
+    cells = [cell for cell in before if isinstance(cell, nn.RNNBase) and not cell.proj_size]
+    return any(shape_of(site.module)[0] == cell.hidden_size * (1 + cell.bidirectional) for cell in cells)
+
+
 def is_stack(module: nn.Module) -> bool:
     """Tell whether a module is a stack of blocks or a recurrence, which may stand between two projections.
 

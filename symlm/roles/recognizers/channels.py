@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from symlm.roles.recognizers.attention import fuses, fuses_a_gate, has_qkv, is_attention
-from symlm.roles.recognizers.chains import deep_layers, if_chained, is_apart, is_stack, role_by_flow
+from symlm.roles.recognizers.chains import deep_layers, if_chained, is_apart, is_stack, reads_a_recurrence, role_by_flow
 from symlm.roles.recognizers.layers import (
     activates,
     dense_children,
@@ -97,6 +97,8 @@ def channel_role(site: Site) -> Role | None:
         return None
     if _modulates(site):
         return Role.MLP_IN  # rows are factors of the stream's coordinates
+    if reads_a_recurrence(site):
+        return Role.MLP_OUT
     if site.leaf in ALONE:
         return ALONE[site.leaf]
     if (type(parent).__name__, site.leaf) in TOKENS_IN_COLUMNS:
@@ -134,8 +136,8 @@ def _modulates(site: Site) -> bool:
     """Tell whether a layer makes shifts, scales and gates for the coordinates of the stream, by the names around it."""
     if MODULATES.search(site.leaf):
         return True
-    names = (*site.path[-2:], type(site.parent).__name__)
     layers = [*dense_children(site.parent).values()] if site.parent is not None else []
+    names = (*site.path[-2:], *([type(site.parent).__name__] if len(layers) == 1 else []))  # a class of one layer
     return any(MODULATES.search(name) for name in names) and layers[-1:] == [site.module]
 
 
