@@ -37,6 +37,10 @@ def test_the_loss_confirms_the_roles_of_public_styles(kind):
     assert "wrong" not in verdict.values()
 
 
+def test_a_sequence_that_is_the_whole_model_is_read():
+    assert symlm.assign_roles(nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)))["0.weight"] == "matrix"
+
+
 def test_a_layer_behind_a_recurrence_leads_out_of_its_channels():
     assert symlm.assign_roles(plain.Model(styles.Recurrent))["layers.0.0.fc.weight"] == "mlp_out"
 

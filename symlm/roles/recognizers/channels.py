@@ -107,7 +107,8 @@ def channel_role(site: Site) -> Role | None:
         return Role.MLP_IN  # the second factor of what is added to the neurons
     if site.leaf in GATES and any(word in type(parent).__name__.lower() for word in ATTENDING):
         return Role.MLP_IN
-    around = site.ancestors[1] if isinstance(parent, nn.Sequential) and is_alone(parent) else parent
+    boxed = isinstance(parent, nn.Sequential) and is_alone(parent) and len(site.ancestors) > 1
+    around = site.ancestors[1] if boxed else parent
     if heads_of(around) == shape_of(site.module)[1] > 1 and is_attention(around) and projection(site.leaf) is None:
         return Role.MLP_IN  # a number a head
     if is_gate(site.leaf) and any(is_attention(module) for module in site.ancestors[:2]):
