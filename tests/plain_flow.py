@@ -147,6 +147,22 @@ class HeadsOnAnAxis(Fused):
         return q, k, v
 
 
+class BlocksWhole(Fused):
+    """Blocks on an axis, heads not yet."""
+
+    def parts(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, D)).unbind(-2)
+        return q, k, v
+
+
+class BlocksOrHeads(Fused):
+    """`[rows, tokens, 3, d]`, or `[tokens, heads, 3, width]`: the code does not say."""
+
+    def parts(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:1], x.shape[1], 3, D).unbind(2)
+        return q, k, v
+
+
 class KeysFirst(Fused):
     def parts(self, x):
         k, q, v = self.qkv(x).chunk(3, dim=-1)

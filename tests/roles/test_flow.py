@@ -29,6 +29,7 @@ BLOCKS = {
             flow.BlocksOnAnAxis,
             flow.BlocksMapped,
             flow.BlocksScaled,
+            flow.BlocksWhole,
             flow.CausalSelfAttention,
             flow.HeadsOnAnAxis,
         )
@@ -87,9 +88,10 @@ def test_a_model_of_classes_says_how_many_it_has():
     assert symlm.assign_roles(model)["head.weight"] == "lm_head"
 
 
-def test_another_order_of_a_fused_projection_is_refused():
+@pytest.mark.parametrize("kind", [flow.KeysFirst, flow.BlocksOrHeads], ids=lambda kind: kind.__name__)
+def test_another_order_of_a_fused_projection_is_refused_and_one_that_is_not_seen(kind):
     with pytest.raises(UnplacedParameters, match="fused_order"):
-        symlm.assign_roles(plain.Model(flow.KeysFirst))
+        symlm.assign_roles(plain.Model(kind))
 
 
 def test_a_layer_inside_a_module_that_is_called_a_layer_is_the_layer():

@@ -125,7 +125,10 @@ def _are_blocks(step: Step, parts: int) -> bool | None:
     sizes = step.call.args[-1].elts if isinstance(step.call.args[-1], ast.Tuple | ast.List) else step.call.args
     places = [place for place, size in enumerate(sizes) if _number(size) == parts]
     if places:
-        return len(sizes) - places[-1] > 2 if len(sizes) - places[-1] > 1 else None
+        before, after = places[-1] + 2 * (step.name == "unflatten"), len(sizes) - places[-1] - 1
+        if after == 1:  # one axis behind that of the parts: heads stand before it, or nothing but rows and tokens
+            return False if before > 2 else True if step.name == "unflatten" else None
+        return True if after else None
     multiple = any(_number(part) == parts for part in ast.walk(sizes[-1])) and isinstance(sizes[-1], ast.BinOp)
     return False if multiple else None
 
