@@ -4,10 +4,23 @@ A folder is a run's, and its `metrics.jsonl` is drawn; a file is the `results.js
 files, the rungs of a ladder, are drawn each in a folder of its name, and the default's advantage by size besides.
 """
 
+import json
 from argparse import ArgumentParser
 from pathlib import Path
 
 from evidence import advantage, curves, page
+
+OF_ALL = {"bench", "date", "commit", "device", "torch", "runs"}
+OF_A_RUN = {"model", "arm", "seed", "factor", "trial", "tokens", "loss", "seconds_per_step", "optimizer_bytes"}
+
+
+def lacking(file: Path) -> list[str]:
+    """Return what a comparison lacks to be drawn."""
+    comparison = json.loads(file.read_text())
+    if not isinstance(comparison, dict):
+        return sorted(OF_ALL)
+    runs = comparison.get("runs") or [{}]
+    return sorted((OF_ALL - {*comparison}) | {key for run in runs for key in OF_A_RUN - {*run}})
 
 
 def draw_comparisons(files: list[Path], out: Path) -> list[Path]:
@@ -23,6 +36,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the pictures go: the run's folder, of several runs runs/report")
     given = parser.parse_args()
     if all(run.suffix == ".json" for run in given.runs):
+        for file in given.runs:
+            if keys := lacking(file):
+                parser.error(f"{file} is no results.json of compare.py: it lacks {keys}")
         print("\n".join(map(str, draw_comparisons(given.runs, given.out or Path("runs/report")))))
         return
     if missing := [run for run in given.runs if not (run / "metrics.jsonl").exists()]:

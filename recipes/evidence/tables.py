@@ -117,6 +117,7 @@ def table(runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> pd.DataFr
         if "router/load_cv" in next(iter(seeds.values())):
             line["load CV"] = interval([run["router/load_cv"][-1] for run in seeds.values()])
             line["dead experts"] = f"{max(run['router/dead_expert_fraction'][-1] for run in seeds.values()):.0%}"
+        if all("update_rms/router" in run for run in seeds.values()):
             line["router update RMS"] = f"{np.mean([np.mean(run['update_rms/router']) for run in seeds.values()]):.1e}"
         lines.append(line)
     return pd.DataFrame(lines).fillna("").set_index("arm")

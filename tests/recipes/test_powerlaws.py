@@ -115,6 +115,23 @@ def test_parameters_are_those_that_a_token_uses():
     assert parameters_of(BENCHES / "ladder-1-moe.yaml") == mixed
 
 
+def test_raw_numbers_that_are_no_comparison_are_named(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "soak.json"
+    file.write_text(json.dumps({"date": "", "runs": [{"arm": "default", "seed": 0}]}))
+    monkeypatch.setattr("sys.argv", ["report.py", str(file)])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "soak.json is no results.json of compare.py: it lacks ['bench', " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ladder-1-moe", "ladder-1-source"])
+def test_committed_comparisons_can_be_drawn(tmp_path, name):
+    [*pictures, markdown, page] = report.draw_comparisons([BENCHES.parents[1] / "results" / f"{name}.json"], tmp_path)
+    assert pictures
+    assert all(path.stat().st_size > 1000 for path in (*pictures, page))
+    assert "muon-public" in markdown.read_text()
+
+
 def test_several_rungs_are_drawn_with_their_advantage(tmp_path):
     files = []
     for rung, gain in ((1, 0.2), (2, 0.1)):
