@@ -43,7 +43,7 @@ class SymOptimizer(torch.optim.Optimizer):
     Args:
         params: A model; or the output of `symlm.param_groups(model, ...)`, which then holds rates and overrides.
         lr: The one dial η; every role's rate is a multiple of it.
-        preset: The table's name, see `symlm.PRESETS`; "default" is "sprint" with routers, else "dense".
+        preset: The table's name, see `symlm.PRESETS`.
         overrides: Absolute values by role, `{"lm_head": {"lr": 5e-3}}`.
         roles: Ordered `{pattern: role}` for parameters whose role the structure does not show.
         options: Defaults of every group, which `overrides` may set by role:

@@ -72,7 +72,7 @@ class OptimizerConfig:
     Args:
         algorithm: "symlm", or "agd": its options are `symlm.agd.AGD`'s, it starts semi-orthogonal, gains frozen.
         lr: the one dial; every role's rate is a multiple of it.
-        preset: the table of roles and rules, for example "muon"; "default" is "sprint" for a model with routers.
+        preset: the table of roles and rules, for example "muon".
         overrides: absolute values by role, for example '{"lm_head": {"lr": 5e-3}}'.
         options: defaults of every role, for example '{"momentum": 0.95}'.
     """

@@ -14,7 +14,7 @@ from symlm.roles.assignment import place
 from symlm.roles.role import Role, Site
 from symlm.routing.costs import BATCH_ELEMENTS, Moved, least_bytes, moved, products_of
 from symlm.routing.param_groups import check_overrides, overridden
-from symlm.routing.presets import table_of
+from symlm.routing.presets import get_preset
 from symlm.routing.table import Route
 from symlm.rules import get_rule
 from symlm.views.storage import view_of
@@ -169,7 +169,7 @@ def describe_routing(
     """
     settings = check_overrides(overrides or {})
     placed = place(model, roles)
-    table = overridden(table_of(preset, {role for _, role in placed}), settings)
+    table = overridden(get_preset(preset), settings)
     rows = (_routed(site, role, table[role], settings.get(role, {}), lr, kernels) for site, role in placed)
     return Routing(rows, costs)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from symlm.roles.role import Role
-from symlm.routing.table import ADAMW, HEADS_APART, NESTEROV, ROUTES, Route, Table, make_table, with_shifted_logits
+from symlm.routing.table import ADAMW, HEADS_APART, LONG_MEANS, NESTEROV, Route, Table, make_table, with_shifted_logits
 
 ENDS = (Role.EMBEDDING, Role.TIED_EMBEDDING, Role.LM_HEAD)
 
@@ -50,12 +50,12 @@ def preset(routes: Table, baseline: bool = False) -> dict[Role, Route]:
 # is Muon's alone. Weight decay is 0 for embedding, head and router, and the matrices' for the rest.
 _PAPER_ROW = preset(
     {
-        **ROUTES,
-        **changed(ROUTES, INNER, lr=1.0, options=NESTEROV),
+        **LONG_MEANS,
+        **changed(LONG_MEANS, INNER, lr=1.0, options=NESTEROV),
         **dict.fromkeys(
             (Role.ATTENTION_V, Role.ATTENTION_O, Role.ATTENTION_QKV), replace(HEADS_APART, lr=1.0, options=NESTEROV)
         ),
-        **changed(ROUTES, MLP, rule="polar", view="whole", lr=1.0, options=NESTEROV, why="Muon, whole"),
+        **changed(LONG_MEANS, MLP, rule="polar", view="whole", lr=1.0, options=NESTEROV, why="Muon, whole"),
         # 5e-1 / 2e-2, the README's rate of the embedding in the row arm.
         Role.EMBEDDING: Route("row_norm", scale="unit", lr=25.0, weight_decay=0.0, why="a row is a token"),
         # The head's rate, as the code routes a tied weight to the head. The code also centers it.
@@ -78,7 +78,7 @@ _PAPER_HYBRID = preset(
     {
         **_PAPER_ROW,
         **changed(_PAPER_ROW, ENDS, rule="row_then_polar", why="hybrid, alpha = 0"),
-        **changed(ROUTES, MLP, rule="row_then_polar", scale="unit", lr=1.0, options={}, why="hybrid, alpha = 0"),
+        **changed(LONG_MEANS, MLP, rule="row_then_polar", scale="unit", lr=1.0, options={}, why="hybrid, alpha = 0"),
         Role.LM_HEAD: replace(_PAPER_ROW[Role.LM_HEAD], rule="centered_row_then_polar", why="hybrid, alpha = 0"),
     }
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from symlm.roles.assignment import place
 from symlm.roles.role import Role, Site
 from symlm.routing.options import DEFAULTS, ROUTED, refuse_unknown
-from symlm.routing.presets import table_of
+from symlm.routing.presets import get_preset
 from symlm.routing.table import ADAMW, GRANULARITIES, Route, Table
 from symlm.routing.values import check_values, is_number
 from symlm.rules import get_rule
@@ -42,7 +42,7 @@ def param_groups(
     Args:
         model: The model.
         lr: The one dial; a group's rate is `lr` times the multiple of its route.
-        preset: The table, a name of `symlm.PRESETS`; "default" is "sprint" with routers, else "dense".
+        preset: The table, a name of `symlm.PRESETS`.
         overrides: `{role: {key: value}}`, absolute values for the groups of a role, e.g. `{"lm_head": {"lr": 5e-3}}`.
         roles: Ordered `{pattern: role}` for parameters whose role the structure does not show, see `assign_roles`.
 
@@ -61,7 +61,7 @@ def param_groups(
         lr = lr.detach().view(())  # shares its memory, so that what a caller writes there arrives
     settings = check_overrides(overrides or {})
     placed = place(model, roles)
-    table = overridden(table_of(preset, {role for _, role in placed}), settings)
+    table = overridden(get_preset(preset), settings)
     asked = settings.get(Role.VECTOR, {}).get("momentum_dtype")
     if asked == "int8" and get_rule(table[Role.VECTOR].rule).elementwise:  # an option of all roles leaves vectors out
         raise ValueError(

@@ -3,12 +3,11 @@
 Rates are multiples of the one dial, which is 0.02 by default; "LOG" is recipes/LOG.md, by the date of an entry.
 """
 
-from collections.abc import Collection
 from dataclasses import replace
 
 from symlm.roles.role import Role
 from symlm.routing.paper import ATTENTION, ENDS, INNER, MLP, PAPER, changed, preset
-from symlm.routing.table import ADAMW, NESTEROV, ROUTES, Route, make_table
+from symlm.routing.table import ADAMW, LONG_MEANS, NESTEROV, ROUTES, Route, make_table
 
 # Jordan et al. 2024: the dial is the hidden matrices' rate, 0.02; Nesterov momentum of 0.95, the optimizer's default.
 # The rest has the default table's ADAMW. The screened rates of LOG 2026-11-22 are in recipes/configs/muon.yaml.
@@ -67,32 +66,16 @@ def _constrained(route: Route) -> Route:
     return replace(route, options={**route.options, "weight_decay": 1 / (50 * route.lr)})
 
 
-# The default's rules with shorter means and smaller steps: LOG 2026-11-22, "seventeen dials in twenty-four runs".
-_SPRINT: dict[Role, Route] = {
-    **ROUTES,
-    **changed(
-        ROUTES,
-        (*ATTENTION, Role.ATTENTION_QKV, Role.MLP_IN, Role.MLP_OUT),
-        lr=0.5,
-        options={"nesterov": True, "momentum": 0.85},
-    ),
-    Role.EMBEDDING: replace(
-        ROUTES[Role.EMBEDDING], lr=0.75, options={"nesterov": True, "momentum": 0.7, "betas": (0.9, 0.95)}
-    ),
-}
-
-
 PRESETS: dict[str, dict[Role, Route]] = {
     "default": ROUTES,
-    "dense": ROUTES,  # by name, also for a model with routers
-    "sprint": preset(_SPRINT),
-    # LOG 2026-11-28, "SOAP before the polar factor": ahead of the default on both seeds of rung 1, at more state than
+    "long-means": LONG_MEANS,  # the default of dense models until 2026-11-29
+    # LOG 2026-11-28, "SOAP before the polar factor": with the long means, ahead of them on rung 1, at more state than
     # AdamW's. MLPs have the side that rotates alone, whose basis is a quarter of both.
     "soap": preset(
         {
-            **ROUTES,
-            **changed(ROUTES, ATTENTION, rule="soap_polar", view="whole", why="whitened in its eigenbases first"),
-            **changed(ROUTES, MLP[:2], rule="soap_rows_polar", why="rows are neurons, columns in their eigenbasis"),
+            **LONG_MEANS,
+            **changed(LONG_MEANS, ATTENTION, rule="soap_polar", view="whole", why="whitened in its eigenbases first"),
+            **changed(LONG_MEANS, MLP[:2], rule="soap_rows_polar", why="rows are neurons, columns in their eigenbasis"),
         }
     ),
     **PAPER,
@@ -160,31 +143,12 @@ PRESETS: dict[str, dict[Role, Route]] = {
     # which every multiple is 1.
     "adamw-compatible": preset(
         {
-            **changed(ROUTES, INNER, scale="match_adamw_rms", lr=1.0),
-            **changed(ROUTES, (*ENDS, Role.ROUTER), scale="match_adamw_rms_of_rows", lr=1.0),
+            **changed(LONG_MEANS, INNER, scale="match_adamw_rms", lr=1.0),
+            **changed(LONG_MEANS, (*ENDS, Role.ROUTER), scale="match_adamw_rms_of_rows", lr=1.0),
             Role.VECTOR: replace(ADAMW, lr=1.0),
         }
     ),
 }
-
-
-def table_of(name: str, roles: Collection[Role]) -> dict[Role, Route]:
-    """Return the table for a model: the named one, or "sprint" for the default of a model with routers.
-
-    Which table is ahead was measured, not derived: LOG 2026-11-29, "a mixture of experts at its full length".
-
-    Args:
-        name: A key of `PRESETS`.
-        roles: The roles of the model's trainable parameters; a frozen router does not count.
-
-    Returns:
-        The route of every role.
-
-    Raises:
-        ValueError: There is no preset of that name.
-    """
-    has_routers = not {Role.ROUTER, Role.SIGMOID_ROUTER}.isdisjoint(roles)
-    return get_preset("sprint" if name == "default" and has_routers else name)
 
 
 def get_preset(name: str) -> dict[Role, Route]:

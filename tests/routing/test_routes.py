@@ -72,15 +72,12 @@ def test_the_table_says_which_roles_decay_and_by_what():
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "gpt_oss", "qwen3"])
-def test_the_default_of_a_model_with_routers_is_sprint(kind):
-    """And the table of dense models is there by name, `dense`, for any model."""
-    model, names = tiny(kind), ("default", "sprint", "dense")
-    plain = [[{k: v for k, v in g.items() if k != "params"} for g in symlm.param_groups(model, 0.1, n)] for n in names]
-    rows = [[(row.name, row.lr_multiplier) for row in symlm.describe_routing(model, n)] for n in names]
-    assert (plain[0] == plain[1]) is (rows[0] == rows[1]) is (kind != "qwen3")
-    assert (plain[0] == plain[2]) is (rows[0] == rows[2]) is (kind == "qwen3")
-    momenta = {group["role"]: group.get("momentum") for group in plain[1]}
+def test_the_default_is_one_table_with_and_without_routers(kind):
+    momenta = {group["role"]: group.get("momentum") for group in symlm.param_groups(tiny(kind))}
     assert (momenta["embedding"], momenta["attention_q"], momenta["lm_head"]) == (0.7, 0.85, 0.8)
+    assert momenta.get("expert_in", 0.95) == 0.95
+    longer = {group["role"]: group.get("momentum") for group in symlm.param_groups(tiny(kind), preset="long-means")}
+    assert (longer["embedding"], longer["attention_q"], longer["lm_head"]) == (0.9, 0.95, 0.8)
 
 
 def test_groups_hold_plain_values_and_scaled_rates():
