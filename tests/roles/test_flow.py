@@ -130,6 +130,26 @@ def test_options_are_read_without_asking_a_property():
     assert symlm.assign_roles(plain.Model(Trained))["layers.0.0.gate.weight"] == "sigmoid_router"  # either may run
 
 
+def test_whether_a_property_is_none_is_not_known():
+    class Watched(flow.Router):
+        @property
+        def trainer(self):
+            return None
+
+        def score(self, logits):
+            return logits.sigmoid() if self.trainer is None else logits.softmax(-1)
+
+    assert symlm.assign_roles(plain.Model(Watched))["layers.0.0.gate.weight"] == "sigmoid_router"
+
+
+def test_code_of_another_order_comes_before_a_well_known_name():
+    class CausalSelfAttention(flow.KeysFirst):
+        pass
+
+    with pytest.raises(UnplacedParameters, match="fused_order"):
+        symlm.assign_roles(plain.Model(CausalSelfAttention))
+
+
 def test_an_option_that_says_sigmoid_comes_before_code_of_another_branch():
     class Passed(flow.Router):
         def __init__(self):
