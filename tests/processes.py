@@ -421,10 +421,10 @@ def own_gradients(rank, world):
     for case in ("bare", "ddp", "own"):
         model = model_of("ddp")
         optimizer = symlm.SymOptimizer(model, shared=case != "own")
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             train(DistributedDataParallel(model) if case == "ddp" else model, optimizer, 2, rank, world)
-        found[case] = [str(warning.message) for warning in told]
+        found[case] = [str(warning.message) for warning in warned]
     return found
 
 

@@ -60,11 +60,11 @@ def test_an_optimizer_of_deepspeeds_configuration_is_refused(tmp_path, monkeypat
     from transformers.integrations import deepspeed
 
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
-    told = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "train_micro_batch_size_per_gpu": "auto"}
-    kept = deepspeed.HfDeepSpeedConfig(told)
+    settings = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "train_micro_batch_size_per_gpu": "auto"}
+    config = deepspeed.HfDeepSpeedConfig(settings)
     with pytest.raises(ValueError, match='has an "optimizer", which the Trainer takes in the place'):
         symlm.hf.trainer_optimizer(lr=0.02)
-    del kept.config["optimizer"]
+    del config.config["optimizer"]
     assert symlm.hf.trainer_optimizer(lr=0.02)
 
 

@@ -145,9 +145,9 @@ def test_ranks_that_disagree_all_raise_with_the_digests(ran, world):
 @BOTH
 def test_replicas_whose_gradients_nobody_averaged_are_warned_of(ran, world):
     for found in result(ran, "own gradients", world):
-        told = [message for message in found["bare"] if "differ between ranks" in message]
-        assert len(told) == 1
-        assert "model.embed_tokens.weight" in told[0]
+        apart = [message for message in found["bare"] if "differ between ranks" in message]
+        assert len(apart) == 1
+        assert "model.embed_tokens.weight" in apart[0]
         assert not any("differ between ranks" in message for message in found["ddp"] + found["own"])
 
 

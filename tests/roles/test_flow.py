@@ -181,6 +181,16 @@ def test_scripted_modules_and_tables_of_positions_are_read():
     assert symlm.assign_roles(nn.ModuleDict({**parts, "tok": nn.Embedding(64, 32)}))["enter.weight"] == "matrix"
 
 
+def test_a_function_of_something_else_is_no_step():
+    class Beside(flow.Router):
+        def forward(self, x):
+            [clamped] = map(lambda y: y.clamp(-1, 1).tanh(), [x])  # noqa: C417
+            return super().forward(clamped)
+
+    assert [step.name for step in flow_of(Beside(), "gate").steps] == ["softmax"]
+    assert symlm.assign_roles(plain.Model(Beside))["layers.0.0.gate.weight"] == "router"
+
+
 def test_a_module_without_source_has_no_flow():
     scope = {"nn": nn, "torch": torch}
     exec("class Hidden(nn.Module):\n    def forward(self, x):\n        return self.gate(x).softmax(0)", scope)

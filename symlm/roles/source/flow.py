@@ -168,9 +168,8 @@ class _Reader:
                 for loop in loops:
                     self._bind(loop.target, self._flows(loop.iter), loop.iter)
                 return self._flows(element)
-            case ast.Lambda(args=arguments, body=body):
-                self.held |= {argument.arg for argument in arguments.args}  # what `map` gives it
-                return self._flows(body)
+            case ast.Lambda():
+                return False  # read where it is given to a call, as `map`, together with outputs
             case ast.Subscript(value=whole):
                 return self._flows(whole)
             case ast.Attribute(attr=attribute) if attribute in FORM:
@@ -196,6 +195,11 @@ class _Reader:
             return self.run(method[0], [name for name, flow in zip(names, flows, strict=True) if flow], method[1])
         if not (is_method or any(flows)):
             return False
+        for part in given:
+            if isinstance(part, ast.Lambda):
+                before, self.held = self.held, self.held | {argument.arg for argument in part.args.args}
+                self._flows(part.body)
+                self.held = before
         child = dict(self.owner.named_children()).get(own) if own else None
         if isinstance(child, nn.Module):
             self.steps.append(Step(type(child).__name__.lower(), call, child))
